@@ -1,0 +1,320 @@
+"""DeepSeek-V2 as step graphs: weight-absorbed MLA over a paged latent cache, and DeepSeekMoE (arXiv 2405.04434).
+
+A step takes T token rows of B sequences (ragged: rows query_starts[b] .. query_starts[b + 1] belong to sequence b).
+kv_b_proj is absorbed: its key half maps queries into the latent space (w_uk), its value half maps the attended latent
+back (w_uv). Embedding, layers and head are modules of their own, so that each is traced once and stamped.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from export.config import DeepseekV2Config
+from export.models.weights import Weight
+from plugins.mla_attention.op import mla_attention
+from plugins.moe_experts.op import moe_experts
+from plugins.moe_route.op import moe_route
+
+LATENT_NORM_EPS = 1e-6  # q_a_layernorm and kv_a_layernorm ignore rms_norm_eps in the family's own code
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(size)), eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+
+
+class KvUp(nn.Module):
+    """kv_b_proj split per head: w_uk takes q_nope into the latent space, w_uv takes the latent to values."""
+
+    def __init__(self, c: DeepseekV2Config):
+        super().__init__()
+        self.w_uk = nn.Parameter(torch.empty(c.num_attention_heads, c.qk_nope_head_dim, c.kv_lora_rank))
+        self.w_uv = nn.Parameter(torch.empty(c.num_attention_heads, c.kv_lora_rank, c.v_head_dim))
+
+
+class MlaAttention(nn.Module):
+    def __init__(self, c: DeepseekV2Config, cache_format: str):
+        super().__init__()
+        self.config, self.cache_format = c, cache_format
+        heads, bias = c.num_attention_heads, c.attention_bias
+        if c.q_lora_rank is None:
+            self.q_proj = nn.Linear(c.hidden_size, heads * c.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(c.hidden_size, c.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(c.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(c.q_lora_rank, heads * c.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(c.hidden_size, c.kv_lora_rank + c.qk_rope_head_dim, bias=bias)
+        self.kv_a_layernorm = RMSNorm(c.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_b_proj = KvUp(c)
+        self.o_proj = nn.Linear(heads * c.v_head_dim, c.hidden_size, bias=bias)
+
+    def forward(self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, *batch: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [T, hidden_size] -> the same, and the cache; `batch` is block_table .. num_tokens of the op."""
+        c = self.config
+        q = self.query(hidden).unflatten(-1, (c.num_attention_heads, c.qk_head_dim))  # [T, H, qk_head_dim]
+        q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
+        latent, k_pe = self.kv_a_proj_with_mqa(hidden).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
+        q_latent = torch.matmul(q_nope.transpose(0, 1), self.kv_b_proj.w_uk).transpose(0, 1)  # [T, H, kv_lora_rank]
+        attended, cache = mla_attention(
+            q_latent, rotate(q_pe, cos[:, None], sin[:, None]), self.kv_a_layernorm(latent), rotate(k_pe, cos, sin),
+            cache, *batch, softmax_scale=c.softmax_scale, cache_format=self.cache_format,
+        )  # fmt: skip
+        values = torch.matmul(attended.transpose(0, 1), self.kv_b_proj.w_uv).transpose(0, 1)  # [T, H, v_head_dim]
+        return self.o_proj(values.flatten(1)), cache
+
+    def query(self, hidden: Tensor) -> Tensor:
+        if self.config.q_lora_rank is None:
+            return self.q_proj(hidden)
+        return self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden)))
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Interleaved RoPE: pairs (2i, 2i + 1) of x [..., R] turn by the angle of cos, sin [..., R / 2]; in float32."""
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
+
+
+class DenseMlp(nn.Module):
+    def __init__(self, hidden_size: int, intermediate_size: int):
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, x: Tensor, num_tokens: Tensor | None = None) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class Experts(nn.Module):
+    """The routed experts' weights, stacked; gate_proj's rows above up_proj's."""
+
+    def __init__(self, c: DeepseekV2Config):
+        super().__init__()
+        self.gate_up_proj = nn.Parameter(torch.empty(c.n_routed_experts, 2 * c.moe_intermediate_size, c.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size))
+
+
+class Moe(nn.Module):
+    def __init__(self, c: DeepseekV2Config):
+        super().__init__()
+        self.config = c
+        self.gate = nn.Linear(c.hidden_size, c.n_routed_experts, bias=False)
+        self.experts = Experts(c)
+        if c.shared_intermediate_size:
+            self.shared_experts = DenseMlp(c.hidden_size, c.shared_intermediate_size)
+
+    def forward(self, x: Tensor, num_tokens: Tensor) -> Tensor:
+        c = self.config
+        topk_ids, topk_weights = moe_route(
+            F.linear(x.float(), self.gate.weight.float()), num_tokens, None,
+            scoring_func=c.scoring_func, topk_method=c.topk_method, group_score="max", n_group=c.n_group or 1,
+            topk_group=c.topk_group or 1, top_k=c.num_experts_per_tok, norm_topk_prob=int(c.norm_topk_prob),
+            routed_scaling_factor=c.routed_scaling_factor,
+        )  # fmt: skip
+        y = moe_experts(
+            x, topk_ids, topk_weights, self.experts.gate_up_proj, self.experts.down_proj, None, None,
+            first_expert=0, gate_up_layout="concatenated",
+        )  # fmt: skip
+        return y + self.shared_experts(x) if c.shared_intermediate_size else y
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, c: DeepseekV2Config, is_moe: bool, cache_format: str):
+        super().__init__()
+        self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.self_attn = MlaAttention(c, cache_format)
+        self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.mlp = Moe(c) if is_moe else DenseMlp(c.hidden_size, c.intermediate_size)
+
+    def forward(self, hidden, cos, sin, cache, block_table, cached_lengths, query_starts, num_tokens):
+        """hidden [T, hidden_size], cos and sin [T, qk_rope_head_dim / 2] -> hidden and cache after the layer."""
+        batch = (block_table, cached_lengths, query_starts, num_tokens)
+        attended, cache = self.self_attn(self.input_layernorm(hidden), cos, sin, cache, *batch)
+        hidden = hidden + attended
+        return hidden + self.mlp(self.post_attention_layernorm(hidden), num_tokens), cache
+
+
+class Embed(nn.Module):
+    """Token embedding, and cos and sin of every row's position: float32, YaRN's attention factor included."""
+
+    def __init__(self, c: DeepseekV2Config):
+        super().__init__()
+        self.embed_tokens = nn.Embedding(c.vocab_size, c.hidden_size)
+        self.attention_factor = c.rope.attention_factor
+        self.register_buffer("inv_freq", torch.tensor(c.rope.inv_freq(c.qk_rope_head_dim), dtype=torch.float32))
+
+    def forward(self, input_ids: Tensor, positions: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """[T] int32 each -> hidden [T, hidden_size], cos and sin [T, qk_rope_head_dim / 2]."""
+        angles = positions.float()[:, None] * self.inv_freq[None, :]
+        cos, sin = angles.cos() * self.attention_factor, angles.sin() * self.attention_factor
+        return self.embed_tokens(input_ids.long()), cos, sin
+
+
+class Head(nn.Module):
+    """Final norm of the rows that get logits, and the output projection."""
+
+    def __init__(self, c: DeepseekV2Config):
+        super().__init__()
+        self.norm = RMSNorm(c.hidden_size, c.rms_norm_eps)
+        self.lm_head = nn.Linear(c.hidden_size, c.vocab_size, bias=False)
+
+    def forward(self, hidden: Tensor, logit_rows: Tensor) -> tuple[Tensor, Tensor]:
+        """hidden [T, hidden_size], logit_rows [N] int32 -> logits [N, vocab] float32, last_hidden [N, hidden_size]."""
+        last_hidden = self.norm(hidden.index_select(0, logit_rows.long()))
+        return self.lm_head(last_hidden).float(), last_hidden
+
+
+class DeepseekV2Step(nn.Module):
+    """The whole step: what the stamped graph must equal, and the first link of the comparison chain."""
+
+    def __init__(self, c: DeepseekV2Config, cache_format: str = "float32"):
+        super().__init__()
+        self.config, self.cache_format = c, cache_format
+        self.embed, self.head = Embed(c), Head(c)
+        self.layers = nn.ModuleList(
+            DecoderLayer(c, c.is_moe_layer(i), cache_format) for i in range(c.num_hidden_layers)
+        )
+
+    def forward(
+        self, input_ids, positions, query_starts, cached_lengths, block_table, num_tokens, logit_rows, caches: list[Tensor]
+    ) -> tuple[Tensor, Tensor, list[Tensor]]:
+        """Shapes as in docs/step-graph.md; returns logits [N, vocab], last_hidden [N, hidden_size] and new caches."""
+        hidden, cos, sin = self.embed(input_ids, positions)
+        updated = []
+        for layer, cache in zip(self.layers, caches, strict=True):
+            hidden, cache = layer(hidden, cos, sin, cache, block_table, cached_lengths, query_starts, num_tokens)
+            updated.append(cache)
+        logits, last_hidden = self.head(hidden, logit_rows)
+        return logits, last_hidden, updated
+
+    def load_weights(self, read: Callable[[str], Tensor]) -> "DeepseekV2Step":
+        """Fills every parameter; `read` gives a checkpoint tensor by name (Checkpoint.read). Returns self."""
+        parameters = dict(self.named_parameters())
+        for weight in weights(self.config):
+            with torch.no_grad():
+                parameters.pop(_parameter_name(weight.name)).copy_(weight.read(read))
+        assert not parameters, f"no weight for {sorted(parameters)}"
+        return self
+
+
+def _parameter_name(weight_name: str) -> str:
+    if weight_name.startswith("model.layers."):
+        return weight_name.removeprefix("model.")
+    part = "embed" if weight_name.startswith("model.embed_tokens") else "head"
+    return f"{part}.{weight_name.removeprefix('model.')}"
+
+
+def weights(c: DeepseekV2Config) -> list[Weight]:
+    """Every weight of the step graph, in the order of the data's way, named as the graph's initializers are."""
+    embedding = ("model.embed_tokens.weight",)
+    head = embedding if c.tie_word_embeddings else ("lm_head.weight",)
+    result = [Weight("model.embed_tokens.weight", (c.vocab_size, c.hidden_size), "embedding", (embedding,))]
+    for i in range(c.num_hidden_layers):
+        result += _layer_weights(c, i)
+    result.append(_norm("model.norm", c.hidden_size))
+    result.append(Weight("lm_head.weight", (c.vocab_size, c.hidden_size), "linear", (head,)))
+    return result
+
+
+def checkpoint_tensors(c: DeepseekV2Config) -> dict[str, tuple[int, ...]]:
+    """Names and shapes of the tensors that a checkpoint with this configuration has to hold."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    kv_b = (c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
+    for weight in weights(c):
+        for group in weight.sources:
+            for name in group:
+                if weight.role == "absorbed":
+                    shapes[name] = kv_b
+                elif weight.role == "gate_up":
+                    shapes[name] = (c.moe_intermediate_size, c.hidden_size)
+                else:
+                    shapes[name] = weight.shape[1:] if weight.role == "down" else weight.shape
+    return shapes
+
+
+def _norm(prefix: str, size: int) -> Weight:
+    return Weight(f"{prefix}.weight", (size,), "norm", ((f"{prefix}.weight",),))
+
+
+def _linear(prefix: str, inputs: int, outputs: int, bias: bool = False) -> list[Weight]:
+    found = [Weight(f"{prefix}.weight", (outputs, inputs), "linear", ((f"{prefix}.weight",),))]
+    if bias:
+        found.append(Weight(f"{prefix}.bias", (outputs,), "bias", ((f"{prefix}.bias",),)))
+    return found
+
+
+def _mlp(prefix: str, hidden_size: int, intermediate_size: int) -> list[Weight]:
+    return [
+        *_linear(f"{prefix}.gate_proj", hidden_size, intermediate_size),
+        *_linear(f"{prefix}.up_proj", hidden_size, intermediate_size),
+        *_linear(f"{prefix}.down_proj", intermediate_size, hidden_size),
+    ]
+
+
+def _layer_weights(c: DeepseekV2Config, layer: int) -> list[Weight]:
+    prefix = f"model.layers.{layer}"
+    mlp = _moe(c, f"{prefix}.mlp") if c.is_moe_layer(layer) else _mlp(f"{prefix}.mlp", c.hidden_size, c.intermediate_size)
+    return [
+        _norm(f"{prefix}.input_layernorm", c.hidden_size),
+        *_attention(c, f"{prefix}.self_attn"),
+        _norm(f"{prefix}.post_attention_layernorm", c.hidden_size),
+        *mlp,
+    ]
+
+
+def _attention(c: DeepseekV2Config, prefix: str) -> list[Weight]:
+    heads, nope = c.num_attention_heads, c.qk_nope_head_dim
+    if c.q_lora_rank is None:
+        found = _linear(f"{prefix}.q_proj", c.hidden_size, heads * c.qk_head_dim)
+    else:
+        found = _linear(f"{prefix}.q_a_proj", c.hidden_size, c.q_lora_rank, c.attention_bias)
+        found.append(_norm(f"{prefix}.q_a_layernorm", c.q_lora_rank))
+        found += _linear(f"{prefix}.q_b_proj", c.q_lora_rank, heads * c.qk_head_dim)
+    latent_and_rope = c.kv_lora_rank + c.qk_rope_head_dim
+    found += _linear(f"{prefix}.kv_a_proj_with_mqa", c.hidden_size, latent_and_rope, c.attention_bias)
+    found.append(_norm(f"{prefix}.kv_a_layernorm", c.kv_lora_rank))
+
+    def per_head(kv_b: Tensor) -> Tensor:  # [H * (nope + v), kv_lora_rank] -> [H, nope + v, kv_lora_rank]
+        return kv_b.unflatten(0, (heads, nope + c.v_head_dim))
+
+    source = ((f"{prefix}.kv_b_proj.weight",),)
+    found.append(
+        Weight(
+            f"{prefix}.kv_b_proj.w_uk", (heads, nope, c.kv_lora_rank), "absorbed", source,
+            lambda kv_b: per_head(kv_b)[:, :nope],
+        )
+    )  # fmt: skip
+    found.append(
+        Weight(
+            f"{prefix}.kv_b_proj.w_uv", (heads, c.kv_lora_rank, c.v_head_dim), "absorbed", source,
+            lambda kv_b: per_head(kv_b)[:, nope:].transpose(1, 2),
+        )
+    )  # fmt: skip
+    return found + _linear(f"{prefix}.o_proj", heads * c.v_head_dim, c.hidden_size, c.attention_bias)
+
+
+def _moe(c: DeepseekV2Config, prefix: str) -> list[Weight]:
+    experts, inner, hidden = c.n_routed_experts, c.moe_intermediate_size, c.hidden_size
+    expert = [f"{prefix}.experts.{e}" for e in range(experts)]
+    found = [
+        Weight(f"{prefix}.gate.weight", (experts, hidden), "router", ((f"{prefix}.gate.weight",),)),
+        Weight(
+            f"{prefix}.experts.gate_up_proj", (experts, 2 * inner, hidden), "gate_up",
+            tuple((f"{e}.gate_proj.weight", f"{e}.up_proj.weight") for e in expert),
+            lambda gate, up: torch.cat([gate, up])[None],
+        ),
+        Weight(
+            f"{prefix}.experts.down_proj", (experts, hidden, inner), "down",
+            tuple((f"{e}.down_proj.weight",) for e in expert),
+            lambda down: down[None],
+        ),
+    ]  # fmt: skip
+    if c.shared_intermediate_size:
+        found += _mlp(f"{prefix}.shared_experts", hidden, c.shared_intermediate_size)
+    return found

@@ -1,0 +1,235 @@
+"""What a custom op is, said once: torch schema, fake, ONNX schema and ONNX translation derive from an `OpContract`."""
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import onnx.defs
+import torch
+
+DOMAIN = "latentrt"
+VERSION = 1
+
+FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
+INT32, UINT8, FLOAT8 = torch.int32, torch.uint8, torch.float8_e4m3fn
+ACTIVATIONS = (FLOAT32, FLOAT16, BFLOAT16)
+
+_ONNX_TYPES = {
+    torch.float32: "tensor(float)",
+    torch.float16: "tensor(float16)",
+    torch.bfloat16: "tensor(bfloat16)",
+    torch.float8_e4m3fn: "tensor(float8e4m3fn)",
+    torch.int32: "tensor(int32)",
+    torch.uint8: "tensor(uint8)",
+}
+_KINDS = {
+    int: ("int", onnx.defs.OpSchema.AttrType.INT),
+    float: ("float", onnx.defs.OpSchema.AttrType.FLOAT),
+    str: ("str", onnx.defs.OpSchema.AttrType.STRING),
+}
+
+
+class ContractError(ValueError):
+    """An op was given a tensor or an attribute that its contract does not allow."""
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """One tensor of an op. `dims` are names (equal names must have equal sizes) or sums such as "B + 1"."""
+
+    name: str
+    dims: tuple[str, ...]
+    dtypes: tuple[torch.dtype, ...]
+    optional: bool = False
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """One output: dims are names bound by inputs or integer attributes; its dtype is input `like`'s, or `dtype`."""
+
+    name: str
+    dims: tuple[str, ...]
+    like: str | None = None
+    dtype: torch.dtype | None = None
+
+
+@dataclass(frozen=True)
+class AttributeSpec:
+    """One attribute; `choices` lists the accepted values of an enumerated one."""
+
+    name: str
+    kind: type
+    choices: tuple = ()
+
+
+@dataclass(frozen=True)
+class OpContract:
+    """The whole interface of an op: inputs, outputs, attributes, and which output is an input updated in place."""
+
+    name: str
+    onnx_type: str
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[OutputSpec, ...]
+    attributes: tuple[AttributeSpec, ...]
+    aliases: tuple[tuple[str, str], ...] = ()  # (output, input) pairs that may share memory
+
+    @property
+    def torch_name(self) -> str:
+        return f"{DOMAIN}::{self.name}"
+
+    def torch_schema(self, mutating: bool = False) -> str:
+        """Schema of the functional op, or of its mutating twin: aliased inputs are written, their outputs dropped."""
+        written = {i for _, i in self.aliases} if mutating else set()
+        tensors = [_torch_tensor(s, s.name in written) for s in self.inputs]
+        attributes = [f"{_KINDS[a.kind][0]} {a.name}" for a in self.attributes]
+        count = len(self.outputs) - len(written)
+        result = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
+        return f"({', '.join(tensors + attributes)}) -> {result}"
+
+    def onnx_schema(self) -> onnx.defs.OpSchema:
+        """ONNX schema in domain `latentrt`; every tensor has a type variable of its own, dtypes are checked by `bind`."""
+        schema = onnx.defs.OpSchema
+        option = schema.FormalParameterOption
+        inputs = [
+            schema.FormalParameter(s.name, f"T_{s.name}", param_option=option.Optional if s.optional else option.Single)
+            for s in self.inputs
+        ]
+        outputs = [schema.FormalParameter(o.name, f"T_{o.like}" if o.like else f"T_{o.name}") for o in self.outputs]
+        constraints = [(f"T_{s.name}", [_ONNX_TYPES[d] for d in s.dtypes], "") for s in self.inputs]
+        constraints += [(f"T_{o.name}", [_ONNX_TYPES[o.dtype]], "") for o in self.outputs if o.dtype]
+        attributes = [schema.Attribute(a.name, _KINDS[a.kind][1], required=True) for a in self.attributes]
+        return schema(
+            self.onnx_type, DOMAIN, VERSION, inputs=inputs, outputs=outputs, type_constraints=constraints,
+            attributes=attributes,
+        )  # fmt: skip
+
+    def bind(self, tensors: Sequence[torch.Tensor | None], attributes: dict) -> dict[str, int]:
+        """Checks ranks, sizes, dtypes and enumerated attributes; returns the size of every named dimension.
+
+        Raises ContractError naming the op, the tensor or attribute, what was found and what is accepted.
+        """
+        sizes: dict[str, int] = {}
+        for spec, tensor in zip(self.inputs, tensors, strict=True):
+            if tensor is None:
+                if not spec.optional:
+                    raise ContractError(f"{self.name}: input {spec.name} is required")
+                continue
+            self._bind_tensor(spec, tensor, sizes)
+        for spec in self.attributes:
+            if spec.choices and attributes[spec.name] not in spec.choices:
+                raise ContractError(
+                    f"{self.name}: {spec.name} is {attributes[spec.name]!r}, accepted: {', '.join(map(repr, spec.choices))}"
+                )
+        return sizes
+
+    def _bind_tensor(self, spec: TensorSpec, tensor: torch.Tensor, sizes: dict[str, int]) -> None:
+        if tensor.dtype not in spec.dtypes:
+            accepted = ", ".join(map(str, spec.dtypes))
+            raise ContractError(f"{self.name}: {spec.name} has dtype {tensor.dtype}, accepted: {accepted}")
+        if tensor.dim() != len(spec.dims):
+            raise ContractError(f"{self.name}: {spec.name} has shape {tuple(tensor.shape)}, expected {list(spec.dims)}")
+        for axis, (dim, size) in enumerate(zip(spec.dims, tensor.shape, strict=True)):
+            expected = _size_of(dim, sizes)
+            if expected is None:
+                sizes[dim] = size
+            elif expected != size:
+                raise ContractError(
+                    f"{self.name}: {spec.name} has shape {tuple(tensor.shape)}; axis {axis} ({dim}) must be {expected}"
+                )
+
+    def fake(self, tensors: Sequence[torch.Tensor | None], attributes: dict) -> list[torch.Tensor]:
+        """Empty outputs of the right shape, dtype and device, for tracing."""
+        sizes = self.bind(tensors, attributes) | {k: v for k, v in attributes.items() if isinstance(v, int)}
+        by_name = {s.name: t for s, t in zip(self.inputs, tensors, strict=True)}
+        device = tensors[0].device
+        return [
+            torch.empty([sizes[d] for d in o.dims], dtype=by_name[o.like].dtype if o.like else o.dtype, device=device)
+            for o in self.outputs
+        ]
+
+
+def _torch_tensor(spec: TensorSpec, written: bool) -> str:
+    if written:
+        return f"Tensor(a!) {spec.name}"
+    return f"Tensor{'?' if spec.optional else ''} {spec.name}"
+
+
+def _size_of(dim: str, sizes: dict[str, int]) -> int | None:
+    """Size of a dimension if known: a name bound earlier, an integer, or "name + integer" and "integer * name"."""
+    if dim.isdigit():
+        return int(dim)
+    if " + " in dim:
+        name, offset = dim.split(" + ")
+        return sizes[name] + int(offset) if name in sizes else None
+    if " * " in dim:
+        factor, name = dim.split(" * ")
+        return int(factor) * sizes[name] if name in sizes else None
+    return sizes.get(dim)
+
+
+def register(contract: OpContract, compute: Callable) -> None:
+    """Registers the functional torch op, its mutating twin where outputs alias inputs, and the ONNX schema.
+
+    `compute(*tensors, **attributes)` returns a tuple of outputs and never writes its inputs.
+    """
+    split = len(contract.inputs)
+    names = [a.name for a in contract.attributes]
+
+    def functional(*args):
+        tensors, attributes = args[:split], dict(zip(names, args[split:], strict=True))
+        contract.bind(tensors, attributes)
+        outputs = compute(*tensors, **attributes)
+        return outputs if len(outputs) > 1 else outputs[0]
+
+    def fake(*args):
+        outputs = contract.fake(args[:split], dict(zip(names, args[split:], strict=True)))
+        return tuple(outputs) if len(outputs) > 1 else outputs[0]
+
+    op = torch.library.custom_op(contract.torch_name, functional, mutates_args=(), schema=contract.torch_schema())
+    op.register_fake(fake)
+    if contract.aliases:
+        _register_mutating(contract, functional, fake)
+    if not onnx.defs.has(contract.onnx_type, DOMAIN):
+        onnx.defs.register_schema(contract.onnx_schema())
+
+
+def _register_mutating(contract: OpContract, functional: Callable, fake: Callable) -> None:
+    """`<name>_`: the same computation, with every aliased output copied into its input instead of returned."""
+    targets = {o: [s.name for s in contract.inputs].index(i) for o, i in contract.aliases}
+    kept = [k for k, o in enumerate(contract.outputs) if o.name not in targets]
+
+    def pick(outputs):
+        return outputs[kept[0]] if len(kept) == 1 else tuple(outputs[k] for k in kept)
+
+    def mutating(*args):
+        outputs = functional(*args)
+        for spec, output in zip(contract.outputs, outputs, strict=True):
+            if spec.name in targets:
+                args[targets[spec.name]].copy_(output)
+        return pick(outputs)
+
+    written = tuple(i for _, i in contract.aliases)
+    twin = torch.library.custom_op(
+        f"{contract.torch_name}_", mutating, mutates_args=written, schema=contract.torch_schema(mutating=True)
+    )
+    twin.register_fake(lambda *args: pick(fake(*args)))
+
+
+def onnx_translation(contract: OpContract) -> Callable:
+    """The function that `torch.onnx.export` calls (custom_translation_table) to emit this op's node."""
+    import onnxscript
+
+    opset = onnxscript.values.Opset(DOMAIN, VERSION)
+    split = len(contract.inputs)
+    names = [s.name for s in contract.inputs] + [a.name for a in contract.attributes]
+
+    def translate(*args, **kwargs):
+        values = dict(zip(names, args)) | kwargs
+        attributes = {a.name: values[a.name] for a in contract.attributes}
+        return getattr(opset, contract.onnx_type)(*[values[n] for n in names[:split]], **attributes)
+
+    parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+    translate.__signature__ = inspect.Signature(parameters)
+    translate.__annotations__ = {a.name: a.kind for a in contract.attributes}
+    translate.__name__ = contract.name
+    return translate

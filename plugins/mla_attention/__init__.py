@@ -1,0 +1,1 @@
+"""Absorbed latent attention (MLA) over a paged latent cache."""

@@ -1,0 +1,44 @@
+"""Contract of `moe_experts`: sum over a token's chosen experts of weight * down(silu(gate(x)) * up(x)).
+
+gate_up_proj holds, per expert, the rows of gate_proj and then those of up_proj (gate_up_layout "concatenated"), or the
+two in turn (gate 0, up 0, gate 1, ...: "interleaved"). The tensors hold experts first_expert .. first_expert + E; an id
+outside that range (-1 in padding rows) adds nothing. Only chosen experts are computed. float8_e4m3fn and uint8 weights
+come with one float32 scale per output channel: real weight = weight * scale[:, None], or (weight - 128) * scale[:, None].
+"""
+
+import torch
+
+from plugins.contract import (
+    ACTIVATIONS, FLOAT8, FLOAT32, INT32, UINT8, AttributeSpec, OpContract, OutputSpec, TensorSpec, register,
+)  # fmt: skip
+
+WEIGHTS = (*ACTIVATIONS, FLOAT8, UINT8)
+
+CONTRACT = OpContract(
+    name="moe_experts",
+    onnx_type="MoeExperts",
+    inputs=(
+        TensorSpec("x", ("T", "hidden_size"), ACTIVATIONS),
+        TensorSpec("topk_ids", ("T", "top_k"), (INT32,)),
+        TensorSpec("topk_weights", ("T", "top_k"), (FLOAT32,)),
+        TensorSpec("gate_up_proj", ("E", "gate_up", "hidden_size"), WEIGHTS),
+        TensorSpec("down_proj", ("E", "hidden_size", "moe_intermediate_size"), WEIGHTS),
+        TensorSpec("gate_up_scale", ("E", "gate_up"), (FLOAT32,), optional=True),
+        TensorSpec("down_scale", ("E", "hidden_size"), (FLOAT32,), optional=True),
+    ),
+    outputs=(OutputSpec("y", ("T", "hidden_size"), like="x"),),
+    attributes=(
+        AttributeSpec("first_expert", int),
+        AttributeSpec("gate_up_layout", str, choices=("concatenated", "interleaved")),
+    ),
+)
+
+
+def _compute(*tensors, **attributes):
+    from plugins.moe_experts.reference import moe_experts
+
+    return (moe_experts(*tensors, **attributes),)
+
+
+register(CONTRACT, _compute)
+moe_experts = torch.ops.latentrt.moe_experts

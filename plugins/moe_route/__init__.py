@@ -1,0 +1,1 @@
+"""Expert choice of DeepSeekMoE: scores, group limit, top-k, weights."""
