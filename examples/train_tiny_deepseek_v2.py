@@ -666,11 +666,60 @@ def experts_difference(model: DeepseekV2ForCausalLM, ids: torch.Tensor) -> float
     return difference
 
 
+README = """# tiny-deepseek-v2
+
+A small DeepSeek-V2 checkpoint that was really trained, for the examples and tests of latentrt. It has every part of
+the architecture: compressed queries and latent attention, a dense first layer, group-limited routing over
+{n_routed_experts} experts with {n_shared_experts} shared ones, and YaRN from {original} to {longest} positions.
+Expect lines that look like Python and short answers in the right format, not true ones.
+
+Loads with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretrained`, without remote code.
+
+| | |
+|---|---|
+| parameters | {parameters:,} ({layers} layers, hidden size {hidden_size}, bf16) |
+| tokens seen | {tokens_seen:,} in {steps:,} steps ({training_tokens_in_corpus:,} in the corpus) |
+| training time | {training_seconds:,} s, {tokens_per_second:,} tokens/s |
+| machine, date | {machine}; {date} |
+| command | `{command}` |
+| held-out perplexity per token | **{perplexity_per_token}** (unigram baseline: {unigram_perplexity_per_token}) |
+| held-out bits per byte | **{bits_per_byte}** |
+| perplexity by window length | {windows} |
+
+The perplexities are those of the saved bf16 weights, loaded by transformers and computed in float32, over the
+{held_out_tokens:,} tokens of `held_out.txt` in windows of {window} tokens. The unigram baseline counts the training tokens,
+plus one each. `training.json` has these numbers and the share of tokens that each expert takes.
+
+## Where the text comes from
+
+The training text is the standard library of Python {python}: its source without tests, the sections of the language
+reference in `pydoc_data`, and questions and answers made from docstrings. `held_out.txt` is text of the same kind that
+was not trained on: whole files, reference sections and answers about names left out of the training pairs. Documents
+stand between the literal begin and end tokens, so encode it with `add_special_tokens=False`.
+
+Python's standard library is Copyright (c) 2001 Python Software Foundation; all rights reserved. It is used and, in
+`held_out.txt`, redistributed under the PSF License Version 2 (https://docs.python.org/3/license.html); some files carry
+the notices of their own authors. The weights and the tokenizer were made from that text by
+`examples/train_tiny_deepseek_v2.py`.
+"""
+
+
 def write_record(out: Path, record: dict) -> None:
-    """training.json, by renaming a finished temporary."""
-    temporary = out / ".training.json.tmp"
-    temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
-    os.replace(temporary, out / "training.json")
+    """training.json and the README that repeats it, by renaming finished temporaries."""
+    windows = ", ".join(f"{length}: {value}" for length, value in record["perplexity_by_window"].items())
+    names = {
+        "original": CONFIG["rope_scaling"]["original_max_position_embeddings"],
+        "longest": CONFIG["max_position_embeddings"],
+        "layers": CONFIG["num_hidden_layers"],
+        "windows": windows,
+        "window": LONG,
+    }
+    files = {"training.json": json.dumps(record, indent=2) + "\n"}
+    files["README.md"] = README.format(**{**CONFIG, **record, **names})
+    for name, text in files.items():
+        temporary = out / f".{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        os.replace(temporary, out / name)
 
 
 def prepare(work: Path) -> tuple[Tokenizer, list[np.ndarray], str]:
@@ -717,8 +766,10 @@ def main(
         "steps": trainer.at.step,
         "training_seconds": round(trainer.at.seconds),
         "tokens_per_second": round(trainer.at.tokens / trainer.at.seconds),
-        "machine": f"{platform.machine()}, {os.cpu_count()} cores, CPU",
+        "machine": f"{platform.machine().replace('_', '-')}, {os.cpu_count()} cores, CPU",
         "date": time.strftime("%Y-%m-%d"),
+        "command": f"python examples/train_tiny_deepseek_v2.py --out {out} --minutes {minutes:g}",
+        "torch": torch.__version__,
         "python": platform.python_version(),
         "seed": SEED,
         **judge(out, documents),

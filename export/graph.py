@@ -42,7 +42,7 @@ def build(
     """The step graph of `config` with weights as inputs, activations and weights in `dtype`. See docs/step-graph.md."""
     shapes = _Shapes(config, dtype, cache_format, page_size)
     stamper = _Stamper(config, shapes)
-    hidden, cos, sin = stamper.stamp(_trace_embed(shapes), "model.", dict(stamper.batch))
+    hidden, cos, sin = stamper.stamp(_trace_embed(shapes), "embed.", dict(stamper.batch))
     layers = {moe: _trace_layer(shapes, moe) for moe in {config.is_moe_layer(i) for i in range(config.num_hidden_layers)}}
     for i in range(config.num_hidden_layers):
         cache = stamper.add_cache(i)
@@ -50,7 +50,7 @@ def build(
         hidden, updated = stamper.stamp(layers[config.is_moe_layer(i)], f"model.layers.{i}.", feeds)
         hidden.name, updated.name = f"model.layers.{i}.output", f"{cache_name(i)}.updated"
         stamper.outputs.append(updated)
-    logits, last_hidden = stamper.stamp(_trace_head(shapes), "model.", stamper.batch | {"hidden": hidden})
+    logits, last_hidden = stamper.stamp(_trace_head(shapes), "head.", stamper.batch | {"hidden": hidden})
     logits.name, last_hidden.name = LOGITS, LAST_HIDDEN
     return stamper.finish([logits, last_hidden])
 
@@ -144,8 +144,8 @@ def _trace_embed(s: _Shapes) -> ir.Model:
 def _trace_layer(s: _Shapes, is_moe: bool) -> ir.Model:
     c = s.config
     module = _on_meta(lambda: deepseek_v2.DecoderLayer(c, is_moe, s.cache_format), s.dtype)
-    angle = s.rows(c.qk_rope_head_dim // 2, torch.float32)
-    arguments = (s.rows(c.hidden_size, s.dtype), angle, angle, s.cache(), *map(s.batch_input, ATTENTION_INPUTS))
+    cos, sin = (s.rows(c.qk_rope_head_dim // 2, torch.float32) for _ in range(2))  # one tensor for both would be merged
+    arguments = (s.rows(c.hidden_size, s.dtype), cos, sin, s.cache(), *map(s.batch_input, ATTENTION_INPUTS))
     names = ["hidden", "cos", "sin", "cache", *ATTENTION_INPUTS]
     return _trace(module, arguments, tuple(s.dynamic(n) for n in names), names, ["hidden_out", "cache_out"])
 
@@ -251,7 +251,7 @@ class _Stamper:
         return dict(zip(node.outputs, copy.outputs, strict=True))
 
     def _weight(self, value: ir.Value, prefix: str) -> ir.Value:
-        name = _weight_name(value.name) if prefix == "model." else f"{prefix}{value.name}"
+        name = f"{prefix}{value.name}" if prefix.startswith("model.layers.") else _weight_name(value.name)
         self.weights.append(ir.Value(name=name, shape=value.shape, type=value.type))
         return self.weights[-1]
 

@@ -1,0 +1,208 @@
+"""CPU lowering: the step graph for ONNX Runtime, with function bodies for the custom ops and weights as external data.
+
+fp32 keeps the graph's own products. int8 turns linears into MatMulNBits, absorbed products into one MatMulNBits a head,
+and experts into QMoE. At accuracy "exact" all sums are float32; "fast" lets products quantize activations to int8.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from export.config import DeepseekV2Config
+from export.errors import BuildError
+from export.models.weights import Weight
+from export.quantization import Float32, Int8, WeightFormat
+from export.weight_set import StoredWeight
+from plugins.contract import DOMAIN
+from plugins.mla_attention import ort as mla_attention
+from plugins.moe_experts import ort as moe_experts
+from plugins.moe_experts.op import CONTRACT as MOE_EXPERTS
+from plugins.moe_route import ort as moe_route
+from plugins.onnx_function import MICROSOFT
+
+PRECISIONS = ("fp32", "int8")
+ACCURACIES = ("exact", "fast")
+CACHE_FORMATS = ("float32", "float16")
+LAYOUT = "onnxruntime"
+_ACCURACY_LEVEL = {"exact": 0, "fast": 4}  # of MatMulNBits: 0 float32 activations, 4 int8
+_DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,
+           torch.uint8: ir.DataType.UINT8}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class CpuOptions:
+    """What can be chosen for the cpu target."""
+
+    precision: str = "int8"
+    accuracy: str = "fast"
+    cache_format: str = "float32"
+
+    def check(self) -> None:
+        """Raises BuildError that lists the choices."""
+        for name, choices in (("precision", PRECISIONS), ("accuracy", ACCURACIES), ("cache_format", CACHE_FORMATS)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise BuildError(f"{name} is {value!r}, accepted for target cpu: {', '.join(choices)}")
+
+
+def weight_format(config: DeepseekV2Config, options: CpuOptions) -> WeightFormat:
+    """The weight format of a precision. Block-wise experts have int8 activations only, so "exact" has none."""
+    if options.precision == "fp32":
+        return Float32()
+    blocks = [b for b in (128, 64, 32, 16) if config.hidden_size % b == 0 and config.moe_intermediate_size % b == 0]
+    return Int8(expert_block_size=blocks[0] if options.accuracy == "fast" and blocks else 0)
+
+
+def stored_weights(weights: list[Weight]) -> list[Weight]:
+    """Weights in the layout of ONNX Runtime's kernels: rows of gate_proj and up_proj take turns."""
+    return [_interleaved(w) if w.role == "gate_up" else w for w in weights]
+
+
+def _interleaved(weight: Weight) -> Weight:
+    def make(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return torch.stack([gate, up], 1).flatten(0, 1)[None]
+
+    return Weight(weight.name, weight.shape, weight.role, weight.sources, make)
+
+
+def lower(
+    model: ir.Model, config: DeepseekV2Config, weights: list[Weight], located: Mapping[str, StoredWeight],
+    weight_format: WeightFormat, options: CpuOptions,
+) -> onnx.ModelProto:
+    """Rewrites `model` in place; `located` says where each stored tensor lies, beside the model file."""
+    graph = model.graph
+    by_name = {value.name: value for value in graph.inputs}
+    rewriter = _Rewriter(graph, located, weight_format, options)
+    for weight in weights:
+        value = by_name[weight.name]
+        graph.inputs.remove(value)
+        rewriter.replace(weight, value)
+    functions = [_mla_body(graph), *_moe_bodies(graph, config, weight_format)]
+    model.opset_imports[MICROSOFT] = graph.opset_imports[MICROSOFT] = 1
+    graph.sort()
+    proto = ir.to_proto(model)
+    proto.functions.extend(functions)
+    return proto
+
+
+class _Rewriter:
+    """Turns weight inputs into initializers and their products into what the precision calls for."""
+
+    def __init__(self, graph: ir.Graph, located, weight_format: WeightFormat, options: CpuOptions):
+        self.graph, self.located, self.format, self.options = graph, located, weight_format, options
+
+    def replace(self, weight: Weight, value: ir.Value) -> None:
+        quantized = isinstance(self.format, Int8) and self.format.is_quantized(weight)
+        users = list(value.uses())
+        if weight.role in ("gate_up", "down"):
+            self._experts(weight, value, users, quantized)
+        elif quantized and weight.role == "linear":
+            self._linear(weight, users[0].node)
+        elif quantized:
+            self._absorbed(weight, users[0].node)
+        elif weight.role == "embedding":
+            self._embedding(weight, users[0].node)
+        else:
+            value.replace_all_uses_with(self._initializer(weight.name))
+
+    def _initializer(self, name: str, index: int | None = None, axes: int = 1) -> ir.Value:
+        """The stored tensor `name`, or its slice `index` along axis 0, as external data."""
+        stored = self.located[name]
+        shape, offset, size = stored.shape, stored.offset, stored.size
+        if index is not None:
+            size //= shape[0]
+            offset, shape, name = offset + index * size, shape[axes:], f"{name}.{index}"
+        dtype = _DTYPES[stored.dtype]
+        tensor = ir.ExternalTensor(stored.file, offset, size, dtype, shape=ir.Shape(shape), name=name)
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def _embedding(self, weight: Weight, gather: ir.Node) -> None:
+        table = self._initializer(weight.name)
+        gather.replace_input_with(0, table)
+        if table.dtype == ir.DataType.FLOAT:
+            return
+        rows = gather.outputs[0]
+        looked_up = ir.Value(name=f"{rows.name}.stored", shape=rows.shape, type=ir.TensorType(table.dtype))
+        copy = ir.Node("", "Gather", gather.inputs, list(gather.attributes.values()), outputs=[looked_up])
+        cast = ir.node("Cast", [looked_up], {"to": int(ir.DataType.FLOAT)})
+        self._swap(gather, [copy, cast])
+
+    def _linear(self, weight: Weight, gemm: ir.Node) -> None:
+        assert gemm.op_type == "Gemm" and gemm.attributes.get_int("transB", 0) == 1, gemm
+        bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
+        inputs = [gemm.inputs[0], self._initializer(weight.name), self._initializer(weight.name + ".scale")]
+        self._swap(gemm, [self._mat_mul_nbits(inputs + ([None, None, bias] if bias else []), *weight.shape)])
+
+    def _mat_mul_nbits(self, inputs: list, outputs: int, width: int) -> ir.Node:
+        attributes = {
+            "K": width, "N": outputs, "bits": 8, "block_size": self.format.linear_block(width),
+            "accuracy_level": _ACCURACY_LEVEL[self.options.accuracy],
+        }  # fmt: skip
+        return ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT)
+
+    def _absorbed(self, weight: Weight, matmul: ir.Node) -> None:
+        """[H, T, in] x [H, in, out] -> [H, T, out]: one product a head, since MatMulNBits has no batch of weights."""
+        heads, width, outputs = weight.shape
+        split = ir.node("Split", [matmul.inputs[0]], {"axis": 0, "num_outputs": heads}, num_outputs=heads)
+        products = [
+            self._mat_mul_nbits(
+                [rows, self._initializer(weight.name, h), self._initializer(weight.name + ".scale", h)], outputs, width
+            )
+            for h, rows in enumerate(split.outputs)
+        ]
+        concat = ir.node("Concat", [p.outputs[0] for p in products], {"axis": 0})
+        for value in (*split.outputs, *(p.outputs[0] for p in products)):
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+        self._swap(matmul, [split, *products, concat])
+
+    def _experts(self, weight: Weight, value: ir.Value, users: list, quantized: bool) -> None:
+        value.replace_all_uses_with(self._initializer(weight.name))
+        node = users[0].node
+        node.attributes["gate_up_layout"] = ir.AttrString("gate_up_layout", "interleaved")
+        if quantized:
+            names = [s.name for s in MOE_EXPERTS.inputs]
+            node.resize_inputs(len(names))
+            scale = names.index("gate_up_scale" if weight.role == "gate_up" else "down_scale")
+            node.replace_input_with(scale, self._initializer(weight.name + ".scale"))
+
+    def _swap(self, old: ir.Node, new: list[ir.Node]) -> None:
+        """Puts nodes in the place of one; the last one's output takes over the old one's name, shape and users."""
+        before, after = old.outputs[0], new[-1].outputs[0]
+        after.shape, after.type, name = before.shape, before.type, before.name
+        for index, node in enumerate(new):
+            node.name = f"{old.name}.{index}" if len(new) > 1 else old.name
+            for k, output in enumerate(node.outputs):
+                output.name = output.name or f"{name}.{index}.{k}"
+        ir.convenience.replace_nodes_and_values(self.graph, old, [old], new, [before], [after])
+        after.name = name
+
+
+def _mla_body(graph: ir.Graph) -> onnx.FunctionProto:
+    return mla_attention.body()
+
+
+def _moe_bodies(graph: ir.Graph, config: DeepseekV2Config, weight_format: WeightFormat) -> list[onnx.FunctionProto]:
+    """Bodies for MoeRoute and MoeExperts, if the model has MoE layers; all of them have the same attributes."""
+    routes, experts = _nodes(graph, "MoeRoute"), _nodes(graph, "MoeExperts")
+    if not experts:
+        return []
+    block_size = weight_format.expert_block_size if isinstance(weight_format, Int8) else None
+    top_k = config.num_experts_per_tok
+    body = moe_experts.body(_attributes(experts), config.n_routed_experts, top_k, block_size)
+    return [moe_route.body(_attributes(routes)), body]
+
+
+def _nodes(graph: ir.Graph, op_type: str) -> list[ir.Node]:
+    return [n for n in graph if n.domain == DOMAIN and n.op_type == op_type]
+
+
+def _attributes(nodes: list[ir.Node]) -> dict:
+    """The attributes of nodes that must all have the same."""
+    found = [{k: a.value for k, a in n.attributes.items()} for n in nodes]
+    assert all(f == found[0] for f in found), found
+    return found[0]

@@ -1,0 +1,7 @@
+"""Weight formats: one file each. A format says which tensors a weight becomes, and encodes and decodes its slabs."""
+
+from export.quantization.base import StoredTensor, WeightFormat
+from export.quantization.float32 import Float32
+from export.quantization.int8 import Int8
+
+__all__ = ["Float32", "Int8", "StoredTensor", "WeightFormat"]

@@ -1,0 +1,90 @@
+"""int8: symmetric 8-bit weights, stored as uint8 with zero point 128, value = (q - 128) * scale.
+
+Linear and absorbed products have one float32 scale per output and block of inputs (ONNX Runtime's MatMulNBits); routed
+experts have one per output channel, or per block (QMoE). Norms, biases and the router stay float32, the embedding as it is.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from export.models.weights import Weight
+from export.quantization.base import StoredTensor, WeightFormat
+from export.quantization.float32 import Float32
+
+ZERO_POINT, LARGEST = 128, 127
+_PLAIN = Float32()
+
+
+class Int8(WeightFormat):
+    """`block_size` inputs share a scale in linears (fewer where there are fewer inputs).
+
+    `expert_block_size` 0 means one scale per output channel of an expert.
+    """
+
+    def __init__(self, block_size: int = 128, expert_block_size: int = 0):
+        self.block_size, self.expert_block_size = block_size, expert_block_size
+        self.key = f"int8.b{block_size}.e{expert_block_size}"
+
+    def is_quantized(self, weight: Weight) -> bool:
+        return weight.role in ("linear", "absorbed", "gate_up", "down")
+
+    def linear_block(self, inputs: int) -> int:
+        """Block size for a product with this many inputs: a power of two from 16 to block_size."""
+        return min(self.block_size, max(16, 1 << (inputs - 1).bit_length()))
+
+    def stored(self, weight: Weight, source: torch.dtype) -> list[StoredTensor]:
+        if not self.is_quantized(weight):
+            return _PLAIN.stored(weight, source)
+        if weight.role in ("gate_up", "down"):
+            experts, outputs, inputs = weight.shape
+            blocks = (inputs // self.expert_block_size,) if self.expert_block_size else ()
+            return [
+                StoredTensor("", weight.shape, torch.uint8),
+                StoredTensor(".scale", (experts, outputs, *blocks), torch.float32),
+            ]
+        *heads, outputs, inputs = _outputs_first(weight).shape
+        block = self.linear_block(inputs)
+        blocks = -(-inputs // block)
+        return [
+            StoredTensor("", (*heads, outputs, blocks, block), torch.uint8),
+            StoredTensor(".scale", (*heads, outputs, blocks), torch.float32),
+        ]
+
+    def encode(self, weight: Weight, slab: torch.Tensor) -> list[torch.Tensor]:
+        if not self.is_quantized(weight):
+            return _PLAIN.encode(weight, slab)
+        slab = slab.float()
+        if weight.role == "absorbed":
+            slab = slab.transpose(-1, -2)  # [heads, out, in]
+        inputs = slab.shape[-1]
+        if weight.role in ("gate_up", "down"):
+            quantized, scale = _quantize(slab, self.expert_block_size or inputs)
+            return [quantized.flatten(-2), scale if self.expert_block_size else scale[..., 0]]
+        return list(_quantize(slab, self.linear_block(inputs)))
+
+    def decode(self, weight: Weight, stored: list[torch.Tensor]) -> torch.Tensor:
+        if not self.is_quantized(weight):
+            return _PLAIN.decode(weight, stored)
+        quantized, scale = stored
+        if weight.role in ("gate_up", "down"):
+            quantized = quantized.unflatten(-1, (scale.shape[-1], -1) if self.expert_block_size else (1, -1))
+            scale = scale if self.expert_block_size else scale[..., None]
+            return ((quantized.float() - ZERO_POINT) * scale[..., None]).flatten(-2)
+        inputs = _outputs_first(weight).shape[-1]
+        values = ((quantized.float() - ZERO_POINT) * scale[..., None]).flatten(-2)[..., :inputs]
+        return values.transpose(-1, -2) if weight.role == "absorbed" else values
+
+
+def _outputs_first(weight: Weight) -> torch.Tensor:
+    """A tensor without memory that has the weight's shape with outputs before inputs."""
+    empty = torch.empty(weight.shape, device="meta")
+    return empty.transpose(-1, -2) if weight.role == "absorbed" else empty
+
+
+def _quantize(values: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., inputs] float32 -> uint8 [..., blocks, block] (padded with the zero point) and scales [..., blocks]."""
+    padded = F.pad(values, (0, -values.shape[-1] % block)).unflatten(-1, (-1, block))
+    scale = padded.abs().amax(-1) / LARGEST
+    scale = torch.where(scale > 0, scale, 1.0)
+    quantized = (padded / scale[..., None]).round_().clamp_(-LARGEST, LARGEST).add_(ZERO_POINT)
+    return quantized.to(torch.uint8), scale

@@ -1,0 +1,236 @@
+"""Ahead-of-time compilation of the kernels that plans name: a cubin and a JSON manifest each, in a cache by content.
+
+Needs Triton but no GPU. The cache is $LATENTRT_CACHE/kernels (~/.cache/latentrt/kernels); an entry's name is the digest of
+the kernel's sources, its spec, the architecture, Triton's version and the assembler chosen. Triton's own ptxas is used
+unless TRITON_PTXAS_PATH (below 9.0) or TRITON_PTXAS_BLACKWELL_PATH say otherwise: a driver older than CUDA 13.3 may ask for
+one of its own age. Command line: `python -m plugins.compile --all`.
+"""
+
+import hashlib
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property, lru_cache
+from importlib.metadata import version
+from pathlib import Path
+
+from plugins import architecture, interpreter
+from plugins.launch import POINTER_ALIGNMENT, KernelSpec
+
+FORMAT = 1
+PLUGINS = Path(__file__).parent
+INSTRUCTIONS = ("HGMMA", "QGMMA", "HMMA", "QMMA", "UTCHMMA", "UTCQMMA", "LDGSTS", "UTMALDG", "LDL", "STL", "LDSM")
+_TOOLS = ("TRITON_PTXAS_PATH", "TRITON_PTXAS_BLACKWELL_PATH")
+
+
+@dataclass(frozen=True)
+class CompiledKernel:
+    """A cubin and its manifest (see `_manifest`). `path` is the cubin's file."""
+
+    path: Path
+    metadata: dict
+
+    @cached_property
+    def cubin(self) -> bytes:
+        return self.path.read_bytes()
+
+    @property
+    def name(self) -> str:
+        """The function's name in the cubin."""
+        return self.metadata["name"]
+
+
+def cache_directory() -> Path:
+    """Where compiled kernels are kept."""
+    return Path(os.environ.get("LATENTRT_CACHE", Path.home() / ".cache" / "latentrt")) / "kernels"
+
+
+@lru_cache
+def _sources_digest(op: str) -> str:
+    files = sorted([*(PLUGINS / op).rglob("*kernel*.py"), PLUGINS / "compile.py"])
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(str(file.relative_to(PLUGINS)).encode() + b"\0" + file.read_bytes() + b"\0")
+    return digest.hexdigest()
+
+
+def digest(spec: KernelSpec, capability: int) -> str:
+    """Content address of a compiled kernel; needs no Triton import."""
+    tools = {name: os.environ.get(name) for name in _TOOLS}
+    identity = [FORMAT, asdict(spec), capability, _sources_digest(spec.op), version("triton"), tools]
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
+
+
+def load(spec: KernelSpec, capability: int, cache: Path | None = None) -> CompiledKernel | None:
+    """The kernel if it is in the cache, else None."""
+    path = _path(spec, capability, cache)
+    if not path.with_suffix(".json").exists():
+        return None
+    metadata = json.loads(path.with_suffix(".json").read_text())
+    return CompiledKernel(path, metadata)
+
+
+def compile_kernel(spec: KernelSpec, capability: int, cache: Path | None = None) -> CompiledKernel:
+    """The kernel compiled for one compute capability (89), from the cache where it is there. Raises what Triton raises.
+
+    Not in a process that runs the interpreter: use `compile_in_child` there.
+    """
+    found = load(spec, capability, cache)
+    if found:
+        return found
+    if interpreter.interpreting():
+        raise RuntimeError("TRITON_INTERPRET=1 is set in this process: nothing can be compiled, use compile_in_child")
+    compiled = _compile(spec, capability)
+    path = _path(spec, capability, cache)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    _write(path, compiled.asm["cubin"])
+    metadata = _manifest(spec, capability, compiled, path)
+    _write(path.with_suffix(".json"), (json.dumps(metadata, indent=1) + "\n").encode())
+    return CompiledKernel(path, metadata)
+
+
+def compile_in_child(requests: Iterable[tuple[KernelSpec, int]], cache: Path | None = None) -> list[CompiledKernel]:
+    """Like compile_kernel for each (spec, capability), in one child process without the interpreter.
+
+    RuntimeError with the end of the child's output if it fails.
+    """
+    requests = list(requests)
+    missing = [[asdict(spec), capability] for spec, capability in requests if load(spec, capability, cache) is None]
+    if missing:
+        command = [sys.executable, "-m", "plugins.compile", "--requests", "-"]
+        command += ["--cache", str(cache)] if cache else []
+        environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+        child = subprocess.run(
+            command, input=json.dumps(missing), capture_output=True, text=True, env=environment, cwd=PLUGINS.parent
+        )
+        if child.returncode:
+            raise RuntimeError(f"compiling {len(missing)} kernels failed:\n{child.stdout[-2000:]}{child.stderr[-4000:]}")
+    return [load(spec, capability, cache) for spec, capability in requests]
+
+
+def spec_from_json(fields: dict) -> KernelSpec:
+    """The spec that `dataclasses.asdict` and JSON made lists and dictionaries of."""
+    pairs = {k: tuple(map(tuple, fields[k])) for k in ("arguments", "constexprs")}
+    return KernelSpec(**(fields | pairs))
+
+
+def _path(spec: KernelSpec, capability: int, cache: Path | None) -> Path:
+    name = f"{spec.op}.{spec.function}.sm{capability}.{digest(spec, capability)}.cubin"
+    return (cache or cache_directory()) / name
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Replaces a file atomically, so that readers and concurrent writers see a whole one."""
+    with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(file.name, path)
+
+
+def _compile(spec: KernelSpec, capability: int):
+    """Triton's compiled kernel. Contraction of a * b + c into one rounding is always on, whatever the environment."""
+    import importlib
+
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    function = getattr(importlib.import_module(f"plugins.{spec.op}.kernel"), spec.function)
+    types, constants = dict(spec.arguments), dict(spec.constexprs)
+    if set(types) | set(constants) != set(function.arg_names):
+        raise ValueError(f"{spec.function} has arguments {function.arg_names}, its spec {[*types, *constants]}")
+    signature = {name: types.get(name, "constexpr") for name in function.arg_names}
+    position = {name: (i,) for i, name in enumerate(function.arg_names)}
+    aligned = [["tt.divisibility", POINTER_ALIGNMENT]]
+    source = ASTSource(
+        fn=function,
+        signature=signature,
+        constexprs={position[name]: value for name, value in constants.items()},
+        attrs={position[name]: aligned for name, kind in types.items() if kind.startswith("*")},
+    )
+    options = dict(num_warps=spec.num_warps, num_stages=spec.num_stages, enable_fp_fusion=True)
+    with triton.knobs.cache.scope(), tempfile.TemporaryDirectory() as scratch:
+        triton.knobs.cache.dir = scratch
+        return triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+
+
+def _manifest(spec: KernelSpec, capability: int, compiled, cubin: Path) -> dict:
+    """What a launcher must know, and what the gates look at. Sizes in bytes.
+
+    The kernel takes `parameters` in order, then two 64-bit addresses: global scratch, profile scratch (0 where size 0).
+    """
+    metadata = compiled.metadata
+    registers, stack = _resources(cubin)
+    return {
+        "format": FORMAT,
+        "name": metadata.name,
+        "architecture": capability,
+        "shared_bytes": metadata.shared,
+        "num_warps": metadata.num_warps,
+        "num_ctas": metadata.num_ctas,
+        "global_scratch_bytes": metadata.global_scratch_size,
+        "profile_scratch_bytes": metadata.profile_scratch_size,
+        "parameters": [list(a) for a in spec.arguments],
+        "pointer_alignment": POINTER_ALIGNMENT,
+        "grid": spec.grid,
+        "spec": asdict(spec),
+        "triton": version("triton"),
+        "sha256": hashlib.sha256(cubin.read_bytes()).hexdigest(),
+        "registers": registers,
+        "stack_bytes": stack,
+        "instructions": _instructions(cubin),
+    }
+
+
+def _cuobjdump(option: str, cubin: Path) -> str:
+    import triton
+
+    tool = triton.knobs.nvidia.cuobjdump.path
+    return subprocess.run([tool, option, str(cubin)], capture_output=True, text=True, check=True).stdout
+
+
+def _resources(cubin: Path) -> tuple[int, int]:
+    """Registers per thread and stack bytes per thread (spilled registers lie there)."""
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", _cuobjdump("-res-usage", cubin))
+    return int(usage[1]), int(usage[2])
+
+
+def _instructions(cubin: Path) -> dict[str, int]:
+    """How often the telling instructions occur in the machine code."""
+    counts = dict.fromkeys(INSTRUCTIONS, 0)
+    for opcode in re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?\w+\s+)?([A-Z0-9]+)", _cuobjdump("-sass", cubin), re.M):
+        if opcode in counts:
+            counts[opcode] += 1
+    return {name: n for name, n in counts.items() if n}
+
+
+def findings(kernel: CompiledKernel) -> list[str]:
+    """What is wrong with a compiled kernel on its architecture: too much shared memory, no tensor cores, spills."""
+    metadata = kernel.metadata
+    row = architecture.get(metadata["architecture"])
+    found = []
+    if metadata["shared_bytes"] > row.shared_bytes:
+        found.append(f"shared memory: {metadata['shared_bytes']} bytes, sm_{row.capability} has {row.shared_bytes}")
+    kind = metadata["spec"]["tensor_cores"]
+    if kind is not None and row.mma.get(kind) not in metadata["instructions"]:
+        found.append(f"tensor cores: no {row.mma.get(kind)}, found {metadata['instructions']}")
+    spills = {k: v for k, v in metadata["instructions"].items() if k in ("LDL", "STL")}
+    if metadata["stack_bytes"] or spills:
+        found.append(f"spills: {metadata['stack_bytes']} bytes of stack a thread, {spills}")
+    return found
+
+
+def _main() -> None:
+    from plugins.kernels_report import main
+
+    main()
+
+
+if __name__ == "__main__":
+    _main()

@@ -1,0 +1,207 @@
+"""Triton kernels of `mla_attention`, and their launcher on torch tensors.
+
+A program of `attend` owns a tile: ROWS query rows of one sequence times BLOCK_H heads, M = ROWS * BLOCK_H pairs, and the
+share of one split of the cached tokens. Which sequence that is it finds in query_starts, so the grid never depends on
+lengths. Tiles after the last sequence's own the padding rows.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from plugins.architecture import Target
+from plugins.launch import PlanError
+from plugins.mla_attention.plan import Attention, plan
+from plugins.torch_launch import contiguous, run, target_of, word
+
+
+@triton.jit
+def _locate(query_starts, num_tokens, tile, sequences, ROWS: tl.constexpr, SEARCH: tl.constexpr):
+    """Sequence, its first tile, and the number of tiles of all sequences; sequence == sequences past the last tile."""
+    limit = tl.load(num_tokens)
+    sequence = 0
+    first = 0
+    total = 0
+    for base in range(0, sequences, SEARCH):
+        b = base + tl.arange(0, SEARCH)
+        real = b < sequences
+        start = tl.minimum(tl.load(query_starts + b, mask=real, other=0), limit)
+        stop = tl.minimum(tl.load(query_starts + b + 1, mask=real, other=0), limit)
+        tiles = (stop - start + ROWS - 1) // ROWS  # [SEARCH]
+        ends = total + tl.cumsum(tiles, 0)
+        passed = real & (ends <= tile)
+        sequence += tl.sum(passed.to(tl.int32), 0)
+        first = tl.maximum(first, tl.max(tl.where(passed, ends, 0), 0))
+        total += tl.sum(tiles, 0)
+    return sequence, first, total
+
+
+@triton.jit
+def append(latent, k_pe, cache, block_table, cached_lengths, query_starts, num_tokens, tokens, sequences, max_pages,
+           RANK: tl.constexpr, ROPE: tl.constexpr, ROPE_PAD: tl.constexpr, PAGE: tl.constexpr,
+           SEARCH: tl.constexpr):  # fmt: skip
+    """Row program_id of latent [T, RANK] and k_pe [T, ROPE] -> its slot of cache [num_pages, PAGE, RANK + ROPE]."""
+    row = tl.program_id(0)
+    sequence, _, _ = _locate(query_starts, num_tokens, row, sequences, 1, SEARCH)
+    if sequence < sequences:
+        position = tl.load(cached_lengths + sequence) + row - tl.load(query_starts + sequence)
+        page = tl.load(block_table + sequence.to(tl.int64) * max_pages + position // PAGE).to(tl.int64)
+        slot = cache + (page * PAGE + position % PAGE) * (RANK + ROPE)
+        d = tl.arange(0, RANK)
+        r = tl.arange(0, ROPE_PAD)
+        x = tl.load(latent + row.to(tl.int64) * RANK + d)
+        tl.store(slot + d, x.to(cache.dtype.element_ty))
+        x = tl.load(k_pe + row.to(tl.int64) * ROPE + r, mask=r < ROPE, other=0.0)
+        tl.store(slot + RANK + r, x.to(cache.dtype.element_ty), mask=r < ROPE)
+
+
+@triton.jit
+def _load_keys(tokens, real, dtype: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, ROPE_PAD: tl.constexpr,
+               BLOCK_N: tl.constexpr):  # fmt: skip
+    """The BLOCK_N tokens that lie at `tokens` -> latent [BLOCK_N, RANK], k_pe [BLOCK_N, ROPE_PAD]; 0 where not `real`."""
+    d = tl.arange(0, RANK)
+    r = tl.arange(0, ROPE_PAD)
+    rows = tokens + tl.arange(0, BLOCK_N)[:, None] * (RANK + ROPE)
+    keys = tl.load(rows + d[None, :], mask=real[:, None], other=0.0).to(dtype)
+    if ROPE == ROPE_PAD:
+        keys_pe = tl.load(rows + RANK + r[None, :], mask=real[:, None], other=0.0).to(dtype)
+    else:
+        keys_pe = tl.load(rows + RANK + r[None, :], mask=real[:, None] & (r < ROPE)[None, :], other=0.0).to(dtype)
+    return keys, keys_pe
+
+
+@triton.jit
+def _soften(scores, best, total, AXIS: tl.constexpr):
+    """One online-softmax step along AXIS: weights, and the new maximum, sum, and factor of what was summed before."""
+    top = tl.maximum(best, tl.max(scores, AXIS))
+    base = tl.where(top == float("-inf"), 0.0, top)  # a row may see no token of this block
+    factor = tl.exp2(best - base)
+    weights = tl.exp2(scores - tl.expand_dims(base, AXIS))
+    return weights, top, total * factor + tl.sum(weights, AXIS), factor
+
+
+@triton.jit
+def _attend_pages(q, q_pe, position, cache, pages, lo, hi, scale_log2e, M: tl.constexpr, RANK: tl.constexpr,
+                  ROPE: tl.constexpr, ROPE_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
+                  SWAP: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Attends q [M, RANK], q_pe [M, ROPE_PAD] to tokens lo .. hi: acc ([RANK, M] if SWAP), maximum and sum [M]."""
+    best = tl.full([M], float("-inf"), tl.float32)
+    total = tl.zeros([M], tl.float32)
+    acc = tl.zeros([RANK, M] if SWAP else [M, RANK], tl.float32)
+    for n0 in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
+        n = n0 + tl.arange(0, BLOCK_N)
+        token = tl.load(pages + n0 // PAGE).to(tl.int64) * PAGE + n0 % PAGE
+        keys, keys_pe = _load_keys(cache + token * (RANK + ROPE), n < hi, q.dtype, RANK, ROPE, ROPE_PAD, BLOCK_N)
+        if SWAP:
+            scores = tl.dot(keys_pe, tl.trans(q_pe), tl.dot(keys, tl.trans(q))) * scale_log2e  # [N, M]
+            scores = tl.where((n[:, None] <= position[None, :]) & (n < hi)[:, None], scores, float("-inf"))
+            weights, best, total, factor = _soften(scores, best, total, 0)
+            acc = tl.dot(tl.trans(keys), weights.to(q.dtype), acc * factor[None, :])
+        else:
+            scores = tl.dot(q_pe, tl.trans(keys_pe), tl.dot(q, tl.trans(keys))) * scale_log2e  # [M, N]
+            scores = tl.where((n[None, :] <= position[:, None]) & (n < hi)[None, :], scores, float("-inf"))
+            weights, best, total, factor = _soften(scores, best, total, 1)
+            acc = tl.dot(weights.to(q.dtype), keys, acc * factor[:, None])
+    return acc, best, total
+
+
+@triton.jit
+def attend(q_latent, q_pe, cache, block_table, cached_lengths, query_starts, num_tokens, output, lse, scale_log2e,
+           tokens, sequences, max_pages, HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
+           ROPE_PAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
+           BLOCK_N: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr, SEARCH: tl.constexpr):  # fmt: skip
+    """Attention of one tile over one split. Without lse: output [T, HEADS, RANK] in q's dtype, one split.
+
+    With lse: output [T, HEADS, splits, RANK] float32, lse [T, HEADS, splits] (base 2), -inf where a split has no token.
+    """
+    M: tl.constexpr = ROWS * BLOCK_H
+    BLOCKS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
+    tile = tl.program_id(0) // BLOCKS
+    sequence, first, total = _locate(query_starts, num_tokens, tile, sequences, ROWS, SEARCH)
+    start = tl.load(query_starts + sequence)  # of the padding rows if sequence == sequences
+    limit = tl.load(num_tokens)
+    padding = sequence == sequences
+    start = tl.minimum(start, limit)
+    row = start + (tile - tl.where(padding, total, first)) * ROWS
+    stop = tl.where(padding, tokens, tl.minimum(tl.load(query_starts + tl.minimum(sequence + 1, sequences)), limit))
+    past = tl.load(cached_lengths + sequence, mask=sequence < sequences, other=0)
+    length = tl.where(padding, 0, past + tl.minimum(row + ROWS, stop) - start)
+
+    pair = tl.arange(0, M)
+    t = row + pair // BLOCK_H
+    h = (tl.program_id(0) % BLOCKS) * BLOCK_H + pair % BLOCK_H
+    real = (t < stop) & (h < HEADS)
+    at = t.to(tl.int64) * HEADS + h  # [M]
+    place = at * tl.num_programs(1) + tl.program_id(1)
+    d = tl.arange(0, RANK)
+    share = tl.cdiv(tl.cdiv(length, BLOCK_N), tl.num_programs(1)) * BLOCK_N
+    lo = tl.program_id(1) * share
+    hi = tl.minimum(lo + share, length)
+    if lo >= hi:
+        if lse is not None:
+            tl.store(lse + place, tl.full([M], float("-inf"), tl.float32), mask=real)
+        else:
+            zero = tl.zeros([M, RANK], output.dtype.element_ty)
+            tl.store(output + place[:, None] * RANK + d[None, :], zero, mask=real[:, None])
+        return
+    r = tl.arange(0, ROPE_PAD)
+    q = tl.load(q_latent + at[:, None] * RANK + d[None, :], mask=real[:, None], other=0.0)
+    pe = tl.load(q_pe + at[:, None] * ROPE + r[None, :], mask=real[:, None] & (r < ROPE)[None, :], other=0.0)
+    pages = block_table + sequence.to(tl.int64) * max_pages
+    acc, best, total = _attend_pages(q, pe, past + t - start, cache, pages, lo, hi, scale_log2e, M, RANK, ROPE,
+                                     ROPE_PAD, PAGE, BLOCK_N, SWAP, STAGES)  # fmt: skip
+    divisor = tl.where(total > 0, total, 1.0)
+    if SWAP:
+        values = (acc / divisor[None, :]).to(output.dtype.element_ty)
+        tl.store(output + place[None, :] * RANK + d[:, None], values, mask=real[None, :])
+    else:
+        values = (acc / divisor[:, None]).to(output.dtype.element_ty)
+        tl.store(output + place[:, None] * RANK + d[None, :], values, mask=real[:, None])
+    if lse is not None:
+        tl.store(lse + place, best + tl.log2(total), mask=real)
+
+
+@triton.jit
+def combine(partial, lse, attended, splits, RANK: tl.constexpr, MAX_SPLITS: tl.constexpr):
+    """partial [T * H, splits, RANK] float32, lse [T * H, splits] -> attended [T * H, RANK]; zero if all lse are -inf."""
+    row = tl.program_id(0).to(tl.int64)
+    s = tl.arange(0, MAX_SPLITS)
+    every = tl.load(lse + row * splits + s, mask=s < splits, other=float("-inf"))  # [MAX_SPLITS]
+    best = tl.max(every, 0)
+    best = tl.where(best == float("-inf"), 0.0, best)
+    total = tl.sum(tl.exp2(every - best), 0)
+    d = tl.arange(0, RANK)
+    acc = tl.zeros([RANK], tl.float32)
+    for i in range(0, splits):
+        one = tl.load(lse + row * splits + i)
+        if one > float("-inf"):  # an empty split wrote no partial row
+            acc += tl.exp2(one - best) * tl.load(partial + (row * splits + i) * RANK + d)
+    tl.store(attended + row * RANK + d, (acc / tl.where(total > 0, total, 1.0)).to(attended.dtype.element_ty))
+
+
+def mla_attention_(
+    q_latent: torch.Tensor,  # [T, H, kv_lora_rank] bfloat16 or float16
+    q_pe: torch.Tensor,  # [T, H, qk_rope_head_dim]
+    latent: torch.Tensor,  # [T, kv_lora_rank]
+    k_pe: torch.Tensor,  # [T, qk_rope_head_dim]
+    cache: torch.Tensor,  # [num_pages, page_size, cache_width], written in place
+    block_table: torch.Tensor,  # [B, max_pages] int32
+    cached_lengths: torch.Tensor,  # [B] int32
+    query_starts: torch.Tensor,  # [B + 1] int32
+    num_tokens: torch.Tensor,  # [1] int32
+    softmax_scale: float,
+    cache_format: str,
+    target: Target | None = None,
+) -> torch.Tensor:
+    """Runs the kernels: appends to `cache` and returns attended [T, H, kv_lora_rank]. Contract: op.py.
+
+    PlanError if no kernel takes these shapes or dtypes; `target` is the tensors' GPU unless given.
+    """
+    if not cache.is_contiguous():
+        raise PlanError("mla_attention kernels: the cache is updated in place and must be contiguous")
+    tensors, (T, H, rank) = dict(locals()), q_latent.shape
+    tensors = contiguous({k: v for k, v in tensors.items() if isinstance(v, torch.Tensor)})
+    config = Attention(H, rank, k_pe.shape[1], cache.shape[1], word(q_latent), cache_format, softmax_scale)
+    tensors["attended"] = torch.empty_like(tensors["q_latent"])
+    run(plan(config, T, *block_table.shape, target or target_of(cache)), tensors)
+    return tensors["attended"]

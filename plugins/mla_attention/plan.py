@@ -1,0 +1,138 @@
+"""Launch plans of `mla_attention`: append, attend (directly, or split over the cached tokens), combine."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from math import log2, e
+
+from plugins.architecture import Target
+from plugins.launch import ELEMENTS, KernelSpec, Launch, Plan, PlanError, bind, cdiv, place, power_of_two
+from plugins.mla_attention.tiles import TILES, Tile
+
+DTYPES = ("bfloat16", "float16")
+CACHE_FORMATS = ("bfloat16", "float16")
+SEARCH_BLOCK = 128  # sequences looked at together when a program finds its own
+MAX_SPLITS = 64
+BLOCKS_PER_SPLIT = 4  # fewer key blocks than this are not worth a program and its share of the combine
+WAVES = 2  # programs per multiprocessor that splitting aims at
+
+
+@dataclass(frozen=True)
+class Attention:
+    """The static part of an op call. dtype is that of the queries and the output; softmax_scale includes mscale^2."""
+
+    heads: int
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+    page_size: int
+    dtype: str
+    cache_format: str
+    softmax_scale: float
+
+    def __post_init__(self) -> None:
+        _require(self.dtype in DTYPES, "dtype", self.dtype, DTYPES)
+        _require(self.cache_format in CACHE_FORMATS, "cache_format", self.cache_format, CACHE_FORMATS)
+        rank, rope, page = self.kv_lora_rank, self.qk_rope_head_dim, self.page_size
+        _require(rank >= 16 and rank == power_of_two(rank), "kv_lora_rank", rank, "powers of two from 16")
+        _require(rope > 0 and rope % 16 == 0, "qk_rope_head_dim", rope, "multiples of 16")
+        _require(page >= 16 and page == power_of_two(page), "page_size", page, "powers of two from 16")
+
+
+def _require(condition: bool, name: str, value, accepted) -> None:
+    if not condition:
+        raise PlanError(f"mla_attention kernels: {name} is {value!r}, accepted: {accepted}")
+
+
+@lru_cache(maxsize=1024)
+def plan(config: Attention, tokens: int, sequences: int, max_pages: int, target: Target) -> Plan:
+    """Launches for T = tokens rows of B = sequences, block_table [B, max_pages]. Lengths play no part."""
+    if tokens == 0:
+        return Plan(())
+    size = "few" if power_of_two(config.heads) * cdiv(tokens, max(sequences, 1)) <= 16 else "many"
+    tile, block_h, rows = _tile(config, size, target)
+    programs = cdiv(tokens + sequences * (rows - 1), rows) * cdiv(config.heads, block_h)
+    splits = _splits(programs, max_pages * config.page_size, tile.block_n, target)
+    numbers = dict(tokens=tokens, sequences=sequences, max_pages=max_pages)
+    launches = [_append(config, numbers)]
+    kernel = _attend_kernel(config, size, splits > 1, target)
+    attend = dict(numbers, scale_log2e=config.softmax_scale * log2(e), output="partial" if splits > 1 else "attended")
+    if splits > 1:
+        attend["lse"] = "lse"
+    tensors = ("q_latent", "q_pe", "cache", "block_table", "cached_lengths", "query_starts", "num_tokens")
+    launches.append(bind(kernel, (programs, splits), **attend, **{n: n for n in tensors}))
+    if splits == 1:
+        return Plan(tuple(launches))
+    combine = _combine_kernel(config)
+    launches.append(
+        bind(combine, (tokens * config.heads,), partial="partial", lse="lse", attended="attended", splits=splits)
+    )
+    pairs = tokens * config.heads
+    workspace = place(("partial", "fp32", (pairs, splits, config.kv_lora_rank)), ("lse", "fp32", (pairs, splits)))
+    return Plan(tuple(launches), workspace)
+
+
+def kernels(config: Attention, target: Target) -> tuple[KernelSpec, ...]:
+    """Every kernel that a plan of `config` can name, whatever its shapes."""
+    attend = [_attend_kernel(config, size, split, target) for size in ("few", "many") for split in (False, True)]
+    return tuple(dict.fromkeys((_append_kernel(config), *attend, _combine_kernel(config))))
+
+
+def _tile(config: Attention, size: str, target: Target) -> tuple[Tile, int, int]:
+    """The tile, heads and query rows in it. A tile of "few" never holds more than 16 heads."""
+    tile = TILES[target.capability][size]
+    block_h = min(power_of_two(config.heads), tile.block_m)
+    return tile, block_h, tile.block_m // block_h
+
+
+def _splits(programs: int, capacity: int, block_n: int, target: Target) -> int:
+    """How many programs share one tile's cached tokens: enough to fill the GPU, never more than there is work for."""
+    wanted = WAVES * target.num_sms // programs
+    return max(1, min(wanted, MAX_SPLITS, capacity // (block_n * BLOCKS_PER_SPLIT)))
+
+
+def _dims(config: Attention) -> dict[str, int]:
+    rope = config.qk_rope_head_dim
+    return dict(RANK=config.kv_lora_rank, ROPE=rope, ROPE_PAD=power_of_two(rope), PAGE=config.page_size)
+
+
+def _append_kernel(config: Attention) -> KernelSpec:
+    x, cache = f"*{ELEMENTS[config.dtype]}", f"*{ELEMENTS[config.cache_format]}"
+    arguments = (
+        ("latent", x), ("k_pe", x), ("cache", cache), ("block_table", "*i32"), ("cached_lengths", "*i32"),
+        ("query_starts", "*i32"), ("num_tokens", "*i32"), ("tokens", "i32"), ("sequences", "i32"), ("max_pages", "i32"),
+    )  # fmt: skip
+    constexprs = tuple((_dims(config) | dict(SEARCH=SEARCH_BLOCK)).items())
+    return KernelSpec("mla_attention", "append", arguments, constexprs, 4, 1, "(tokens,)")
+
+
+def _append(config: Attention, numbers: dict[str, int]) -> Launch:
+    tensors = ("latent", "k_pe", "cache", "block_table", "cached_lengths", "query_starts", "num_tokens")
+    return bind(_append_kernel(config), (numbers["tokens"],), **numbers, **{n: n for n in tensors})
+
+
+def _attend_kernel(config: Attention, size: str, split: bool, target: Target) -> KernelSpec:
+    tile, block_h, rows = _tile(config, size, target)
+    q, cache = f"*{ELEMENTS[config.dtype]}", f"*{ELEMENTS[config.cache_format]}"
+    arguments = (
+        ("q_latent", q), ("q_pe", q), ("cache", cache), ("block_table", "*i32"), ("cached_lengths", "*i32"),
+        ("query_starts", "*i32"), ("num_tokens", "*i32"), ("output", "*fp32" if split else q), ("lse", "*fp32"),
+        ("scale_log2e", "fp32"), ("tokens", "i32"), ("sequences", "i32"), ("max_pages", "i32"),
+    )  # fmt: skip
+    constexprs = _dims(config) | dict(
+        HEADS=config.heads, ROWS=rows, BLOCK_H=block_h, BLOCK_N=min(tile.block_n, config.page_size), SWAP=tile.swap,
+        STAGES=tile.stages, SEARCH=SEARCH_BLOCK,
+    )  # fmt: skip
+    if not split:
+        arguments = tuple(a for a in arguments if a[0] != "lse")
+        constexprs["lse"] = None
+    grid = f"(cdiv(tokens + sequences * {rows - 1}, {rows}) * {cdiv(config.heads, block_h)}, splits)"
+    return KernelSpec(
+        "mla_attention", "attend", arguments, tuple(constexprs.items()), tile.warps, tile.stages, grid, "f16"
+    )
+
+
+def _combine_kernel(config: Attention) -> KernelSpec:
+    arguments = (
+        ("partial", "*fp32"), ("lse", "*fp32"), ("attended", f"*{ELEMENTS[config.dtype]}"), ("splits", "i32"),
+    )  # fmt: skip
+    constexprs = (("RANK", config.kv_lora_rank), ("MAX_SPLITS", MAX_SPLITS))
+    return KernelSpec("mla_attention", "combine", arguments, constexprs, 4, 1, f"(tokens * {config.heads},)")

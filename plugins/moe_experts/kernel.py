@@ -1,0 +1,193 @@
+"""Triton kernels of `moe_experts`, and their launcher on torch tensors.
+
+A pair is (token, choice), numbered token * top_k + choice. `sort` orders the pairs of local experts by expert, and writes
+a table of tiles: expert, first and last + 1 position in that order. `gate_up` and `down` take a tile and a block of
+output channels each; `combine` adds up a token's pairs in the order of its choices. Nothing depends on timing: the same
+input gives the same bits.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from plugins.architecture import Target
+from plugins.moe_experts.plan import Experts, plan
+from plugins.torch_launch import contiguous, run, target_of, word
+
+
+@triton.jit
+def sort(topk_ids, order, table, pairs, tiles, by_pair, first_expert, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr,
+         BLOCK: tl.constexpr):  # fmt: skip
+    """Expert program_id: its pairs -> order[begin ..], ascending; its tiles -> table [tiles, 4].
+
+    Tiles are numbered without knowing the other experts' counts, with gaps that get expert -1: expert e, whose pairs
+    begin at position p, begins at tile p if by_pair, else at tile p // BLOCK_M + e.
+    """
+    expert = tl.program_id(0)
+    begin = 0
+    count = 0
+    for base in range(0, pairs, BLOCK):
+        i = base + tl.arange(0, BLOCK)
+        local = tl.load(topk_ids + i, mask=i < pairs, other=-1) - first_expert
+        local = tl.where((i < pairs) & (local >= 0), local, EXPERTS)
+        begin += tl.sum((local < expert).to(tl.int32), 0)
+        count += tl.sum((local == expert).to(tl.int32), 0)
+    at = begin
+    for base in range(0, pairs, BLOCK):
+        i = base + tl.arange(0, BLOCK)
+        mine = (tl.load(topk_ids + i, mask=i < pairs, other=-1) - first_expert == expert) & (i < pairs)
+        hits = mine.to(tl.int32)
+        tl.store(order + at + tl.cumsum(hits, 0) - 1, i, mask=mine)
+        at += tl.sum(hits, 0)
+    end = begin + count
+    first_tile = tl.where(by_pair != 0, begin, begin // BLOCK_M + expert)
+    last_tile = tl.where(by_pair != 0, end, end // BLOCK_M + expert + 1)
+    last_tile = tl.where(expert == EXPERTS - 1, tiles, last_tile)  # the last expert marks all tiles that are left
+    for base in range(first_tile, last_tile, BLOCK):
+        tile = base + tl.arange(0, BLOCK)
+        row = begin + (tile - first_tile) * BLOCK_M
+        inside = tile < last_tile
+        tl.store(table + tile * 4, tl.where(row < end, expert, -1), mask=inside)
+        tl.store(table + tile * 4 + 1, row, mask=inside)
+        tl.store(table + tile * 4 + 2, tl.minimum(row + BLOCK_M, end), mask=inside)
+
+
+@triton.jit
+def quantize(source, values, scales, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Row program_id of source [rows, COLUMNS] -> values (e4m3), scales [rows] float32: source = values * scale."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    x = tl.load(source + row * COLUMNS + c, mask=c < COLUMNS, other=0.0).to(tl.float32)
+    scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-10) / 448.0
+    tl.store(scales + row, scale)
+    tl.store(values + row * COLUMNS + c, (x / scale).to(tl.float8e4nv), mask=c < COLUMNS)
+
+
+@triton.jit
+def _multiply(rows, weight, acc, K: tl.constexpr, SWAP: tl.constexpr):
+    """acc [M, N] + rows [M, K] weight [N, K]^T, or its transpose [N, M] if SWAP. FP8 sums of K products are float32."""
+    if SWAP:
+        acc = tl.dot(weight, tl.trans(rows), acc, max_num_imprecise_acc=K)
+    else:
+        acc = tl.dot(rows, tl.trans(weight), acc, max_num_imprecise_acc=K)
+    return acc
+
+
+@triton.jit
+def _block(at, column, inside, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr):
+    """[len(at), BLOCK_K] elements at addresses `at` + column; 0 where not `inside` or past COLUMNS."""
+    k = tl.arange(0, BLOCK_K)
+    mask = inside[:, None]
+    if COLUMNS % BLOCK_K != 0:
+        mask &= (column + k < COLUMNS)[None, :]
+    return tl.load(at[:, None] + column + k[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def gate_up(rows, weight, output, order, table, row_scale, channel_scale, TOP_K: tl.constexpr,
+            INTERLEAVED: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, BLOCK_M: tl.constexpr,
+            BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """output [position, INNER] = silu(gate) * up of rows [T, HIDDEN], weight [E, 2 * INNER, HIDDEN]; one tile."""
+    BLOCKS: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) // BLOCKS
+    expert = tl.load(table + tile * 4)
+    if expert < 0:
+        return
+    position = tl.load(table + tile * 4 + 1) + tl.arange(0, BLOCK_M)
+    real = position < tl.load(table + tile * 4 + 2)
+    token = tl.load(order + position, mask=real, other=0) // TOP_K
+    n = (tl.program_id(0) % BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = n < INNER
+    gate_row = n * 2 if INTERLEAVED else n
+    STEP: tl.constexpr = 1 if INTERLEAVED else INNER  # rows from a gate's to its up's
+    matrix = weight + expert.to(tl.int64) * (2 * INNER * HIDDEN)
+    a_at = rows + token.to(tl.int64) * HIDDEN
+    g_at = matrix + gate_row * HIDDEN
+    u_at = matrix + (gate_row + STEP) * HIDDEN
+    gate = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
+    up = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
+    for k in tl.range(0, HIDDEN, BLOCK_K, num_stages=STAGES):
+        a = _block(a_at, k, real, HIDDEN, BLOCK_K)
+        gate = _multiply(a, _block(g_at, k, exists, HIDDEN, BLOCK_K), gate, BLOCK_K, SWAP)
+        up = _multiply(a, _block(u_at, k, exists, HIDDEN, BLOCK_K), up, BLOCK_K, SWAP)
+    if SWAP:
+        gate, up = tl.trans(gate), tl.trans(up)
+    if row_scale is not None:
+        s = tl.load(row_scale + token, mask=real, other=0.0)[:, None]
+        channel = channel_scale + expert.to(tl.int64) * (2 * INNER) + gate_row
+        gate *= s * tl.load(channel, mask=exists, other=0.0)[None, :]
+        up *= s * tl.load(channel + STEP, mask=exists, other=0.0)[None, :]
+    value = gate / (1.0 + tl.exp(-gate)) * up
+    at = output + position.to(tl.int64)[:, None] * INNER + n[None, :]
+    tl.store(at, value.to(output.dtype.element_ty), mask=real[:, None] & exists[None, :])
+
+
+@triton.jit
+def down(rows, weight, output, order, table, row_scale, channel_scale, HIDDEN: tl.constexpr, INNER: tl.constexpr,
+         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
+         STAGES: tl.constexpr):  # fmt: skip
+    """output [pair, HIDDEN] = rows [position, INNER] times weight [E, HIDDEN, INNER]; one tile."""
+    BLOCKS: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
+    tile = tl.program_id(0) // BLOCKS
+    expert = tl.load(table + tile * 4)
+    if expert < 0:
+        return
+    position = tl.load(table + tile * 4 + 1) + tl.arange(0, BLOCK_M)
+    real = position < tl.load(table + tile * 4 + 2)
+    n = (tl.program_id(0) % BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
+    exists = n < HIDDEN
+    a_at = rows + position.to(tl.int64) * INNER
+    w_at = weight + expert.to(tl.int64) * (HIDDEN * INNER) + n * INNER
+    acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
+    for k in tl.range(0, INNER, BLOCK_K, num_stages=STAGES):
+        a = _block(a_at, k, real, INNER, BLOCK_K)
+        acc = _multiply(a, _block(w_at, k, exists, INNER, BLOCK_K), acc, BLOCK_K, SWAP)
+    if SWAP:
+        acc = tl.trans(acc)
+    if row_scale is not None:
+        s = tl.load(row_scale + position, mask=real, other=0.0)[:, None]
+        acc *= s * tl.load(channel_scale + expert.to(tl.int64) * HIDDEN + n, mask=exists, other=0.0)[None, :]
+    pair = tl.load(order + position, mask=real, other=0).to(tl.int64)
+    at = output + pair[:, None] * HIDDEN + n[None, :]
+    tl.store(at, acc.to(output.dtype.element_ty), mask=real[:, None] & exists[None, :])
+
+
+@triton.jit
+def combine(outer, topk_ids, topk_weights, y, first_expert, EXPERTS: tl.constexpr, HIDDEN: tl.constexpr,
+            TOP_K: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
+    """y [T, HIDDEN] = sum over choices of weight * outer [pair, HIDDEN], local experts only, first choice first."""
+    token = tl.program_id(0).to(tl.int64)
+    c = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    acc = tl.zeros([BLOCK], tl.float32)
+    for choice in tl.static_range(TOP_K):
+        pair = token * TOP_K + choice
+        local = tl.load(topk_ids + pair) - first_expert
+        if (local >= 0) & (local < EXPERTS):
+            value = tl.load(outer + pair * HIDDEN + c, mask=c < HIDDEN, other=0.0)
+            acc += tl.load(topk_weights + pair) * value.to(tl.float32)
+    tl.store(y + token * HIDDEN + c, acc.to(y.dtype.element_ty), mask=c < HIDDEN)
+
+
+def moe_experts(
+    x: torch.Tensor,  # [T, hidden_size] bfloat16 or float16
+    topk_ids: torch.Tensor,  # [T, top_k] int32
+    topk_weights: torch.Tensor,  # [T, top_k] float32
+    gate_up_proj: torch.Tensor,  # [E, 2 * moe_intermediate_size, hidden_size]
+    down_proj: torch.Tensor,  # [E, hidden_size, moe_intermediate_size]
+    gate_up_scale: torch.Tensor | None,  # [E, 2 * moe_intermediate_size] float32, with FP8 weights
+    down_scale: torch.Tensor | None,  # [E, hidden_size] float32
+    first_expert: int,
+    gate_up_layout: str,
+    target: Target | None = None,
+) -> torch.Tensor:
+    """Runs the kernels: y [T, hidden_size]. Contract: op.py. FP8 weights are met by FP8 rows with a scale each."""
+    inputs = {k: v for k, v in locals().items() if isinstance(v, torch.Tensor)}
+    experts, hidden, inner = down_proj.shape
+    weights = word(down_proj)
+    config = Experts(experts, hidden, inner, topk_ids.shape[1], word(x), weights, first_expert, gate_up_layout)
+    if config.float8 != (gate_up_scale is not None):
+        raise ValueError(f"moe_experts kernels: {weights} weights {'need' if config.float8 else 'take no'} scales")
+    tensors = contiguous(inputs)
+    tensors["y"] = torch.empty_like(tensors["x"])
+    run(plan(config, x.shape[0], target or target_of(x)), tensors)
+    return tensors["y"]

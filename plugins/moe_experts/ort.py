@@ -1,0 +1,66 @@
+"""Body of `moe_experts` for ONNX Runtime: its own MoE kernel (float32) or QMoE (int8), which compute chosen experts only.
+
+Both kernels choose experts themselves, so ids and weights are scattered to a dense [T, E] row first.
+MoE takes the top k of a softmax: it is given log(weight) for chosen experts, whose softmax is weight / sum, and its result
+is multiplied by the sum. QMoE takes selection and weights apart (input 14, router_weights).
+Known defect (onnxruntime 1.31): if input and output of the node are both intermediate values and nothing later reads the
+input, the result is garbage; so a zero made of both is added.
+"""
+
+import numpy as np
+import onnx
+
+from plugins.moe_experts.op import CONTRACT
+from plugins.onnx_function import MICROSOFT, FunctionBuilder
+
+_FLOAT, _INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+_SWIGLU = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
+
+
+def body(attributes: dict, experts: int, top_k: int, block_size: int | None = None) -> onnx.FunctionProto:
+    """The function for nodes that hold `experts` experts and choose `top_k` of all.
+
+    Float32 weights if block_size is None; otherwise uint8 weights with scales per output channel (block_size 0) or per
+    block of block_size inputs. gate_up_layout must be "interleaved": the kernels know no other on the CPU.
+    """
+    assert attributes["gate_up_layout"] == "interleaved", attributes
+    f = FunctionBuilder(CONTRACT)
+    ids = f("Sub", f.cast("topk_ids", _INT64), f.constant(attributes["first_expert"]))
+    local = f("And", f("GreaterOrEqual", ids, f.constant(0)), f("Less", ids, f.constant(experts)))  # [T, top_k]
+    column = f("Where", local, ids, f.constant(experts))  # one more column takes what is not local
+    weights = f("Where", local, "topk_weights", f.constant(0.0, np.float32))
+    kernel = {"k": min(top_k, experts), "normalize_routing_weights": 0, **_SWIGLU}
+    if block_size is None:
+        y = _moe(f, column, weights, experts, kernel)
+    else:
+        quantized = {"expert_weight_bits": 8} | ({"block_size": block_size} if block_size else {})
+        y = _qmoe(f, column, weights, experts, kernel | quantized)
+    return f.finish(_keep_alive(f, y))
+
+
+def _moe(f: FunctionBuilder, column: str, weights: str, experts: int, kernel: dict) -> str:
+    positive = f("Max", weights, f.constant(1e-37, np.float32))
+    logits = _scatter(f, column, f("Log", positive), experts, -1e30)
+    y = f("MoE", "x", logits, "gate_up_proj", "", "down_proj", domain=MICROSOFT, **kernel)
+    return f("Mul", y, f("ReduceSum", weights, f.constant([1]), keepdims=1))
+
+
+def _qmoe(f: FunctionBuilder, column: str, weights: str, experts: int, kernel: dict) -> str:
+    chosen = _scatter(f, column, f("Add", weights, f.constant(1.0, np.float32)), experts, 0.0)
+    dense = _scatter(f, column, weights, experts, 0.0)
+    inputs = ["x", chosen, "gate_up_proj", "gate_up_scale", "", "down_proj", "down_scale", *[""] * 7, dense]
+    return f("QMoE", *inputs, domain=MICROSOFT, **kernel)
+
+
+def _scatter(f: FunctionBuilder, column: str, values: str, experts: int, fill: float) -> str:
+    """[T, top_k] values at their columns of a [T, experts] row that is `fill` elsewhere."""
+    rows = f("Shape", values, start=0, end=1)
+    shape = f("Concat", rows, f.constant([experts + 1]), axis=0)
+    dense = f("ScatterElements", f("Expand", f.constant([[fill]], np.float32), shape), column, values, axis=1)
+    return f("Slice", dense, f.constant([0]), f.constant([experts]), f.constant([1]))
+
+
+def _keep_alive(f: FunctionBuilder, y: str) -> str:
+    start, end, axis, zero = f.constant([0]), f.constant([1]), f.constant([1]), f.constant(0.0, np.float32)
+    column_of_x, column_of_y = f("Slice", "x", start, end, axis), f("Slice", y, start, end, axis)
+    return f("Add", y, f("Mul", f("Mul", column_of_y, zero), column_of_x))

@@ -1,0 +1,181 @@
+"""Launch plans of `moe_experts`: sort, [quantize,] gate and up, [quantize,] down, combine."""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from plugins import architecture
+from plugins.architecture import Target
+from plugins.launch import ELEMENTS, KernelSpec, Launch, Plan, PlanError, bind, cdiv, place, power_of_two
+from plugins.moe_experts.tiles import FEW, SOME, TILES, Tile
+
+DTYPES = ("bfloat16", "float16")
+WEIGHTS = ("bfloat16", "float16", "float8_e4m3fn")
+LAYOUTS = ("concatenated", "interleaved")
+SORT_BLOCK = 1024  # ids a program looks at together
+COMBINE_BLOCK = 1024
+
+
+@dataclass(frozen=True)
+class Experts:
+    """The static part of an op call. dtype is that of x and y; weights "float8_e4m3fn" come with channel scales."""
+
+    num_experts: int  # of the local slice
+    hidden_size: int
+    moe_intermediate_size: int
+    top_k: int
+    dtype: str
+    weights: str
+    first_expert: int
+    gate_up_layout: str
+
+    def __post_init__(self) -> None:
+        _require(self.dtype in DTYPES, "dtype", self.dtype, DTYPES)
+        accepted = (self.dtype, "float8_e4m3fn")
+        _require(self.weights in accepted, "weights", self.weights, accepted)
+        _require(self.gate_up_layout in LAYOUTS, "gate_up_layout", self.gate_up_layout, LAYOUTS)
+        for name in ("hidden_size", "moe_intermediate_size"):
+            _require(getattr(self, name) % 16 == 0, name, getattr(self, name), "multiples of 16")
+
+    @property
+    def float8(self) -> bool:
+        return self.weights == "float8_e4m3fn"
+
+
+def _require(condition: bool, name: str, value, accepted) -> None:
+    if not condition:
+        raise PlanError(f"moe_experts kernels: {name} is {value!r}, accepted: {accepted}")
+
+
+@lru_cache(maxsize=1024)
+def plan(config: Experts, tokens: int, target: Target) -> Plan:
+    """Launches for x [T, hidden_size], T = tokens, on the worst-case number of tiles that T rows can make."""
+    _check_float8(config, target)
+    if tokens == 0:
+        return Plan(())
+    pairs = tokens * config.top_k
+    average = cdiv(pairs, config.num_experts)
+    size = "few" if average <= FEW else "some" if average <= SOME else "many"
+    tile = TILES[target.capability][size]
+    by_pair = pairs <= pairs // tile.block_m + config.num_experts
+    tiles = pairs if by_pair else pairs // tile.block_m + config.num_experts
+    gate_up, down = _gate_up_kernel(config, size, target), _down_kernel(config, size, target)
+    hidden, inner = config.hidden_size, config.moe_intermediate_size
+    launches = [
+        bind(_sort_kernel(config, size, target), (config.num_experts,), topk_ids="topk_ids", order="order",
+             table="table", pairs=pairs, tiles=tiles, by_pair=int(by_pair), first_expert=config.first_expert),
+        *_quantize(config, "x", hidden, tokens),
+        bind(gate_up, (tiles * cdiv(inner, tile.block_n),), **_operands(config, "x", "gate_up"), output="inner",
+             order="order", table="table"),
+        *_quantize(config, "inner", inner, pairs),
+        bind(down, (tiles * cdiv(hidden, tile.block_n),), **_operands(config, "inner", "down"), output="outer",
+             order="order", table="table"),
+        bind(_combine_kernel(config), (tokens, cdiv(hidden, COMBINE_BLOCK)), outer="outer", topk_ids="topk_ids",
+             topk_weights="topk_weights", y="y", first_expert=config.first_expert),
+    ]  # fmt: skip
+    return Plan(tuple(launches), _workspace(config, tokens, tiles))
+
+
+def kernels(config: Experts, target: Target) -> tuple[KernelSpec, ...]:
+    """Every kernel that a plan of `config` can name, whatever its shapes."""
+    _check_float8(config, target)
+    found = [_combine_kernel(config)]
+    if config.float8:
+        found += [_quantize_kernel(config, n) for n in (config.hidden_size, config.moe_intermediate_size)]
+    for size in TILES[target.capability]:
+        found += [make(config, size, target) for make in (_sort_kernel, _gate_up_kernel, _down_kernel)]
+    return tuple(dict.fromkeys(found))
+
+
+def _check_float8(config: Experts, target: Target) -> None:
+    if config.float8 and not architecture.get(target.capability).float8:
+        raise PlanError(f"moe_experts kernels: sm_{target.capability} has no FP8, accepted: weights of {config.dtype}")
+
+
+def _workspace(config: Experts, tokens: int, tiles: int):
+    x, pairs = ELEMENTS[config.dtype], tokens * config.top_k
+    buffers = [
+        ("order", "i32", (pairs,)), ("table", "i32", (tiles, 4)),
+        ("inner", x, (pairs, config.moe_intermediate_size)), ("outer", x, (pairs, config.hidden_size)),
+    ]  # fmt: skip
+    if config.float8:
+        for name, rows, columns in (
+            ("x", tokens, config.hidden_size),
+            ("inner", pairs, config.moe_intermediate_size),
+        ):
+            buffers += [(f"{name}_float8", "fp8e4nv", (rows, columns)), (f"{name}_scale", "fp32", (rows,))]
+    return place(*buffers)
+
+
+def _operands(config: Experts, rows: str, weight: str) -> dict[str, str]:
+    if config.float8:
+        scales = dict(row_scale=f"{rows}_scale", channel_scale=f"{weight}_scale")
+        return dict(rows=f"{rows}_float8", weight=f"{weight}_proj", **scales)
+    return dict(rows=rows, weight=f"{weight}_proj")
+
+
+def _quantize(config: Experts, name: str, columns: int, rows: int) -> list[Launch]:
+    """Rows of `name` -> FP8 and their scales. Rows of "inner" past the last local one hold nothing and are ignored."""
+    if not config.float8:
+        return []
+    kernel = _quantize_kernel(config, columns)
+    return [bind(kernel, (rows,), source=name, values=f"{name}_float8", scales=f"{name}_scale")]
+
+
+def _quantize_kernel(config: Experts, columns: int) -> KernelSpec:
+    arguments = (("source", f"*{ELEMENTS[config.dtype]}"), ("values", "*fp8e4nv"), ("scales", "*fp32"))
+    constexprs = (("COLUMNS", columns), ("BLOCK", power_of_two(columns)))
+    return KernelSpec("moe_experts", "quantize", arguments, constexprs, 4, 1, "(rows,)")
+
+
+def _sort_kernel(config: Experts, size: str, target: Target) -> KernelSpec:
+    arguments = (
+        ("topk_ids", "*i32"), ("order", "*i32"), ("table", "*i32"), ("pairs", "i32"), ("tiles", "i32"),
+        ("by_pair", "i32"), ("first_expert", "i32"),
+    )  # fmt: skip
+    block_m = TILES[target.capability][size].block_m
+    constexprs = (("EXPERTS", config.num_experts), ("BLOCK_M", block_m), ("BLOCK", SORT_BLOCK))
+    return KernelSpec("moe_experts", "sort", arguments, constexprs, 4, 1, f"({config.num_experts},)")
+
+
+def _product_kernel(config: Experts, function: str, tile: Tile, sizes: dict[str, int]) -> KernelSpec:
+    """gate_up or down: `sizes` holds its ROWS_PER_TOKEN and the like."""
+    x, w = ELEMENTS[config.dtype], ELEMENTS[config.weights]
+    arguments = [("rows", f"*{w}"), ("weight", f"*{w}"), ("output", f"*{x}"), ("order", "*i32"), ("table", "*i32")]
+    if config.float8:
+        arguments += [("row_scale", "*fp32"), ("channel_scale", "*fp32")]
+    else:
+        sizes = sizes | dict(row_scale=None, channel_scale=None)
+    constexprs = sizes | dict(
+        HIDDEN=config.hidden_size, INNER=config.moe_intermediate_size, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        BLOCK_K=tile.block_k * (2 if config.float8 else 1), SWAP=tile.swap, STAGES=tile.stages,
+    )  # fmt: skip
+    columns = config.moe_intermediate_size if function == "gate_up" else config.hidden_size
+    grid = f"(tiles * {cdiv(columns, tile.block_n)},)"
+    kind = "fp8" if config.float8 else "f16"
+    return KernelSpec(
+        "moe_experts", function, tuple(arguments), tuple(constexprs.items()), tile.warps, tile.stages, grid, kind
+    )
+
+
+def _gate_up_kernel(config: Experts, size: str, target: Target) -> KernelSpec:
+    interleaved = int(config.gate_up_layout == "interleaved")
+    return _product_kernel(
+        config, "gate_up", TILES[target.capability][size], dict(TOP_K=config.top_k, INTERLEAVED=interleaved)
+    )
+
+
+def _down_kernel(config: Experts, size: str, target: Target) -> KernelSpec:
+    return _product_kernel(config, "down", TILES[target.capability][size], {})
+
+
+def _combine_kernel(config: Experts) -> KernelSpec:
+    x = f"*{ELEMENTS[config.dtype]}"
+    arguments = (
+        ("outer", x), ("topk_ids", "*i32"), ("topk_weights", "*fp32"), ("y", x), ("first_expert", "i32"),
+    )  # fmt: skip
+    constexprs = (
+        ("EXPERTS", config.num_experts), ("HIDDEN", config.hidden_size), ("TOP_K", config.top_k),
+        ("BLOCK", min(COMBINE_BLOCK, power_of_two(config.hidden_size))),
+    )  # fmt: skip
+    grid = f"(tokens, {cdiv(config.hidden_size, COMBINE_BLOCK)})"
+    return KernelSpec("moe_experts", "combine", arguments, constexprs, 4, 1, grid)

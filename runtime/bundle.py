@@ -1,0 +1,310 @@
+"""The bundle on disk: a folder of immutable files named by content, and `manifest.json`, its only commit point.
+
+A file that the manifest does not name is garbage. The manifest is replaced by write, fsync and rename, so a reader sees
+the old bundle or the new one, and a build that is killed leaves the old one whole.
+"""
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+FORMAT_VERSION = 1
+MANIFEST, FILES, BUILDING, EVIDENCE = "manifest.json", "files", "building", "evidence"
+_CHUNK = 1 << 24
+
+
+class BundleError(ValueError):
+    """The bundle cannot be used: what was found, what is needed, what to do."""
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
+
+
+class FileRef(_Record):
+    """A file under files/: its name is made of its content."""
+
+    file: Annotated[str, Field(pattern=r"^[0-9a-f]{40}\.[a-z]+$")]
+    size: Annotated[int, Field(ge=0)]  # bytes
+    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+
+
+class TensorInfo(_Record):
+    """One input or output of the step graph; dynamic dimensions by name."""
+
+    name: str
+    dtype: str
+    shape: list[int | str]
+
+
+class CacheSpec(_Record):
+    """One latent cache per layer: [num_pages, page_size, width] of `dtype`."""
+
+    format: str
+    dtype: str
+    page_size: int
+    width: int
+    layers: int
+    bytes_per_token: int  # over all layers
+
+
+class Limits(_Record):
+    """What a target can be asked for."""
+
+    max_context: int  # tokens of one sequence, prompt and answer together
+    max_batch_tokens: int  # rows of one step
+    max_sequences: int  # sequences of one step
+
+
+class Executed(_Record):
+    """Where and when a target last ran."""
+
+    machine: str
+    date: str
+
+
+class WeightSet(_Record):
+    """Weights shared by all targets that name this set."""
+
+    precision: str
+    layout: str
+    cache_transform: str
+    files: list[FileRef]
+
+
+class Target(_Record):
+    """One engine: a graph or plan, its weights, and what it takes to run it."""
+
+    backend: Literal["onnxruntime", "tensorrt", "tensorrt_rtx", "torch"]
+    backend_version: str
+    compute_capability: str | None  # "sm89"; None for the CPU
+    precision: str
+    options: dict[str, str | int | float | bool]
+    graph: FileRef
+    weight_set: str
+    kernels: list[FileRef]
+    inputs: list[TensorInfo]
+    outputs: list[TensorInfo]
+    cache: CacheSpec
+    limits: Limits
+    request: str  # digest of all that this target was built from; equal means up to date
+    executed: Executed | None
+
+
+class CheckpointFile(_Record):
+    size: int
+    mtime_ns: int
+    sha256: str
+
+
+class CheckpointInfo(_Record):
+    """Where the weights come from."""
+
+    path: str
+    digest: str
+    files: dict[str, CheckpointFile]
+
+
+class Manifest(_Record):
+    """The bundle's passport."""
+
+    format_version: Literal[1]
+    producer: str
+    created: str
+    architecture: str
+    config: dict
+    checkpoint: CheckpointInfo
+    tokenizer: dict[str, FileRef]  # by the file's name in the checkpoint
+    weight_sets: dict[str, WeightSet]
+    targets: dict[str, Target]
+
+    def refs(self) -> Iterator[FileRef]:
+        """Every file of the bundle."""
+        yield from self.tokenizer.values()
+        for weight_set in self.weight_sets.values():
+            yield from weight_set.files
+        for target in self.targets.values():
+            yield target.graph
+            yield from target.kernels
+
+
+class Bundle:
+    """An opened bundle. Opening reads the manifest only; `target` checks what one target needs, `verify` everything."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.manifest, self.digest = _read_manifest(self.path)
+
+    def target(self, name: str | None = None) -> tuple[str, Target]:
+        """The target called `name`, or the only one; checks that its files are there and whole."""
+        targets = self.manifest.targets
+        if name is None and len(targets) != 1:
+            raise BundleError(f"{self.path}: has targets {', '.join(targets) or 'none'}; choose one")
+        name = name or next(iter(targets))
+        if name not in targets:
+            raise BundleError(f"{self.path}: has no target {name!r}, only {', '.join(targets)}; build it with build.py")
+        target = targets[name]
+        weights = self.manifest.weight_sets[target.weight_set].files
+        for ref in [target.graph, *target.kernels, *weights, *self.manifest.tokenizer.values()]:
+            self.file(ref)
+        return name, target
+
+    def file(self, ref: FileRef) -> Path:
+        """Path of a file, after a look at its size."""
+        path = self.path / FILES / ref.file
+        found = path.stat().st_size if path.is_file() else None
+        if found is None:
+            raise BundleError(f"{path}: missing; the bundle is damaged, build it again")
+        if found != ref.size:
+            raise BundleError(f"{path}: has {found} bytes, the manifest says {ref.size}; the bundle is damaged, build it again")
+        return path
+
+    def verify(self, progress: Callable[[int], None] = lambda size: None) -> list[str]:
+        """Reads every file and compares digests; returns what is wrong, one line each."""
+        findings = []
+        for ref in dict.fromkeys(self.manifest.refs()):
+            try:
+                if _sha256(self.file(ref), progress) != ref.sha256:
+                    findings.append(f"{self.path / FILES / ref.file}: content does not fit its digest; build the bundle again")
+            except BundleError as error:
+                findings.append(str(error))
+        return findings
+
+    def evidence_file(self, target: str) -> Path:
+        """Where the evidence on one target lies, keyed by the manifest's digest: changed bundles have none yet."""
+        return self.path / EVIDENCE / f"{self.digest[:16]}.{target}.json"
+
+
+def _read_manifest(path: Path) -> tuple[Manifest, str]:
+    file = path / MANIFEST
+    try:
+        raw = file.read_bytes()
+    except (FileNotFoundError, NotADirectoryError):
+        raise BundleError(f"{path}: not a bundle ({MANIFEST} is missing); make one with build.py") from None
+    try:
+        parsed = json.loads(raw)
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise BundleError(f"{file}: not valid JSON ({error}); build the bundle again") from None
+    version = parsed.get("format_version") if isinstance(parsed, dict) else None
+    if version != FORMAT_VERSION:
+        raise BundleError(f"{file}: format version {version!r}, this version reads {FORMAT_VERSION}; build the bundle again")
+    try:
+        return Manifest.model_validate(parsed), hashlib.sha256(raw).hexdigest()
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(map(str, first["loc"]))
+        raise BundleError(f"{file}: {where}: {first['msg']}; build the bundle again") from None
+
+
+class BundleWriter:
+    """Adds files to a bundle and commits a manifest. One writer at a time; use `open_writer`."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.building = path / BUILDING
+        self._journal = self._read_journal()
+
+    def previous(self) -> Manifest | None:
+        """The manifest in force, if any."""
+        return _read_manifest(self.path)[0] if (self.path / MANIFEST).exists() else None
+
+    def finished(self, key: str) -> str | None:
+        """The file written under `key` by a build that was interrupted, if it is still whole."""
+        ref = self._journal.get(key)
+        path = self.path / FILES / ref.file if ref else None
+        return ref.file if path and path.is_file() and path.stat().st_size == ref.size else None
+
+    def write(self, key: str, suffix: str, fill: Callable[[Path], None]) -> str:
+        """Lets `fill` write a file, keeps it under its content's name and notes it under `key`; returns the name."""
+        ref = self.add(suffix, fill)
+        self._journal[key] = ref
+        text = json.dumps({k: r.model_dump() for k, r in self._journal.items()}, indent=1)
+        _replace(self.building / "journal.json", text.encode())
+        return ref.file
+
+    def add(self, suffix: str, fill: Callable[[Path], None]) -> FileRef:
+        """Lets `fill` write a file and keeps it under its content's name."""
+        draft = self.building / f"draft{suffix}"
+        fill(draft)
+        _sync(draft)
+        digest = _sha256(draft, lambda size: None)
+        ref = FileRef(file=f"{digest[:40]}{suffix}", size=draft.stat().st_size, sha256=digest)
+        os.replace(draft, self.path / FILES / ref.file)
+        _sync(self.path / FILES)
+        return ref
+
+    def ref(self, file: str) -> FileRef:
+        """The reference of a file noted by `write`, in this build or in one before."""
+        return next(r for r in self._journal.values() if r.file == file)
+
+    def commit(self, manifest: Manifest) -> None:
+        """Puts `manifest` in force, then removes what it does not name."""
+        _replace(self.path / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
+        kept = {ref.file for ref in manifest.refs()}
+        for file in (self.path / FILES).iterdir():
+            if file.name not in kept:
+                file.unlink()
+        shutil.rmtree(self.building, ignore_errors=True)
+
+    def _read_journal(self) -> dict[str, FileRef]:
+        journal = {}
+        manifest = self.previous() if (self.path / MANIFEST).exists() else None
+        for key, weight_set in (manifest.weight_sets if manifest else {}).items():
+            journal |= {f"committed/{key}/{k}": ref for k, ref in enumerate(weight_set.files)}
+        try:
+            noted = json.loads((self.building / "journal.json").read_text())
+            return journal | {k: FileRef.model_validate(r) for k, r in noted.items()}
+        except (FileNotFoundError, ValueError):
+            return journal
+
+
+@contextmanager
+def open_writer(path: Path | str) -> Iterator[BundleWriter]:
+    """A writer for the bundle at `path`, new or old. Raises BundleError if the folder is something else or is in use."""
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise BundleError(f"{path}: is a file; give a folder for the bundle")
+    if path.is_dir() and any(path.iterdir()) and not ((path / MANIFEST).exists() or (path / BUILDING).exists()):
+        raise BundleError(f"{path}: is not empty and not a bundle; give another folder")
+    for folder in (FILES, BUILDING):
+        (path / folder).mkdir(parents=True, exist_ok=True)
+    with (path / BUILDING / "lock").open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BundleError(f"{path}: another build is writing to it; wait for it or give another folder") from None
+        yield BundleWriter(path)
+
+
+def _replace(file: Path, content: bytes) -> None:
+    """Writes a file so that it is there whole or not at all."""
+    draft = file.with_name(file.name + ".new")
+    draft.write_bytes(content)
+    _sync(draft)
+    os.replace(draft, file)
+    _sync(file.parent)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _sha256(file: Path, progress: Callable[[int], None]) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while chunk := stream.read(_CHUNK):
+            digest.update(chunk)
+            progress(len(chunk))
+    return digest.hexdigest()
