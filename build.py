@@ -6,11 +6,14 @@ import platform
 import shutil
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
 
+import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
@@ -22,9 +25,21 @@ from export.errors import BuildError, CheckpointError, ConfigError
 from export.lowering import onnxruntime as cpu
 from export.models import deepseek_v2
 from plugins.mla_attention import formats
+from runtime.backends.base import SequenceRows, StepBatch
+from runtime.backends.onnxruntime import OnnxRuntimeBackend
 from runtime.bundle import (
-    FORMAT_VERSION, BundleError, BundleWriter, CacheSpec, CheckpointInfo, Executed, Limits, Manifest, Target, TensorInfo,
-    WeightSet, open_writer,
+    FORMAT_VERSION,
+    BundleError,
+    BundleWriter,
+    CacheSpec,
+    CheckpointInfo,
+    Executed,
+    Limits,
+    Manifest,
+    Target,
+    TensorInfo,
+    WeightSet,
+    open_writer,
 )  # fmt: skip
 
 VERSION = "0.1.0"
@@ -45,31 +60,20 @@ class Request:
 
 
 class _Report:
-    """Progress for people (rich, on stderr) or none, and a record of the stages for --json."""
+    """Stages with progress for people (rich, on stderr) or without, and their seconds for --json."""
 
     def __init__(self, quiet: bool):
-        columns = TextColumn("{task.description:38}"), BarColumn(24), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn()
+        columns = TextColumn("{task.description:32}"), BarColumn(24), TextColumn("{task.percentage:3.0f}%"), TimeElapsedColumn()
         self.progress = Progress(*columns, console=Console(stderr=True), disable=quiet)
-        self.stages: dict[str, float] = {}
+        self.seconds: dict[str, float] = {}
 
-    def stage(self, name: str, total: float | None = 1):
-        """Context manager; yields a function that advances the stage's bar."""
-        return _Stage(self, name, total)
-
-
-class _Stage:
-    def __init__(self, report: _Report, name: str, total: float | None):
-        self.report, self.name, self.total = report, name, total
-
-    def __enter__(self):
-        self.start = time.monotonic()
-        self.task = self.report.progress.add_task(self.name, total=self.total)
-        return lambda amount: self.report.progress.advance(self.task, amount)
-
-    def __exit__(self, *error):
-        self.report.stages[self.name] = round(time.monotonic() - self.start, 3)
-        if error[0] is None:
-            self.report.progress.update(self.task, total=self.total or 1, completed=self.total or 1)
+    @contextmanager
+    def stage(self, name: str, total: float = 1) -> Iterator[Callable[[float], None]]:
+        """Times a stage; yields a function that advances its bar."""
+        start, task = time.monotonic(), self.progress.add_task(name, total=total)
+        yield lambda amount: self.progress.advance(task, amount)
+        self.progress.update(task, completed=total)
+        self.seconds[name] = round(time.monotonic() - start, 3)
 
 
 def build(
@@ -78,26 +82,32 @@ def build(
 ) -> dict:
     """Builds one target into the bundle at `out`, new or old. Returns a summary for machines.
 
-    Raises BuildError, ConfigError, CheckpointError or BundleError; a bundle that was there before stays as it was.
+    Raises BuildError, ConfigError, CheckpointError or BundleError; a bundle that was there before stays as it was. After
+    an interruption the same call goes on behind the last finished shard.
     """
     row = targets.find(target)
-    request = Request(row.name, targets.precision(row, precision), accuracy, cache_format, max_context or 0)
-    options = cpu.CpuOptions(request.precision, accuracy, cache_format)
+    precision = targets.precision(row, precision)
+    options = cpu.CpuOptions(precision, accuracy if precision == "int8" else "exact", cache_format)
+    request = Request(row.name, precision, options.accuracy, cache_format, max_context or 0)
     options.check()
     report = _Report(quiet)
-    with report.progress, report.stage("read checkpoint headers"):
-        checkpoint = Checkpoint(checkpoint_path)
-        checkpoint.check(deepseek_v2.checkpoint_tensors(checkpoint.config))
-        _check_context(checkpoint, max_context)
-    with open_writer(out) as writer, report.progress:
-        previous = writer.previous()
-        info = _checkpoint_info(checkpoint, previous, report)
-        key = _request_key(request, info.digest)
-        if previous and target in previous.targets and previous.targets[target].request == key and not force:
-            return _summary(out, previous, target, report, built=False)
-        _check_replace(out, previous, info, target, force)
-        manifest = _build_target(writer, checkpoint, info, previous, request, options, key, report)
+    with report.progress:
+        with report.stage("read checkpoint headers"):
+            checkpoint = Checkpoint(checkpoint_path)
+            checkpoint.check(deepseek_v2.checkpoint_tensors(checkpoint.config))
+            _check_context(checkpoint, max_context)
+        with open_writer(Path(out), discard_unreadable=force) as writer:
+            info = _checkpoint_info(checkpoint, writer.previous, report)
+            key = _request_key(request, info.digest)
+            if _is_current(writer.previous, target, key) and not force:
+                return _summary(out, writer.previous, target, report, built=False)
+            _check_replace(out, writer.previous, info, target, force)
+            manifest = _build_target(writer, checkpoint, info, request, options, key, report)
     return _summary(out, manifest, target, report, built=True)
+
+
+def _is_current(previous: Manifest | None, target: str, key: str) -> bool:
+    return previous is not None and target in previous.targets and previous.targets[target].request == key
 
 
 def _check_context(checkpoint: Checkpoint, max_context: int | None) -> None:
@@ -130,7 +140,7 @@ def _check_replace(out: Path, previous: Manifest | None, info: CheckpointInfo, t
         raise BuildError(f"{out}: has target {target} already ({old.precision}, {old.options}); use --force to replace it")
 
 
-def _build_target(writer: BundleWriter, checkpoint, info, previous, request: Request, options, key: str, report) -> Manifest:
+def _build_target(writer: BundleWriter, checkpoint, info, request: Request, options, key: str, report) -> Manifest:
     import onnxruntime
 
     config = checkpoint.config
@@ -159,11 +169,22 @@ def _build_target(writer: BundleWriter, checkpoint, info, previous, request: Req
         ),
         request=key, executed=None,
     )  # fmt: skip
-    sets = {set_key: WeightSet(precision=options.precision, layout=cpu.LAYOUT, cache_transform="none", files=files)}
-    manifest = _manifest(info, config, tokenizer, sets, {request.target: target}, previous)
+    with report.stage("first step"):
+        target = target.model_copy(update={"executed": _execute(writer, request.target, target)})
     with report.stage("commit"):
+        sets = {set_key: WeightSet(precision=options.precision, layout=cpu.LAYOUT, cache_transform="none", files=files)}
+        manifest = _manifest(info, config, tokenizer, sets, {request.target: target}, writer.previous)
         writer.commit(manifest)
     return manifest
+
+
+def _execute(writer: BundleWriter, name: str, target: Target) -> Executed:
+    """Loads the target and runs one token: a bundle that does not run here is not committed."""
+    backend = OnnxRuntimeBackend(writer, name, target, cache_tokens=1)
+    logits = backend.step(StepBatch.of([SequenceRows([0], 0, [0])], np.array([[1]])))
+    if not np.isfinite(logits).all():
+        raise BuildError(f"target {name}: the first step's logits are not finite; the checkpoint's weights overflow float32")
+    return Executed(machine=f"{platform.machine()}, {platform.node()}", date=datetime.now(UTC).isoformat(timespec="seconds"))
 
 
 def _manifest(info, config, tokenizer, sets, new_targets, previous: Manifest | None) -> Manifest:
@@ -215,7 +236,7 @@ def _summary(out: Path, manifest: Manifest, target: str, report: _Report, built:
     return {
         "bundle": str(out), "target": target, "precision": entry.precision, "built": built, "bytes": size,
         "backend": entry.backend, "backend_version": entry.backend_version, "checkpoint": manifest.checkpoint.digest,
-        "seconds": report.stages,
+        "seconds": report.seconds,
     }  # fmt: skip
 
 
@@ -238,6 +259,9 @@ def main(
             print(json.dumps({"error": str(error), "kind": type(error).__name__}))
         Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
         sys.exit(2)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted; the same command goes on behind the last finished shard")
+        sys.exit(130)
     if as_json:
         print(json.dumps(summary))
         return

@@ -12,7 +12,7 @@ from typing import Protocol
 
 import torch
 
-from export.checkpoint import DTYPES, Checkpoint
+from export.checkpoint import Checkpoint
 from export.models.weights import Weight
 from export.quantization.base import WeightFormat
 
@@ -69,7 +69,7 @@ def write(
     """Writes every part that is not finished yet; returns where each stored tensor lies. `key` names the weight set."""
     located: dict[str, StoredWeight] = {}
     for part, members in parts(weights).items():
-        plan, header = _plan(checkpoint, members, weight_format)
+        plan, header = _plan(members, weight_format)
         file = store.finished(f"{key}/{part}") or store.write(
             f"{key}/{part}", ".safetensors", lambda path: _fill(path, checkpoint, members, weight_format, plan, header)
         )
@@ -78,14 +78,13 @@ def write(
     return located
 
 
-def _plan(checkpoint: Checkpoint, members: list[Weight], weight_format: WeightFormat) -> tuple[list[_Planned], bytes]:
+def _plan(members: list[Weight], weight_format: WeightFormat) -> tuple[list[_Planned], bytes]:
     """Names, shapes and byte ranges (from the end of the header) of a shard's tensors, and the header itself."""
     plan: list[_Planned] = []
     entries: dict[str, dict] = {}
     position = 0
     for weight in members:
-        source = DTYPES[checkpoint.tensors[weight.sources[0][0]].dtype]
-        for stored in weight_format.stored(weight, source):
+        for stored in weight_format.stored(weight):
             position = _pad(entries, position)
             end = position + torch.Size(stored.shape).numel() * stored.dtype.itemsize
             plan.append(_Planned(weight.name + stored.suffix, stored.shape, stored.dtype, position, end))
@@ -115,8 +114,7 @@ def _fill(path: Path, checkpoint, members, weight_format, plan: list[_Planned], 
         stream.truncate(len(header) + plan[-1].end)
         upcoming = iter(plan)
         for weight in members:
-            source = DTYPES[checkpoint.tensors[weight.sources[0][0]].dtype]
-            targets = [next(upcoming) for _ in weight_format.stored(weight, source)]
+            targets = [next(upcoming) for _ in weight_format.stored(weight)]
             positions = [len(header) + t.begin for t in targets]
             for slab in _slabs(weight, checkpoint):
                 for k, piece in enumerate(weight_format.encode(weight, slab)):

@@ -221,7 +221,7 @@ def findings(kernel: CompiledKernel) -> list[str]:
     if kind is not None and row.mma.get(kind) not in metadata["instructions"]:
         found.append(f"tensor cores: no {row.mma.get(kind)}, found {metadata['instructions']}")
     spills = {k: v for k, v in metadata["instructions"].items() if k in ("LDL", "STL")}
-    if metadata["stack_bytes"] or spills:
+    if (metadata["stack_bytes"] or spills) and not metadata["spec"]["spills_because"]:
         found.append(f"spills: {metadata['stack_bytes']} bytes of stack a thread, {spills}")
     return found
 

@@ -32,6 +32,7 @@ class KernelSpec:
     constexprs: (name, value); an optional pointer that is absent is a constexpr of value None.
     tensor_cores: kind of product that must run on tensor cores ("f16", "fp8"), None where there is none.
     grid: the rule, in words, for whoever reads the manifest; plans hold the numbers.
+    spills_because: why registers may spill here; empty where they may not.
     """
 
     op: str
@@ -42,6 +43,7 @@ class KernelSpec:
     num_stages: int
     grid: str
     tensor_cores: str | None = None
+    spills_because: str = ""
 
 
 @dataclass(frozen=True)

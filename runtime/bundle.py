@@ -10,14 +10,16 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 FORMAT_VERSION = 1
-MANIFEST, FILES, BUILDING, EVIDENCE = "manifest.json", "files", "building", "evidence"
+MANIFEST, FILES, EVIDENCE = "manifest.json", "files", "evidence"
+BUILDING, JOURNAL = "building", "journal.json"  # only there while a build runs, or after one was killed
+_OWN = {MANIFEST, f"{MANIFEST}.new", FILES, EVIDENCE, BUILDING}
 _CHUNK = 1 << 24
 
 
@@ -172,7 +174,7 @@ class Bundle:
         findings = []
         for ref in dict.fromkeys(self.manifest.refs()):
             try:
-                if _sha256(self.file(ref), progress) != ref.sha256:
+                if _digest(self.file(ref), progress) != ref.sha256:
                     findings.append(f"{self.path / FILES / ref.file}: content does not fit its digest; build the bundle again")
             except BundleError as error:
                 findings.append(str(error))
@@ -205,16 +207,15 @@ def _read_manifest(path: Path) -> tuple[Manifest, str]:
 
 
 class BundleWriter:
-    """Adds files to a bundle and commits a manifest. One writer at a time; use `open_writer`."""
+    """Adds files to the bundle at `path` and commits a manifest. Made by `open_writer`, one at a time.
 
-    def __init__(self, path: Path):
-        self.path = path
+    `previous` is the manifest in force, None for a new bundle.
+    """
+
+    def __init__(self, path: Path, previous: Manifest | None):
+        self.path, self.previous = path, previous
         self.building = path / BUILDING
         self._journal = self._read_journal()
-
-    def previous(self) -> Manifest | None:
-        """The manifest in force, if any."""
-        return _read_manifest(self.path)[0] if (self.path / MANIFEST).exists() else None
 
     def finished(self, key: str) -> str | None:
         """The file written under `key` by a build that was interrupted, if it is still whole."""
@@ -227,7 +228,7 @@ class BundleWriter:
         ref = self.add(suffix, fill)
         self._journal[key] = ref
         text = json.dumps({k: r.model_dump() for k, r in self._journal.items()}, indent=1)
-        _replace(self.building / "journal.json", text.encode())
+        _replace(self.building / JOURNAL, text.encode())
         return ref.file
 
     def add(self, suffix: str, fill: Callable[[Path], None]) -> FileRef:
@@ -235,7 +236,7 @@ class BundleWriter:
         draft = self.building / f"draft{suffix}"
         fill(draft)
         _sync(draft)
-        digest = _sha256(draft, lambda size: None)
+        digest = _digest(draft)
         ref = FileRef(file=f"{digest[:40]}{suffix}", size=draft.stat().st_size, sha256=digest)
         os.replace(draft, self.path / FILES / ref.file)
         _sync(self.path / FILES)
@@ -245,35 +246,52 @@ class BundleWriter:
         """The reference of a file noted by `write`, in this build or in one before."""
         return next(r for r in self._journal.values() if r.file == file)
 
+    def file(self, ref: FileRef) -> Path:
+        """Path of a file, as `Bundle.file` gives it, before the commit."""
+        return self.path / FILES / ref.file
+
     def commit(self, manifest: Manifest) -> None:
-        """Puts `manifest` in force, then removes what it does not name."""
+        """Puts `manifest` in force. What it does not name goes when the writer is closed."""
         _replace(self.path / MANIFEST, (manifest.model_dump_json(indent=2) + "\n").encode())
-        kept = {ref.file for ref in manifest.refs()}
+        self.previous = manifest
+
+    def clean(self) -> None:
+        """Removes what the manifest in force does not name; without one, everything that a build makes."""
+        kept = {ref.file for ref in self.previous.refs()} if self.previous else set()
         for file in (self.path / FILES).iterdir():
             if file.name not in kept:
                 file.unlink()
+        digest = _digest(self.path / MANIFEST)[:16] if self.previous else None
+        for file in (self.path / EVIDENCE).glob("*"):
+            if file.name.split(".")[0] != digest:
+                file.unlink()
         shutil.rmtree(self.building, ignore_errors=True)
+        if self.previous is None:
+            (self.path / MANIFEST).unlink(missing_ok=True)
+            with suppress(OSError):
+                (self.path / FILES).rmdir()
+                self.path.rmdir()
 
     def _read_journal(self) -> dict[str, FileRef]:
-        journal = {}
-        manifest = self.previous() if (self.path / MANIFEST).exists() else None
-        for key, weight_set in (manifest.weight_sets if manifest else {}).items():
-            journal |= {f"committed/{key}/{k}": ref for k, ref in enumerate(weight_set.files)}
         try:
-            noted = json.loads((self.building / "journal.json").read_text())
-            return journal | {k: FileRef.model_validate(r) for k, r in noted.items()}
+            noted = json.loads((self.building / JOURNAL).read_text())
+            return {k: FileRef.model_validate(r) for k, r in noted.items()}
         except (FileNotFoundError, ValueError):
-            return journal
+            return {}
 
 
 @contextmanager
-def open_writer(path: Path | str) -> Iterator[BundleWriter]:
-    """A writer for the bundle at `path`, new or old. Raises BundleError if the folder is something else or is in use."""
-    path = Path(path)
+def open_writer(path: Path, discard_unreadable: bool = False) -> Iterator[BundleWriter]:
+    """A writer for the bundle at `path`, new or old; `discard_unreadable` starts anew where the manifest is damaged.
+
+    On leaving, and on errors, everything but the committed bundle is removed; only an interruption (signal or
+    KeyboardInterrupt) leaves finished files for the next build. Raises BundleError if the folder is something else or in use.
+    """
     if path.exists() and not path.is_dir():
         raise BundleError(f"{path}: is a file; give a folder for the bundle")
-    if path.is_dir() and any(path.iterdir()) and not ((path / MANIFEST).exists() or (path / BUILDING).exists()):
-        raise BundleError(f"{path}: is not empty and not a bundle; give another folder")
+    foreign = [f.name for f in path.iterdir() if f.name not in _OWN] if path.is_dir() else []
+    if foreign:
+        raise BundleError(f"{path}: holds {foreign[0]!r}, which is no part of a bundle; give another folder")
     for folder in (FILES, BUILDING):
         (path / folder).mkdir(parents=True, exist_ok=True)
     with (path / BUILDING / "lock").open("w") as lock:
@@ -281,7 +299,26 @@ def open_writer(path: Path | str) -> Iterator[BundleWriter]:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError:
             raise BundleError(f"{path}: another build is writing to it; wait for it or give another folder") from None
-        yield BundleWriter(path)
+        writer = BundleWriter(path, _previous(path, discard_unreadable))
+        try:
+            yield writer
+        except KeyboardInterrupt:
+            raise
+        except BaseException:
+            writer.clean()
+            raise
+        writer.clean()
+
+
+def _previous(path: Path, discard_unreadable: bool) -> Manifest | None:
+    if not (path / MANIFEST).exists():
+        return None
+    try:
+        return _read_manifest(path)[0]
+    except BundleError:
+        if discard_unreadable:
+            return None
+        raise
 
 
 def _replace(file: Path, content: bytes) -> None:
@@ -301,7 +338,8 @@ def _sync(path: Path) -> None:
         os.close(handle)
 
 
-def _sha256(file: Path, progress: Callable[[int], None]) -> str:
+def _digest(file: Path, progress: Callable[[int], None] = lambda size: None) -> str:
+    """sha256 of a file's content."""
     digest = hashlib.sha256()
     with file.open("rb") as stream:
         while chunk := stream.read(_CHUNK):

@@ -28,8 +28,7 @@ ACCURACIES = ("exact", "fast")
 CACHE_FORMATS = ("float32", "float16")
 LAYOUT = "onnxruntime"
 _ACCURACY_LEVEL = {"exact": 0, "fast": 4}  # of MatMulNBits: 0 float32 activations, 4 int8
-_DTYPES = {torch.float32: ir.DataType.FLOAT, torch.float16: ir.DataType.FLOAT16, torch.bfloat16: ir.DataType.BFLOAT16,
-           torch.uint8: ir.DataType.UINT8}  # fmt: skip
+_DTYPES = {torch.float32: ir.DataType.FLOAT, torch.uint8: ir.DataType.UINT8}
 
 
 @dataclass(frozen=True)
@@ -80,7 +79,7 @@ def lower(
         value = by_name[weight.name]
         graph.inputs.remove(value)
         rewriter.replace(weight, value)
-    functions = [_mla_body(graph), *_moe_bodies(graph, config, weight_format)]
+    functions = [mla_attention.body(), *_moe_bodies(graph, config, weight_format)]
     model.opset_imports[MICROSOFT] = graph.opset_imports[MICROSOFT] = 1
     graph.sort()
     proto = ir.to_proto(model)
@@ -103,34 +102,21 @@ class _Rewriter:
             self._linear(weight, users[0].node)
         elif quantized:
             self._absorbed(weight, users[0].node)
-        elif weight.role == "embedding":
-            self._embedding(weight, users[0].node)
         else:
             value.replace_all_uses_with(self._initializer(weight.name))
 
-    def _initializer(self, name: str, index: int | None = None, axes: int = 1) -> ir.Value:
+    def _initializer(self, name: str, index: int | None = None) -> ir.Value:
         """The stored tensor `name`, or its slice `index` along axis 0, as external data."""
         stored = self.located[name]
         shape, offset, size = stored.shape, stored.offset, stored.size
         if index is not None:
             size //= shape[0]
-            offset, shape, name = offset + index * size, shape[axes:], f"{name}.{index}"
+            offset, shape, name = offset + index * size, shape[1:], f"{name}.{index}"
         dtype = _DTYPES[stored.dtype]
         tensor = ir.ExternalTensor(stored.file, offset, size, dtype, shape=ir.Shape(shape), name=name)
         value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
         self.graph.register_initializer(value)
         return value
-
-    def _embedding(self, weight: Weight, gather: ir.Node) -> None:
-        table = self._initializer(weight.name)
-        gather.replace_input_with(0, table)
-        if table.dtype == ir.DataType.FLOAT:
-            return
-        rows = gather.outputs[0]
-        looked_up = ir.Value(name=f"{rows.name}.stored", shape=rows.shape, type=ir.TensorType(table.dtype))
-        copy = ir.Node("", "Gather", gather.inputs, list(gather.attributes.values()), outputs=[looked_up])
-        cast = ir.node("Cast", [looked_up], {"to": int(ir.DataType.FLOAT)})
-        self._swap(gather, [copy, cast])
 
     def _linear(self, weight: Weight, gemm: ir.Node) -> None:
         assert gemm.op_type == "Gemm" and gemm.attributes.get_int("transB", 0) == 1, gemm
@@ -180,10 +166,6 @@ class _Rewriter:
                 output.name = output.name or f"{name}.{index}.{k}"
         ir.convenience.replace_nodes_and_values(self.graph, old, [old], new, [before], [after])
         after.name = name
-
-
-def _mla_body(graph: ir.Graph) -> onnx.FunctionProto:
-    return mla_attention.body()
 
 
 def _moe_bodies(graph: ir.Graph, config: DeepseekV2Config, weight_format: WeightFormat) -> list[onnx.FunctionProto]:

@@ -23,8 +23,8 @@ class WeightFormat(ABC):
     key: str
 
     @abstractmethod
-    def stored(self, weight: Weight, source: torch.dtype) -> list[StoredTensor]:
-        """The tensors that `weight`, of checkpoint dtype `source`, becomes."""
+    def stored(self, weight: Weight) -> list[StoredTensor]:
+        """The tensors that `weight` becomes."""
 
     @abstractmethod
     def encode(self, weight: Weight, slab: torch.Tensor) -> list[torch.Tensor]:

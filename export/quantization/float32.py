@@ -1,4 +1,4 @@
-"""fp32: every weight in float32, the embedding as the checkpoint has it (a row is converted when it is looked up)."""
+"""fp32: every weight in float32. The embedding is mapped into memory and only rows looked up are ever read."""
 
 import torch
 
@@ -9,11 +9,11 @@ from export.quantization.base import StoredTensor, WeightFormat
 class Float32(WeightFormat):
     key = "fp32"
 
-    def stored(self, weight: Weight, source: torch.dtype) -> list[StoredTensor]:
-        return [StoredTensor("", weight.shape, source if weight.role == "embedding" else torch.float32)]
+    def stored(self, weight: Weight) -> list[StoredTensor]:
+        return [StoredTensor("", weight.shape, torch.float32)]
 
     def encode(self, weight: Weight, slab: torch.Tensor) -> list[torch.Tensor]:
-        return [slab if weight.role == "embedding" else slab.float()]
+        return [slab.float()]
 
     def decode(self, weight: Weight, stored: list[torch.Tensor]) -> torch.Tensor:
         return stored[0].float()

@@ -1,7 +1,8 @@
 """int8: symmetric 8-bit weights, stored as uint8 with zero point 128, value = (q - 128) * scale.
 
 Linear and absorbed products have one float32 scale per output and block of inputs (ONNX Runtime's MatMulNBits); routed
-experts have one per output channel, or per block (QMoE). Norms, biases and the router stay float32, the embedding as it is.
+experts have one per output channel, or per block (QMoE). Norms, biases, the router and the embedding stay
+float32.
 """
 
 import torch
@@ -32,9 +33,9 @@ class Int8(WeightFormat):
         """Block size for a product with this many inputs: a power of two from 16 to block_size."""
         return min(self.block_size, max(16, 1 << (inputs - 1).bit_length()))
 
-    def stored(self, weight: Weight, source: torch.dtype) -> list[StoredTensor]:
+    def stored(self, weight: Weight) -> list[StoredTensor]:
         if not self.is_quantized(weight):
-            return _PLAIN.stored(weight, source)
+            return _PLAIN.stored(weight)
         if weight.role in ("gate_up", "down"):
             experts, outputs, inputs = weight.shape
             blocks = (inputs // self.expert_block_size,) if self.expert_block_size else ()

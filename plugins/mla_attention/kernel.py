@@ -36,7 +36,7 @@ def _locate(query_starts, num_tokens, tile, sequences, ROWS: tl.constexpr, SEARC
     return sequence, first, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "sequences", "max_pages"])
 def append(latent, k_pe, cache, block_table, cached_lengths, query_starts, num_tokens, tokens, sequences, max_pages,
            RANK: tl.constexpr, ROPE: tl.constexpr, ROPE_PAD: tl.constexpr, PAGE: tl.constexpr,
            SEARCH: tl.constexpr):  # fmt: skip
@@ -105,7 +105,7 @@ def _attend_pages(q, q_pe, position, cache, pages, lo, hi, scale_log2e, M: tl.co
     return acc, best, total
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens", "sequences", "max_pages"])
 def attend(q_latent, q_pe, cache, block_table, cached_lengths, query_starts, num_tokens, output, lse, scale_log2e,
            tokens, sequences, max_pages, HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
            ROPE_PAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
@@ -161,7 +161,7 @@ def attend(q_latent, q_pe, cache, block_table, cached_lengths, query_starts, num
         tl.store(lse + place, best + tl.log2(total), mask=real)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combine(partial, lse, attended, splits, RANK: tl.constexpr, MAX_SPLITS: tl.constexpr):
     """partial [T * H, splits, RANK] float32, lse [T * H, splits] -> attended [T * H, RANK]; zero if all lse are -inf."""
     row = tl.program_id(0).to(tl.int64)

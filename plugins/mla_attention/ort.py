@@ -22,7 +22,7 @@ def body() -> onnx.FunctionProto:
 
 
 @script(_DOMAIN, default_opset=op)
-def MlaAttention(  # noqa: N802, PLR0913 (the name is the op's, the parameters are its inputs)
+def MlaAttention(  # noqa: N802 (the name is the op's, the parameters are its inputs)
     q_latent, q_pe, latent, k_pe, cache, block_table, cached_lengths, query_starts, num_tokens,
     softmax_scale: float, cache_format: str,
 ):  # fmt: skip

@@ -6,11 +6,12 @@ from math import log2, e
 
 from plugins.architecture import Target
 from plugins.launch import ELEMENTS, KernelSpec, Launch, Plan, PlanError, bind, cdiv, place, power_of_two
-from plugins.mla_attention.tiles import TILES, Tile
+from plugins.mla_attention.tiles import FEW, TILES, Tile
 
 DTYPES = ("bfloat16", "float16")
 CACHE_FORMATS = ("bfloat16", "float16")
 SEARCH_BLOCK = 128  # sequences looked at together when a program finds its own
+MAX_WIDTH = 576  # elements of a cached token that the tiles leave shared memory for
 MAX_SPLITS = 64
 BLOCKS_PER_SPLIT = 4  # fewer key blocks than this are not worth a program and its share of the combine
 WAVES = 2  # programs per multiprocessor that splitting aims at
@@ -34,6 +35,8 @@ class Attention:
         rank, rope, page = self.kv_lora_rank, self.qk_rope_head_dim, self.page_size
         _require(rank >= 16 and rank == power_of_two(rank), "kv_lora_rank", rank, "powers of two from 16")
         _require(rope > 0 and rope % 16 == 0, "qk_rope_head_dim", rope, "multiples of 16")
+        width = rank + power_of_two(rope)
+        _require(width <= MAX_WIDTH, "kv_lora_rank + qk_rope_head_dim", width, f"up to {MAX_WIDTH} (shared memory)")
         _require(page >= 16 and page == power_of_two(page), "page_size", page, "powers of two from 16")
 
 
@@ -47,7 +50,7 @@ def plan(config: Attention, tokens: int, sequences: int, max_pages: int, target:
     """Launches for T = tokens rows of B = sequences, block_table [B, max_pages]. Lengths play no part."""
     if tokens == 0:
         return Plan(())
-    size = "few" if power_of_two(config.heads) * cdiv(tokens, max(sequences, 1)) <= 16 else "many"
+    size = "few" if power_of_two(config.heads) * cdiv(tokens, max(sequences, 1)) <= FEW else "many"
     tile, block_h, rows = _tile(config, size, target)
     programs = cdiv(tokens + sequences * (rows - 1), rows) * cdiv(config.heads, block_h)
     splits = _splits(programs, max_pages * config.page_size, tile.block_n, target)
@@ -72,12 +75,13 @@ def plan(config: Attention, tokens: int, sequences: int, max_pages: int, target:
 
 def kernels(config: Attention, target: Target) -> tuple[KernelSpec, ...]:
     """Every kernel that a plan of `config` can name, whatever its shapes."""
-    attend = [_attend_kernel(config, size, split, target) for size in ("few", "many") for split in (False, True)]
+    sizes = ("few", "many") if power_of_two(config.heads) <= FEW else ("many",)
+    attend = [_attend_kernel(config, size, split, target) for size in sizes for split in (False, True)]
     return tuple(dict.fromkeys((_append_kernel(config), *attend, _combine_kernel(config))))
 
 
 def _tile(config: Attention, size: str, target: Target) -> tuple[Tile, int, int]:
-    """The tile, heads and query rows in it. A tile of "few" never holds more than 16 heads."""
+    """The tile, and the heads and query rows in it."""
     tile = TILES[target.capability][size]
     block_h = min(power_of_two(config.heads), tile.block_m)
     return tile, block_h, tile.block_m // block_h
@@ -126,8 +130,9 @@ def _attend_kernel(config: Attention, size: str, split: bool, target: Target) ->
         constexprs["lse"] = None
     grid = f"(cdiv(tokens + sequences * {rows - 1}, {rows}) * {cdiv(config.heads, block_h)}, splits)"
     return KernelSpec(
-        "mla_attention", "attend", arguments, tuple(constexprs.items()), tile.warps, tile.stages, grid, "f16"
-    )
+        "mla_attention", "attend", arguments, tuple(constexprs.items()), tile.warps, tile.stages, grid, "f16",
+        tile.spills_because,
+    )  # fmt: skip
 
 
 def _combine_kernel(config: Attention) -> KernelSpec:

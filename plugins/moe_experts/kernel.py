@@ -15,7 +15,7 @@ from plugins.moe_experts.plan import Experts, plan
 from plugins.torch_launch import contiguous, run, target_of, word
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["pairs", "tiles", "by_pair", "first_expert"])
 def sort(topk_ids, order, table, pairs, tiles, by_pair, first_expert, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr,
          BLOCK: tl.constexpr):  # fmt: skip
     """Expert program_id: its pairs -> order[begin ..], ascending; its tiles -> table [tiles, 4].
@@ -152,7 +152,7 @@ def down(rows, weight, output, order, table, row_scale, channel_scale, HIDDEN: t
     tl.store(at, acc.to(output.dtype.element_ty), mask=real[:, None] & exists[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["first_expert"])
 def combine(outer, topk_ids, topk_weights, y, first_expert, EXPERTS: tl.constexpr, HIDDEN: tl.constexpr,
             TOP_K: tl.constexpr, BLOCK: tl.constexpr):  # fmt: skip
     """y [T, HIDDEN] = sum over choices of weight * outer [pair, HIDDEN], local experts only, first choice first."""

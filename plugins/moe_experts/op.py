@@ -9,7 +9,16 @@ come with one float32 scale per output channel: real weight = weight * scale[:, 
 import torch
 
 from plugins.contract import (
-    ACTIVATIONS, FLOAT8, FLOAT32, INT32, UINT8, AttributeSpec, OpContract, OutputSpec, TensorSpec, register,
+    ACTIVATIONS,
+    FLOAT8,
+    FLOAT32,
+    INT32,
+    UINT8,
+    AttributeSpec,
+    OpContract,
+    OutputSpec,
+    TensorSpec,
+    register,
 )  # fmt: skip
 
 WEIGHTS = (*ACTIVATIONS, FLOAT8, UINT8)

@@ -67,7 +67,7 @@ def plan(config: Experts, tokens: int, target: Target) -> Plan:
         bind(gate_up, (tiles * cdiv(inner, tile.block_n),), **_operands(config, "x", "gate_up"), output="inner",
              order="order", table="table"),
         *_quantize(config, "inner", inner, pairs),
-        bind(down, (tiles * cdiv(hidden, tile.block_n),), **_operands(config, "inner", "down"), output="outer",
+        bind(down, (tiles * cdiv(hidden, tile.down_n),), **_operands(config, "inner", "down"), output="outer",
              order="order", table="table"),
         bind(_combine_kernel(config), (tokens, cdiv(hidden, COMBINE_BLOCK)), outer="outer", topk_ids="topk_ids",
              topk_weights="topk_weights", y="y", first_expert=config.first_expert),
@@ -138,19 +138,20 @@ def _sort_kernel(config: Experts, size: str, target: Target) -> KernelSpec:
 
 
 def _product_kernel(config: Experts, function: str, tile: Tile, sizes: dict[str, int]) -> KernelSpec:
-    """gate_up or down: `sizes` holds its ROWS_PER_TOKEN and the like."""
+    """gate_up or down; `sizes` holds the constants that only one of them has."""
     x, w = ELEMENTS[config.dtype], ELEMENTS[config.weights]
     arguments = [("rows", f"*{w}"), ("weight", f"*{w}"), ("output", f"*{x}"), ("order", "*i32"), ("table", "*i32")]
     if config.float8:
         arguments += [("row_scale", "*fp32"), ("channel_scale", "*fp32")]
     else:
         sizes = sizes | dict(row_scale=None, channel_scale=None)
+    inner, hidden = config.moe_intermediate_size, config.hidden_size
+    columns, block_n = (inner, tile.block_n) if function == "gate_up" else (hidden, tile.down_n)
     constexprs = sizes | dict(
-        HIDDEN=config.hidden_size, INNER=config.moe_intermediate_size, BLOCK_M=tile.block_m, BLOCK_N=tile.block_n,
+        HIDDEN=hidden, INNER=inner, BLOCK_M=tile.block_m, BLOCK_N=block_n,
         BLOCK_K=tile.block_k * (2 if config.float8 else 1), SWAP=tile.swap, STAGES=tile.stages,
     )  # fmt: skip
-    columns = config.moe_intermediate_size if function == "gate_up" else config.hidden_size
-    grid = f"(tiles * {cdiv(columns, tile.block_n)},)"
+    grid = f"(tiles * {cdiv(columns, block_n)},)"
     kind = "fp8" if config.float8 else "f16"
     return KernelSpec(
         "moe_experts", function, tuple(arguments), tuple(constexprs.items()), tile.warps, tile.stages, grid, kind

@@ -33,7 +33,7 @@ def _keep_groups(choice, g, e, GROUPS: tl.constexpr, KEEP: tl.constexpr, TOP2: t
     return tl.sum(beaten.to(tl.int32), 2) < KEEP
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["tokens"])
 def route(router_logits, num_tokens, correction_bias, topk_ids, topk_weights, tokens, scale,
           EXPERTS: tl.constexpr, GROUPS: tl.constexpr, GROUPS_PAD: tl.constexpr, SIZE: tl.constexpr,
           SIZE_PAD: tl.constexpr, KEEP: tl.constexpr, TOP_K: tl.constexpr, TOP_K_PAD: tl.constexpr,
