@@ -40,6 +40,17 @@ class LatentCache:
             )
         pages.extend(self._free.pop() for _ in range(needed))
 
+    def fits(self, sequence: int, length: int) -> bool:
+        """Whether `reserve` would succeed."""
+        return -(-length // self.page_size) - len(self._pages.get(sequence, [])) <= len(self._free)
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Gives back the pages past the first `length` tokens of a sequence."""
+        pages = self._pages.get(sequence, [])
+        kept = -(-length // self.page_size)
+        self._free.extend(reversed(pages[kept:]))
+        del pages[kept:]
+
     def release(self, sequence: int) -> None:
         """Gives a sequence's pages back."""
         self._free.extend(reversed(self._pages.pop(sequence, [])))

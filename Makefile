@@ -1,0 +1,26 @@
+# make demo: the main job, end to end, on this machine's CPU.   make test: all tests.   Both set themselves up in .venv.
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+EXAMPLE := examples/tiny-deepseek-v2
+DEMO := demo
+
+.PHONY: demo test lint clean
+
+demo: $(VENV)/installed
+	@$(BIN)/python examples/demo.py --checkpoint $(EXAMPLE) --out $(DEMO)
+
+test: $(VENV)/installed
+	$(BIN)/python -m pytest
+
+lint: $(VENV)/installed
+	$(BIN)/ruff check .
+
+clean:
+	rm -rf $(DEMO) .pytest_cache .hypothesis .ruff_cache
+
+$(VENV)/installed: requirements.txt requirements-dev.txt
+	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, found " + sys.version'
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@

@@ -1,0 +1,93 @@
+"""Text of an answer while its tokens arrive: whole characters only, and nothing that may still become a stop string."""
+
+from collections.abc import Callable, Sequence
+
+_INCOMPLETE = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
+
+
+class Detokenizer:
+    """Incremental decoding. The pieces, joined, equal `decode` of all tokens.
+
+    Only a window of tokens is decoded again: the last piece, as context, and what came after it.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]):
+        self._decode = decode
+        self._context: list[int] = []
+        self._new: list[int] = []
+
+    def add(self, token: int) -> str:
+        """The text that is certain now; "" while a character is unfinished."""
+        self._new.append(token)
+        piece = self._piece()
+        if not piece or piece.endswith(_INCOMPLETE):
+            return ""
+        self._context, self._new = self._new, []
+        return piece
+
+    def finish(self) -> str:
+        """The rest: unfinished bytes as U+FFFD."""
+        return self._piece() if self._new else ""
+
+    def _piece(self) -> str:
+        known = self._decode(self._context) if self._context else ""
+        return self._decode(self._context + self._new)[len(known) :]
+
+
+class StopStrings:
+    """Cuts a text at the stop string that is complete first, and holds back what may become one."""
+
+    def __init__(self, stops: Sequence[str]):
+        self._stops = tuple(stops)
+        self._held = ""
+        self.found: str | None = None
+
+    def add(self, piece: str) -> str:
+        """The text that is certain to stay, up to a stop string; then `found` is set."""
+        self._held += piece
+        ends = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
+        if ends:
+            _, at, self.found = min(ends)
+            text, self._held = self._held[:at], ""
+            return text
+        keep = max((self._overlap(stop) for stop in self._stops), default=0)
+        text, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
+        return text
+
+    def finish(self) -> str:
+        """The text held back, when no more is to come."""
+        text, self._held = self._held, ""
+        return text
+
+    def _overlap(self, stop: str) -> int:
+        """Length of the longest end of the held text that begins `stop`."""
+        longest = min(len(stop) - 1, len(self._held))
+        return next((n for n in range(longest, 0, -1) if self._held.endswith(stop[:n])), 0)
+
+
+class TextStream:
+    """Detokenizer and stop strings of one answer. `text` is what was handed out so far."""
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str]):
+        self._detokenizer, self._stops = Detokenizer(decode), StopStrings(stops)
+        self.text = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string was met."""
+        return self._stops.found is not None
+
+    def add(self, token: int) -> str:
+        """Text that a token makes certain."""
+        return self._emit(self._stops.add(self._detokenizer.add(token)))
+
+    def finish(self) -> str:
+        """The last text, after the last token."""
+        if self.stopped:
+            return ""
+        piece = self._stops.add(self._detokenizer.finish())
+        return self._emit(piece if self.stopped else piece + self._stops.finish())
+
+    def _emit(self, piece: str) -> str:
+        self.text += piece
+        return piece

@@ -1,0 +1,9 @@
+"""Errors that end a validation without a verdict: every message says what was found, what is needed, and what to do."""
+
+
+class ValidationError(ValueError):
+    """The bundle, the checkpoint and the text do not make a comparison (exit status 2)."""
+
+
+class ReferenceRefused(ValidationError):
+    """transformers does not compute what the checkpoint's config.json says; nothing may be compared with it."""
