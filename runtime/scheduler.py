@@ -44,14 +44,13 @@ class Scheduler:
             sequence.finish("context")
             return
         if after in self.kept:
-            self.kept.remove(after)
             self._take_over(sequence, after)
         self.waiting.append(sequence)
 
     def step(self) -> None:
         """Runs one step of the graph; events go to the sequences' sinks."""
-        self._admit()
         self._grow()
+        self._admit()
         plan = self._plan()
         if not plan:
             return
@@ -65,29 +64,78 @@ class Scheduler:
                 sequence.accept(logits[row], self.limits.max_context)
                 row += 1
         for sequence in [s for s in self.running if s.finish_reason]:
-            self.drop(sequence)
+            self.retire(sequence)
 
-    def drop(self, sequence: Sequence, keep: bool = False) -> None:
-        """Takes a sequence out, finished or not; `keep` leaves its pages in place for `add(..., after=sequence)`."""
-        for queue in (self.waiting, self.running, self.kept):
+    def retire(self, sequence: Sequence) -> None:
+        """Takes a sequence out, finished or not. Its pages stay if it is to be kept."""
+        for queue in (self.waiting, self.running):
             if sequence in queue:
                 queue.remove(sequence)
-        self.cache.release(sequence.id)
-        sequence.cached = 0
+        if sequence.keep and sequence.cached:
+            self.kept.append(sequence)
+        else:
+            self._release(sequence)
+
+    def forget(self, sequence: Sequence) -> None:
+        """Gives back what a kept sequence holds."""
+        if sequence in self.kept:
+            self._release(sequence)
 
     def reserve(self, sequence: int, length: int) -> bool:
-        """Room for the first `length` tokens of a sequence, at the expense of what merely waits; False if it is not there."""
+        """Room for the first `length` tokens of a sequence, at the expense of what does not run; False if there is none."""
         while not self.cache.fits(sequence, length):
-            holder = next((s for s in [*self.kept, *reversed(self.waiting)] if s.cached and s.id != sequence), None)
-            if holder is None:
+            idle = [s for s in [*self.kept, *reversed(self.waiting)] if s.cached and s.id != sequence]
+            if not idle:
                 return False
-            self.cache.release(holder.id)
-            holder.cached = 0
+            self._release(idle[0])
         self.cache.reserve(sequence, length)
         return True
+
+    def _release(self, sequence: Sequence) -> None:
+        self.cache.release(sequence.id)
+        sequence.cached = 0
+        if sequence in self.kept:
+            self.kept.remove(sequence)
 
     def _take_over(self, sequence: Sequence, after: Sequence) -> None:
         known = zip(after.tokens[: after.cached], sequence.tokens[:-1], strict=False)
         common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], known))
+        self.kept.remove(after)
         self.cache.truncate(after.id, common)
-        sequence.id, sequence.cached, sequence.reused = after.id, common, common
+        sequence.id, sequence.cached = after.id, common
+
+    def _grow(self) -> None:
+        """Room for the next token of every running sequence."""
+        for sequence in list(self.running):
+            if len(sequence.tokens) > self.cache.capacity:
+                sequence.finish("cache")
+                self.retire(sequence)
+            while sequence in self.running and not self.reserve(sequence.id, len(sequence.tokens)):
+                youngest = self.running.pop()
+                self._release(youngest)
+                self.waiting.appendleft(youngest)
+
+    def _admit(self) -> None:
+        while self.waiting and len(self.running) < self.max_running:
+            sequence = self.waiting[0]
+            if not self.reserve(sequence.id, min(len(sequence.tokens) + 1, self.cache.capacity)):
+                return
+            sequence.start()
+            self.running.append(self.waiting.popleft())
+
+    def _plan(self) -> list[tuple[Sequence, int]]:
+        """Sequences of the next step, and how many rows each: one to decode, chunks of prompts in what is left."""
+        missing = [(s, len(s.tokens) - s.cached) for s in self.running]
+        room = min(self.chunk, self.limits.max_batch_tokens - sum(1 for _, rows in missing if rows == 1))
+        plan = []
+        for sequence, rows in missing:
+            taken = 1 if rows == 1 else min(rows, room)
+            room -= 0 if rows == 1 else taken
+            if taken:
+                plan.append((sequence, taken))
+        return plan
+
+
+def _last_row(sequence: Sequence, rows: int) -> list[int]:
+    """Only the last token known of a sequence gets logits."""
+    return [rows - 1] if sequence.cached + rows == len(sequence.tokens) else []

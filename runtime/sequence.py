@@ -52,11 +52,11 @@ class Event:
 
 
 class Sequence:
-    """The state of one request. `sink` is where its events go."""
+    """The state of one request. `sink` is where its events go; `keep` asks for its pages to stay for a next turn."""
 
     def __init__(self, index: int, prompt: list[int], params: SamplingParams, text: TextStream | None, eos: frozenset[int],
-                 sink: deque[Event]):  # fmt: skip
-        self.index, self.params, self.text, self.sink = index, params, text, sink
+                 sink: deque[Event], keep: bool = False):  # fmt: skip
+        self.index, self.params, self.text, self.sink, self.keep = index, params, text, sink, keep
         self.tokens = list(prompt)  # prompt and answer
         self.prompt_tokens = len(prompt)
         self.cached = self.reused = 0  # leading tokens whose latents are in the cache
@@ -67,8 +67,9 @@ class Sequence:
         self._submitted, self._started, self._first, self._last = time.perf_counter(), None, None, None
 
     def start(self) -> None:
-        """Notes when the first step with this sequence begins."""
-        self._started = self._started or time.perf_counter()
+        """Notes when the sequence runs for the first time, and what of its prompt is cached by then."""
+        if self._started is None:
+            self._started, self.reused = time.perf_counter(), self.cached
 
     def accept(self, logits: np.ndarray, max_context: int) -> None:
         """Samples the next token from logits [vocab] float32, sends it, and ends the request if that was the last."""

@@ -1,0 +1,159 @@
+"""The Python API: load a bundle, generate text, read logits.
+
+    engine = runtime.load("BUNDLE")
+    for result in engine.generate(["def main():", "import"], SamplingParams(max_new_tokens=32)):
+        print(result.text, result.finish_reason)
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
+from numbers import Integral
+from pathlib import Path
+
+import numpy as np
+
+from runtime import backends, teacher_forcing, tokenizer
+from runtime.backends.base import Backend
+from runtime.bundle import Bundle, BundleError
+from runtime.errors import RequestError
+from runtime.sampler import SamplingParams
+from runtime.scheduler import CHUNK, Scheduler
+from runtime.sequence import Event, GenerationResult, Sequence
+from runtime.text_stream import TextStream
+
+Prompt = str | Items[int]
+
+
+class Engine:
+    """A loaded target of a bundle. For one thread at a time; streams may be interleaved, they share the steps."""
+
+    def __init__(self, bundle: Bundle, backend: Backend, chunk: int = CHUNK):
+        self.bundle, self.backend = bundle, backend
+        self.limits = backend.target.limits
+        self.vocab_size = bundle.manifest.config["vocab_size"]
+        self.tokenizer = tokenizer.load(bundle)
+        self.eos_ids = tokenizer.eos_ids(bundle, self.tokenizer)
+        self.scheduler = Scheduler(backend, chunk)
+
+    def generate(
+        self, prompts: Items[Prompt], params: SamplingParams | Items[SamplingParams] = SamplingParams(),
+        on_token: Callable[[Event], None] | None = None,
+    ) -> list[GenerationResult]:  # fmt: skip
+        """Answers to prompts (texts, or lists of token ids), in their order; `on_token` sees every event as it comes.
+
+        Raises RequestError before anything runs if a prompt is empty, too long, has ids outside the vocabulary, or if
+        the number of params differs; EngineError if the logits are not numbers.
+        """
+        results = {}
+        for event in self.stream(prompts, params):
+            if on_token:
+                on_token(event)
+            if event.result:
+                results[event.index] = event.result
+        return [results[index] for index in range(len(results))]
+
+    def stream(
+        self, prompts: Items[Prompt], params: SamplingParams | Items[SamplingParams] = SamplingParams()
+    ) -> Iterator[Event]:
+        """Like `generate`, as events: one per token. Closing the iterator ends the requests. Checks at once, not lazily."""
+        sink: deque[Event] = deque()
+        chosen = self._params(prompts, params)
+        tokens = [self.prompt_tokens(prompt, index) for index, prompt in enumerate(prompts)]
+        return self.run([self.sequence(t, p, sink, index) for index, (t, p) in enumerate(zip(tokens, chosen, strict=True))])
+
+    def logits(self, token_lists: Items[Items[int]]) -> np.ndarray:
+        """Teacher-forced logits at all positions of all lists, one list after another: [T, vocab_size] float32."""
+        lists = [self.prompt_tokens(tokens, index, "token list") for index, tokens in enumerate(token_lists)]
+        out = np.empty((sum(map(len, lists)), self.vocab_size), np.float32)
+        row = 0
+        for block in teacher_forcing.blocks(self.scheduler, lists):
+            out[row : row + len(block)] = block
+            row += len(block)
+        return out
+
+    def logit_blocks(self, token_lists: Items[Items[int]]) -> Iterator[np.ndarray]:
+        """The rows of `logits` in blocks [rows, vocab_size] of at most 256, so that they need not fit into memory."""
+        lists = [self.prompt_tokens(tokens, index, "token list") for index, tokens in enumerate(token_lists)]
+        return teacher_forcing.blocks(self.scheduler, lists)
+
+    def sequence(self, tokens: list[int], params: SamplingParams, sink: deque[Event], index: int = 0, keep: bool = False):
+        """The state of a new request for checked tokens; for `run`."""
+        if params.stop and self.tokenizer is None:
+            raise RequestError(f"stop strings need a tokenizer, {self.bundle.path} has none; give no stop strings")
+        text = TextStream(self.tokenizer.decode, params.stop) if self.tokenizer else None
+        return Sequence(index, tokens, params, text, self.eos_ids, sink, keep)
+
+    def run(self, sequences: list[Sequence], after: Sequence | None = None) -> Iterator[Event]:
+        """Runs requests that share a sink; `after`: a kept sequence whose cached prefix they may use."""
+        for sequence in sequences:
+            self.scheduler.add(sequence, after)
+        return self._events(sequences)
+
+    def _events(self, sequences: list[Sequence]) -> Iterator[Event]:
+        try:
+            while any(s.finish_reason is None or s.sink for s in sequences):
+                if not sequences[0].sink:
+                    self.scheduler.step()
+                while sequences[0].sink:
+                    yield sequences[0].sink.popleft()
+        finally:
+            for sequence in sequences:
+                if sequence.finish_reason is None:
+                    self.scheduler.retire(sequence)
+
+    def prompt_tokens(self, prompt: Prompt, index: int = 0, what: str = "prompt") -> list[int]:
+        """Checked token ids of a prompt. Raises RequestError that names it by `what` and `index`."""
+        tokens = self._encode(prompt, index) if isinstance(prompt, str) else _integers(prompt, f"{what} {index}")
+        where = f"{what} {index}"
+        if not tokens:
+            raise RequestError(f"{where} is empty, accepted: one token or more; give some text")
+        wrong = next((i for i, t in enumerate(tokens) if not 0 <= t < self.vocab_size), None)
+        if wrong is not None:
+            raise RequestError(f"{where}: token {wrong} is {tokens[wrong]}, accepted: 0 to {self.vocab_size - 1} (vocab_size)")
+        longest, capacity = self.limits.max_context, self.scheduler.cache.capacity
+        if len(tokens) > longest:
+            raise RequestError(f"{where} has {len(tokens)} tokens, accepted: up to {longest} (max_context); shorten it")
+        if len(tokens) > capacity:
+            raise RequestError(f"{where} has {len(tokens)} tokens, the latent cache holds {capacity}; raise cache_tokens")
+        return tokens
+
+    def _encode(self, text: str, index: int) -> list[int]:
+        if self.tokenizer is None:
+            raise BundleError(f"{self.bundle.path}: has no tokenizer; give token ids, or build from a checkpoint with one")
+        try:
+            return self.tokenizer.encode(text)
+        except RequestError as error:
+            raise RequestError(f"prompt {index}: {error}") from None
+
+    def _params(self, prompts, params) -> Items[SamplingParams]:
+        if isinstance(prompts, str) or not isinstance(prompts, Items):
+            raise RequestError(f"prompts is {type(prompts).__name__}, accepted: a list of texts or of token-id lists")
+        if isinstance(params, SamplingParams):
+            return [params] * len(prompts)
+        if len(params) != len(prompts):
+            raise RequestError(f"{len(params)} params for {len(prompts)} prompts; give one, or one for each")
+        return params
+
+
+def _integers(tokens, where: str) -> list[int]:
+    if not isinstance(tokens, Items | np.ndarray) or isinstance(tokens, bytes):
+        raise RequestError(f"{where} is {type(tokens).__name__}, accepted: text or a list of token ids")
+    for place, token in enumerate(tokens):
+        if not isinstance(token, Integral) or isinstance(token, bool):
+            raise RequestError(f"{where}: token {place} is {token!r}, accepted: integers")
+    return [int(token) for token in tokens]
+
+
+def load(path: Path | str, target: str | None = None, cache_tokens: int | None = None, threads: int = 0) -> Engine:
+    """An engine for a target of the bundle at `path` (the only one by default).
+
+    cache_tokens: tokens in the latent cache, by default what 1 GiB holds, 8 full contexts at most. threads: 0 for all
+    cores. Raises BundleError if the bundle or the target cannot be used, RequestError for a wrong option.
+    """
+    if cache_tokens is not None and cache_tokens < 1:
+        raise RequestError(f"cache_tokens is {cache_tokens}, accepted: 1 or more")
+    if threads < 0:
+        raise RequestError(f"threads is {threads}, accepted: 0 (all cores) or more")
+    bundle = Bundle(path)
+    return Engine(bundle, backends.load(bundle, target, cache_tokens=cache_tokens, threads=threads))

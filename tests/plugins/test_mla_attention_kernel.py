@@ -1,0 +1,130 @@
+"""The attention kernels, interpreted, against the plain torch form."""
+
+import pytest
+import torch
+
+from plugins.architecture import Target
+from plugins.launch import PlanError
+from plugins.mla_attention.kernel import mla_attention_
+from plugins.mla_attention.reference import mla_attention
+
+SCALE = 0.1147  # V2's softmax scale with mscale^2
+# an output is a weighted mean of keys: rounding the weights and the result costs one unit in the last place each
+UNITS = {torch.bfloat16: 2 * 2**-8, torch.float16: 2 * 2**-11}
+
+
+def batch(new, past, heads, rank, rope, page_size, dtype, cache_dtype=None, padding=3, shared=0):
+    """Arguments of the op for B sequences of `new` rows after `past` cached tokens; pages shuffled, unused cache NaN.
+
+    The first `shared` tokens of every sequence lie in the same pages.
+    """
+    generator = torch.Generator().manual_seed(len(new) * 1000 + sum(past) + heads)
+    pages_of = [-(-(n + p) // page_size) for n, p in zip(new, past, strict=True)]
+    common, count = shared // page_size, sum(pages_of) + 4
+    free = iter((torch.randperm(count, generator=generator) + 1).tolist())
+    prefix = [next(free) for _ in range(common)]
+    table = torch.full((len(new), max(*pages_of, 1) + 2), 2**30, dtype=torch.int32)  # no page: must not be followed
+    for b, pages in enumerate(pages_of):
+        ids = prefix[: min(common, past[b] // page_size)]
+        table[b, :pages] = torch.tensor(ids + [next(free) for _ in range(pages - len(ids))], dtype=torch.int32)
+    cache = torch.full((count + 2, page_size, rank + rope), float("nan"), dtype=cache_dtype or dtype)
+    for b, length in enumerate(past):
+        for position in range(length):
+            token = torch.randn(rank + rope, generator=generator).to(cache.dtype)
+            cache[table[b, position // page_size], position % page_size] = token
+    rows = sum(new) + padding
+    q, q_pe, latent, k_pe = (
+        torch.randn(shape, generator=generator).to(dtype)
+        for shape in ((rows, heads, rank), (rows, heads, rope), (rows, rank), (rows, rope))
+    )
+    starts = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()], dtype=torch.int32)
+    lengths, num_tokens = torch.tensor(past, dtype=torch.int32), torch.tensor([sum(new)], dtype=torch.int32)
+    return [q, q_pe, latent, k_pe, cache, table, lengths, starts, num_tokens]
+
+
+def check(arguments, target):
+    cache_format = str(arguments[4].dtype).removeprefix("torch.")
+    mine = [a.clone() if i == 4 else a for i, a in enumerate(arguments)]
+    attended = mla_attention_(*mine, SCALE, cache_format, target)
+    expected, cache = mla_attention(*arguments, SCALE, cache_format)
+    assert torch.equal(mine[4].view(torch.int16), cache.view(torch.int16)), "cache differs"
+    bound = UNITS[attended.dtype] * expected.abs().max().clamp_min(1).item()
+    assert (attended.float() - expected.float()).abs().max().item() <= bound
+    assert not attended[int(arguments[8]) :].any(), "padding rows must be zero"
+
+
+MIXED = ([7, 1, 0, 33, 1], [5, 0, 3, 130, 63])  # chunks, first token, nothing new, a full page about to begin
+
+
+@pytest.mark.parametrize("capability", [80, 89, 90, 100])
+@pytest.mark.parametrize(
+    ("heads", "rank", "rope", "page_size", "dtype"),
+    [
+        (16, 64, 16, 64, torch.bfloat16),
+        (6, 64, 16, 16, torch.float16),
+        (40, 128, 48, 32, torch.bfloat16),
+    ],
+)
+def test_mixed_batch(capability, heads, rank, rope, page_size, dtype):
+    check(batch(*MIXED, heads, rank, rope, page_size, dtype), Target.of(capability))
+
+
+@pytest.mark.parametrize("capability", [86, 90, 120])
+@pytest.mark.parametrize("sms", [1, 400], ids=["direct", "split"])
+def test_decode_steps(capability, sms):
+    past = [0, 1, 63, 64, 65, 257]
+    check(batch([1] * 6, past, 16, 64, 32, 64, torch.bfloat16), Target.of(capability, sms))
+
+
+@pytest.mark.parametrize("capability", [89, 90])
+def test_real_width(capability):
+    check(batch([1, 2], [70, 0], 16, 512, 64, 64, torch.bfloat16), Target.of(capability))
+
+
+@pytest.mark.parametrize("sms", [1, 400], ids=["direct", "split"])
+def test_128_heads(sms):
+    check(batch([1, 3], [97, 20], 128, 64, 16, 64, torch.float16, padding=1), Target.of(90, sms))
+
+
+def test_shared_pages_are_read_only():
+    check(batch([2, 1, 3], [70, 64, 129], 16, 64, 16, 32, torch.bfloat16, shared=64), Target.of(90))
+
+
+def test_cache_of_another_dtype():
+    check(batch([2, 1], [9, 30], 6, 64, 16, 16, torch.bfloat16, cache_dtype=torch.float16), Target.of(90))
+
+
+def test_only_padding_and_only_empty_sequences():
+    arguments = batch([0, 0], [5, 0], 6, 64, 16, 16, torch.bfloat16, padding=5)
+    check(arguments, Target.of(90))
+
+
+def test_num_tokens_cuts_the_last_sequence():
+    arguments = batch([3, 6], [5, 17], 6, 64, 16, 16, torch.bfloat16, padding=2)
+    arguments[8] = torch.tensor([5], dtype=torch.int32)
+    check(arguments, Target.of(90))
+
+
+def test_more_sequences_than_one_search_block():
+    new = [1, 0] * 70
+    check(batch(new, [i % 3 for i in range(140)], 2, 16, 16, 16, torch.float16), Target.of(90))
+
+
+def test_inputs_need_not_be_contiguous():
+    arguments = batch([2, 1], [9, 30], 6, 64, 16, 16, torch.bfloat16)
+    joined = torch.cat(arguments[:2], -1)  # [T, H, rank + rope], as one projection gives it
+    arguments[0], arguments[1] = joined[..., :64], joined[..., 64:]
+    arguments[5] = torch.cat([arguments[5], arguments[5]], 1)[:, : arguments[5].shape[1]]
+    check(arguments, Target.of(90))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"rank": 96}, "kv_lora_rank"), ({"rope": 24}, "qk_rope_head_dim"), ({"dtype": torch.float32}, "dtype"),
+     ({"page_size": 24}, "page_size"), ({"rank": 1024}, "shared memory")],
+)  # fmt: skip
+def test_refusals_name_what_is_accepted(change, message):
+    shape = dict(heads=2, rank=64, rope=16, page_size=16, dtype=torch.bfloat16) | change
+    arguments = batch([1], [3], **shape)
+    with pytest.raises(PlanError, match=message):
+        mla_attention_(*arguments, SCALE, str(shape["dtype"]).removeprefix("torch."), Target.of(90))
