@@ -59,12 +59,12 @@ class Engine:
         """Like `generate`, as events: one per token. Closing the iterator ends the requests. Checks at once, not lazily."""
         sink: deque[Event] = deque()
         chosen = self._params(prompts, params)
-        tokens = [self.prompt_tokens(prompt, index) for index, prompt in enumerate(prompts)]
+        tokens = [self.prompt_tokens(prompt, f"prompt {index}") for index, prompt in enumerate(prompts)]
         return self.run([self.sequence(t, p, sink, index) for index, (t, p) in enumerate(zip(tokens, chosen, strict=True))])
 
     def logits(self, token_lists: Items[Items[int]]) -> np.ndarray:
         """Teacher-forced logits at all positions of all lists, one list after another: [T, vocab_size] float32."""
-        lists = [self.prompt_tokens(tokens, index, "token list") for index, tokens in enumerate(token_lists)]
+        lists = [self.prompt_tokens(tokens, f"token list {index}") for index, tokens in enumerate(token_lists)]
         out = np.empty((sum(map(len, lists)), self.vocab_size), np.float32)
         row = 0
         for block in teacher_forcing.blocks(self.scheduler, lists):
@@ -74,7 +74,7 @@ class Engine:
 
     def logit_blocks(self, token_lists: Items[Items[int]]) -> Iterator[np.ndarray]:
         """The rows of `logits` in blocks [rows, vocab_size] of at most 256, so that they need not fit into memory."""
-        lists = [self.prompt_tokens(tokens, index, "token list") for index, tokens in enumerate(token_lists)]
+        lists = [self.prompt_tokens(tokens, f"token list {index}") for index, tokens in enumerate(token_lists)]
         return teacher_forcing.blocks(self.scheduler, lists)
 
     def sequence(self, tokens: list[int], params: SamplingParams, sink: deque[Event], index: int = 0, keep: bool = False):
@@ -102,10 +102,9 @@ class Engine:
                 if sequence.finish_reason is None:
                     self.scheduler.retire(sequence)
 
-    def prompt_tokens(self, prompt: Prompt, index: int = 0, what: str = "prompt") -> list[int]:
-        """Checked token ids of a prompt. Raises RequestError that names it by `what` and `index`."""
-        tokens = self._encode(prompt, index) if isinstance(prompt, str) else _integers(prompt, f"{what} {index}")
-        where = f"{what} {index}"
+    def prompt_tokens(self, prompt: Prompt, where: str = "prompt") -> list[int]:
+        """Checked token ids of a prompt. Raises RequestError that calls it `where`."""
+        tokens = self._encode(prompt, where) if isinstance(prompt, str) else _integers(prompt, where)
         if not tokens:
             raise RequestError(f"{where} is empty, accepted: one token or more; give some text")
         wrong = next((i for i, t in enumerate(tokens) if not 0 <= t < self.vocab_size), None)
@@ -118,13 +117,20 @@ class Engine:
             raise RequestError(f"{where} has {len(tokens)} tokens, the latent cache holds {capacity}; raise cache_tokens")
         return tokens
 
-    def _encode(self, text: str, index: int) -> list[int]:
+    def chat_tokens(self, messages: list[dict], where: str = "the conversation") -> list[int]:
+        """Checked token ids of a conversation of {"role", "content"} messages, up to where the answer begins."""
+        return self.prompt_tokens(self._needed_tokenizer().encode_chat(messages), where)
+
+    def _needed_tokenizer(self) -> tokenizer.Tokenizer:
         if self.tokenizer is None:
             raise BundleError(f"{self.bundle.path}: has no tokenizer; give token ids, or build from a checkpoint with one")
+        return self.tokenizer
+
+    def _encode(self, text: str, where: str) -> list[int]:
         try:
-            return self.tokenizer.encode(text)
+            return self._needed_tokenizer().encode(text)
         except RequestError as error:
-            raise RequestError(f"prompt {index}: {error}") from None
+            raise RequestError(f"{where}: {error}") from None
 
     def _params(self, prompts, params) -> Items[SamplingParams]:
         if isinstance(prompts, str) or not isinstance(prompts, Items):
@@ -156,4 +162,7 @@ def load(path: Path | str, target: str | None = None, cache_tokens: int | None =
     if threads < 0:
         raise RequestError(f"threads is {threads}, accepted: 0 (all cores) or more")
     bundle = Bundle(path)
-    return Engine(bundle, backends.load(bundle, target, cache_tokens=cache_tokens, threads=threads))
+    try:
+        return Engine(bundle, backends.load(bundle, target, cache_tokens=cache_tokens, threads=threads))
+    except MemoryError as error:
+        raise RequestError(f"cache_tokens is {cache_tokens}, more than this machine's memory holds ({error})") from None

@@ -6,8 +6,9 @@ _INCOMPLETE = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
 
 
 class Detokenizer:
-    """Incremental decoding. The pieces, joined, equal `decode` of all tokens.
+    """Incremental decoding. The pieces, joined, equal `decode` of all tokens, for byte-level tokenizers always.
 
+    (Byte-fallback decoders take a whole run of bytes back if one of them is invalid: there it holds for valid UTF-8.)
     Only a window of tokens is decoded again: the last piece, as context, and what came after it.
     """
 

@@ -84,16 +84,19 @@ def attention(
     hidden: np.ndarray, positions: np.ndarray, weights: dict[str, np.ndarray], c: DeepseekV2Config, rules: AttentionRules
 ) -> np.ndarray:
     """Multi-head latent attention, keys and values written out. hidden [T, D], positions [T] -> [T, D], float64."""
+
+    def linear(x: np.ndarray, name: str) -> np.ndarray:
+        return x @ weights[f"{name}.weight"].T + weights.get(f"{name}.bias", 0.0)
+
     latent_eps = LATENT_NORM_EPS if rules.own_latent_eps else c.rms_norm_eps
     if c.q_lora_rank is None:
-        q = hidden @ weights["q_proj.weight"].T
+        q = linear(hidden, "q_proj")
     else:
-        q = rms_norm(hidden @ weights["q_a_proj.weight"].T, weights["q_a_layernorm.weight"], latent_eps)
-        q = q @ weights["q_b_proj.weight"].T
+        q = linear(rms_norm(linear(hidden, "q_a_proj"), weights["q_a_layernorm.weight"], latent_eps), "q_b_proj")
     q = q.reshape(len(hidden), c.num_attention_heads, c.qk_head_dim)
-    compressed = hidden @ weights["kv_a_proj_with_mqa.weight"].T
+    compressed = linear(hidden, "kv_a_proj_with_mqa")
     latent = rms_norm(compressed[:, : c.kv_lora_rank], weights["kv_a_layernorm.weight"], latent_eps)
-    kv = (latent @ weights["kv_b_proj.weight"].T).reshape(len(hidden), c.num_attention_heads, -1)
+    kv = linear(latent, "kv_b_proj").reshape(len(hidden), c.num_attention_heads, -1)
     k_nope, v = kv[..., : c.qk_nope_head_dim], kv[..., c.qk_nope_head_dim :]
     angles = positions[:, None] * inverse_frequencies(c, rules.yarn_frequencies)
     factor = rotation_factor(c) if rules.attention_factor else 1.0
@@ -103,7 +106,7 @@ def attention(
     scores = scores * softmax_scale(c, rules.mscale_squared)
     scores = np.where(positions[None, :, None] >= positions[None, None, :], scores, -np.inf)
     out = np.einsum("hts,shd->thd", softmax(scores), v).reshape(len(hidden), -1)
-    return out @ weights["o_proj.weight"].T
+    return linear(out, "o_proj")
 
 
 def softmax_scale(c: DeepseekV2Config, mscale_squared: bool = True) -> float:

@@ -98,7 +98,7 @@ class _Rewriter:
         users = list(value.uses())
         if weight.role in ("gate_up", "down"):
             self._experts(weight, value, users, quantized)
-        elif quantized and weight.role == "linear":
+        elif quantized and weight.role in ("linear", "head"):
             self._linear(weight, users[0].node)
         elif quantized:
             self._absorbed(weight, users[0].node)

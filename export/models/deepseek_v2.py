@@ -218,7 +218,7 @@ def weights(c: DeepseekV2Config) -> list[Weight]:
     for i in range(c.num_hidden_layers):
         result += _layer_weights(c, i)
     result.append(_norm("model.norm", c.hidden_size))
-    result.append(Weight("lm_head.weight", (c.vocab_size, c.hidden_size), "linear", (head,)))
+    result.append(Weight("lm_head.weight", (c.vocab_size, c.hidden_size), "head", (head,)))
     return result
 
 

@@ -14,7 +14,7 @@ class Weight:
 
     `sources` groups checkpoint names: each group makes one slab along axis 0 through `make`, so that stacked experts
     are read expert by expert. `role` says what quantization may do with it:
-    embedding, norm, bias, router, linear [out, in], absorbed [heads, in, out], gate_up and down [experts, out, in].
+    embedding, norm, bias, router, linear and head [out, in], absorbed [heads, in, out], gate_up and down [experts, out, in].
     """
 
     name: str

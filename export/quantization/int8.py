@@ -27,7 +27,7 @@ class Int8(WeightFormat):
         self.key = f"int8.b{block_size}.e{expert_block_size}"
 
     def is_quantized(self, weight: Weight) -> bool:
-        return weight.role in ("linear", "absorbed", "gate_up", "down")
+        return weight.role in ("linear", "head", "absorbed", "gate_up", "down")
 
     def linear_block(self, inputs: int) -> int:
         """Block size for a product with this many inputs: a power of two from 16 to block_size."""

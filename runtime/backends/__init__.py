@@ -8,13 +8,24 @@ from runtime.bundle import Bundle, BundleError
 if TYPE_CHECKING:
     from runtime.backends.base import Backend
 
-_BACKENDS = {"onnxruntime": "OnnxRuntimeBackend"}
+_BACKENDS = {
+    "onnxruntime": ("onnxruntime", "OnnxRuntimeBackend"),
+    "tensorrt": ("tensorrt", "TensorRtBackend"),
+    "tensorrt_rtx": ("tensorrt", "TensorRtBackend"),
+    "torch": ("torch", "TorchBackend"),
+}
 
 
-def load(bundle: Bundle, target_name: str | None = None, **options) -> "Backend":
-    """The backend that runs a target of a bundle. Raises BundleError if this version or machine cannot."""
+def load(bundle: Bundle, target_name: str | None = None, backend: str | None = None, **options) -> "Backend":
+    """The backend that runs a target of a bundle. Raises BundleError if this version or machine cannot.
+
+    backend: the target's own by default; "torch" interprets any target's ONNX graph.
+    """
     name, target = bundle.target(target_name)
-    if target.backend not in _BACKENDS:
-        raise BundleError(f"target {name} needs backend {target.backend}, this version has: {', '.join(_BACKENDS)}")
-    module = import_module(f"runtime.backends.{target.backend}")
-    return getattr(module, _BACKENDS[target.backend])(bundle, name, target, **options)
+    chosen = backend or target.backend
+    if chosen not in _BACKENDS:
+        raise BundleError(f"target {name}: no backend {chosen!r}, accepted: {', '.join(_BACKENDS)}")
+    if chosen not in (target.backend, "torch"):
+        raise BundleError(f"target {name} is for backend {target.backend}, accepted: {target.backend}, torch")
+    file, cls = _BACKENDS[chosen]
+    return getattr(import_module(f"runtime.backends.{file}"), cls)(bundle, name, target, **options)

@@ -53,7 +53,7 @@ def check(arguments, target):
     assert not attended[int(arguments[8]) :].any(), "padding rows must be zero"
 
 
-MIXED = ([7, 1, 0, 33, 1], [5, 0, 3, 130, 63])  # chunks, first token, nothing new, a full page about to begin
+MIXED = ([7, 1, 0, 19, 1], [5, 0, 3, 130, 63])  # chunks, first token, nothing new, a full page about to begin
 
 
 @pytest.mark.parametrize("capability", [80, 89, 90, 100])
@@ -62,7 +62,7 @@ MIXED = ([7, 1, 0, 33, 1], [5, 0, 3, 130, 63])  # chunks, first token, nothing n
     [
         (16, 64, 16, 64, torch.bfloat16),
         (6, 64, 16, 16, torch.float16),
-        (40, 128, 48, 32, torch.bfloat16),
+        (20, 128, 48, 32, torch.bfloat16),
     ],
 )
 def test_mixed_batch(capability, heads, rank, rope, page_size, dtype):
@@ -106,7 +106,7 @@ def test_num_tokens_cuts_the_last_sequence():
 
 
 def test_more_sequences_than_one_search_block():
-    new = [1, 0] * 70
+    new = [1, 0, 0, 0, 0] * 28
     check(batch(new, [i % 3 for i in range(140)], 2, 16, 16, 16, torch.float16), Target.of(90))
 
 

@@ -1,0 +1,41 @@
+"""fp8: e4m3 weights of linears and experts with one float32 scale per output channel; everything else bfloat16.
+
+value = stored * scale, scale = absmax / 448. The absorbed products, embedding, norms, router and head stay bfloat16: the
+first two are small or only looked up, and errors of the last two change choices directly.
+"""
+
+import torch
+
+from export.models.weights import Weight
+from export.quantization.base import StoredTensor, WeightFormat
+from export.quantization.bf16 import BFloat16
+
+LARGEST = 448.0  # of float8_e4m3fn
+SMALLEST_ABSMAX = 1e-10  # a row of zeros gets a scale that divides
+_PLAIN = BFloat16()
+
+
+class Fp8(WeightFormat):
+    key = "fp8"
+
+    def is_quantized(self, weight: Weight) -> bool:
+        return weight.role in ("linear", "gate_up", "down")
+
+    def stored(self, weight: Weight) -> list[StoredTensor]:
+        if not self.is_quantized(weight):
+            return _PLAIN.stored(weight)
+        scale = StoredTensor(".scale", weight.shape[:-1], torch.float32)
+        return [StoredTensor("", weight.shape, torch.float8_e4m3fn), scale]
+
+    def encode(self, weight: Weight, slab: torch.Tensor) -> list[torch.Tensor]:
+        if not self.is_quantized(weight):
+            return _PLAIN.encode(weight, slab)
+        values = slab.float()
+        scale = values.abs().amax(-1).clamp_min(SMALLEST_ABSMAX) / LARGEST
+        return [(values / scale[..., None]).clamp_(-LARGEST, LARGEST).to(torch.float8_e4m3fn), scale]
+
+    def decode(self, weight: Weight, stored: list[torch.Tensor]) -> torch.Tensor:
+        if not self.is_quantized(weight):
+            return _PLAIN.decode(weight, stored)
+        values, scale = stored
+        return values.float() * scale[..., None]

@@ -1,0 +1,198 @@
+"""TensorRT plugins, derived from the op contracts: IPluginV3 classes for `tensorrt` and `tensorrt_rtx`, the module passed in.
+
+A plugin serializes the op's attributes and the compute capability it was built for. In a step it looks up the launch plan of
+the shapes it is given and hands it to a launcher (plugins/cuda_launch.py). Building needs no launcher and no GPU.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+
+from plugins.architecture import Target
+from plugins.contract import DOMAIN, VERSION, OpContract
+from plugins.launch import KernelSpec, Plan
+
+CAPABILITY = "capability"  # field beside the op's attributes: 89 for 8.9
+MAX_SMS = 192  # multiprocessors that workspaces are sized for; plans of a larger GPU use this many
+_TYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "int32": "int32", "float8_e4m3fn": "fp8"}
+
+
+@dataclass(frozen=True)
+class PluginOp:
+    """What an op adds to its contract: each plugins/<op>/trt.py holds one, called OP.
+
+    configure(attributes, sizes, dtypes) gives the static part of a plan; sizes are dimensions by the contract's names,
+    dtypes are torch's words by tensor name, absent optional tensors left out. It raises PlanError where no kernel fits.
+    plan(config, sizes, target) and kernels(config, target) are the op's own. workspace(config, sizes, target) bounds the
+    workspace in bytes of every plan whose dynamic dimensions are at most `sizes`.
+    """
+
+    contract: OpContract
+    configure: Callable[[Mapping, Mapping[str, int], Mapping[str, str]], Any]
+    plan: Callable[[Any, Mapping[str, int], Target], Plan]
+    kernels: Callable[[Any, Target], tuple[KernelSpec, ...]]
+    workspace: Callable[[Any, Mapping[str, int], Target], int]
+
+
+class Launcher(Protocol):
+    """Runs plans on the current CUDA device."""
+
+    target: Target
+
+    def prepare(self, kernels: Sequence[KernelSpec]) -> None:
+        """Loads kernels, so that nothing is loaded while a stream is captured."""
+
+    def run(self, plan: Plan, tensors: Mapping[str, int], workspace: int, stream: int) -> None:
+        """Launches `plan` on `stream`; tensors and workspace are device addresses."""
+
+
+def register(trt, ops: Sequence[PluginOp], capability: int, launcher: Launcher | None = None) -> list:
+    """Registers a creator for each op with the package's registry; returns them: they must outlive builder and engine."""
+    registry = trt.get_plugin_registry()
+    creators = [_creator(trt, op, capability, launcher) for op in ops]
+    for creator in creators:
+        if not registry.register_creator(creator, DOMAIN):
+            raise RuntimeError(f"{trt.__name__} does not register plugin {creator.name}: is it registered already?")
+    return creators
+
+
+def sizes(contract: OpContract, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
+    """Dimensions by name, from the shapes of the inputs that are present."""
+    named = {}
+    for spec, shape in zip(contract.inputs, shapes, strict=False):
+        for dim, size in zip(spec.dims, shape, strict=True):
+            if dim.isidentifier():
+                named[dim] = size
+    return named
+
+
+def _creator(trt, op: PluginOp, capability: int, launcher: Launcher | None):
+    plugin = _plugin_class(trt, op, launcher)
+    kinds = {int: trt.PluginFieldType.INT32, float: trt.PluginFieldType.FLOAT32, str: trt.PluginFieldType.CHAR}
+    fields = [trt.PluginField(a.name, np.array([]), kinds[a.kind]) for a in op.contract.attributes]
+
+    class Creator(trt.IPluginCreatorV3One):
+        def __init__(self):
+            trt.IPluginCreatorV3One.__init__(self)
+            self.name, self.plugin_namespace, self.plugin_version = op.contract.onnx_type, DOMAIN, str(VERSION)
+            self.field_names = trt.PluginFieldCollection(fields)
+
+        def create_plugin(self, name, collection, phase):
+            found = {f.name: f for f in collection}
+            attributes = {a.name: _value(a.kind, found[a.name]) for a in op.contract.attributes}
+            built_for = _value(int, found[CAPABILITY]) if CAPABILITY in found else capability
+            return plugin(attributes, built_for)
+
+    return Creator()
+
+
+def _value(kind: type, field):
+    data = np.asarray(field.data)
+    return data.tobytes().decode().rstrip("\0") if kind is str else kind(data.reshape(-1)[0])
+
+
+def _plugin_class(trt, op: PluginOp, launcher: Launcher | None) -> type:
+    """The IPluginV3 class of `op` for one of the two packages, whose classes it has to inherit."""
+    types = {ours: getattr(trt, theirs) for ours, theirs in _TYPES.items()}
+    names = {v: k for k, v in types.items()}
+    contract, inputs = op.contract, op.contract.inputs
+    aliases = {
+        [o.name for o in contract.outputs].index(out): [i.name for i in inputs].index(source)
+        for out, source in contract.aliases
+    }
+
+    class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
+        def __init__(self, attributes: dict, capability: int):
+            trt.IPluginV3.__init__(self)
+            trt.IPluginV3OneCore.__init__(self)
+            trt.IPluginV3OneBuildV2.__init__(self)
+            trt.IPluginV3OneRuntime.__init__(self)
+            self.plugin_name, self.plugin_namespace, self.plugin_version = contract.onnx_type, DOMAIN, str(VERSION)
+            self.num_outputs = len(contract.outputs)
+            self.attributes, self.capability = attributes, capability
+
+        def clone(self):
+            return Plugin(self.attributes, self.capability)
+
+        def get_capability_interface(self, kind):
+            return self
+
+        def get_output_data_types(self, input_types):
+            by_name = dict(zip([i.name for i in inputs], input_types, strict=False))
+            return [by_name[o.like] if o.like else types[_word(o.dtype)] for o in contract.outputs]
+
+        def get_output_shapes(self, shapes, shape_inputs, expressions):
+            named = sizes(contract, [list(s) for s in shapes])
+            constants = {a.name: a.kind for a in contract.attributes if a.kind is int}
+            known = named | {n: expressions.constant(self.attributes[n]) for n in constants}
+            return [trt.DimsExprs([known[d] for d in o.dims]) for o in contract.outputs]
+
+        def supports_format_combination(self, position, tensors, num_inputs):
+            given = tensors[position].desc
+            if given.format != trt.TensorFormat.LINEAR or given.type not in names:
+                return False
+            if position < num_inputs:
+                return names[given.type] in [_word(d) for d in inputs[position].dtypes]
+            output = contract.outputs[position - num_inputs]
+            by_name = dict(zip([i.name for i in inputs], [t.desc.type for t in tensors], strict=False))
+            return given.type == (by_name[output.like] if output.like else types[_word(output.dtype)])
+
+        def configure_plugin(self, tensors, outputs):
+            self._config([t.desc.type for t in tensors], sizes(contract, [t.max for t in tensors]))
+
+        def get_aliased_input(self, output):
+            return aliases.get(output, -1)  # TensorRT's word for none
+
+        def get_workspace_size(self, tensors, outputs):
+            largest = sizes(contract, [t.max for t in tensors])
+            config = self._config([t.desc.type for t in tensors], largest)
+            return op.workspace(config, largest, Target(self.capability, MAX_SMS))
+
+        def get_valid_tactics(self):
+            return [1]
+
+        def set_tactic(self, tactic):
+            pass
+
+        def get_fields_to_serialize(self):
+            values = [(a.name, a.kind, self.attributes[a.name]) for a in contract.attributes]
+            fields = [_field(trt, *v) for v in [*values, (CAPABILITY, int, self.capability)]]
+            self._kept = fields  # TensorRT reads them after this returns
+            return trt.PluginFieldCollection(fields)
+
+        def attach_to_context(self, context):
+            return self.clone()
+
+        def on_shape_change(self, tensors, outputs):
+            named = sizes(contract, [t.dims for t in tensors])
+            launcher.prepare(op.kernels(self._config([t.type for t in tensors], named), launcher.target))
+
+        def enqueue(self, tensors, outputs, addresses, output_addresses, workspace, stream):
+            named = sizes(contract, [t.dims for t in tensors])
+            config = self._config([t.type for t in tensors], named)
+            device = Target(launcher.target.capability, min(launcher.target.num_sms, MAX_SMS))
+            by_name = dict(zip([i.name for i in inputs], addresses, strict=False))
+            by_name |= dict(zip([o.name for o in contract.outputs], output_addresses, strict=True))
+            launcher.run(op.plan(config, named, device), by_name, workspace, stream)
+
+        def _config(self, input_types, named):
+            by_name = {i.name: names[t] for i, t in zip(inputs, input_types, strict=False)}
+            return op.configure(self.attributes, named, by_name)
+
+    Plugin.__name__ = contract.onnx_type
+    return Plugin
+
+
+def _word(dtype) -> str:
+    """torch.bfloat16 -> "bfloat16"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def _field(trt, name: str, kind: type, value):
+    if kind is str:
+        return trt.PluginField(name, np.frombuffer(value.encode(), np.int8), trt.PluginFieldType.CHAR)
+    if kind is int:
+        return trt.PluginField(name, np.array([value], np.int32), trt.PluginFieldType.INT32)
+    return trt.PluginField(name, np.array([value], np.float32), trt.PluginFieldType.FLOAT32)

@@ -1,0 +1,201 @@
+"""Commands on a bundle: `python -m runtime info|generate|chat|logits BUNDLE`."""
+
+import json
+import os
+import sys
+from dataclasses import asdict
+from pathlib import Path
+from typing import Annotated
+
+import numpy as np
+import typer
+
+from runtime import console, load
+from runtime.bundle import Bundle, BundleError
+from runtime.errors import EngineError, RequestError
+from runtime.sampler import SamplingParams
+
+app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
+UsageError = typer.BadParameter.__bases__[0]  # of the click that typer carries inside
+
+BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle.")]
+Target = Annotated[str | None, typer.Option(help="Target of the bundle; the only one by default.")]
+Threads = Annotated[int, typer.Option(help="Threads; 0: all cores.")]
+CacheTokens = Annotated[int | None, typer.Option(help="Tokens in the latent cache; what 1 GiB holds by default.")]
+Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, errors too.")]
+MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
+Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
+TopK = Annotated[int, typer.Option(help="0 is off.")]
+TopP = Annotated[float, typer.Option(help="1 is off.")]
+MinP = Annotated[float, typer.Option(help="0 is off.")]
+RepetitionPenalty = Annotated[float, typer.Option(help="1 is off.")]
+Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text (repeatable).")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-sequence token.")]
+
+
+@app.command()
+def info(
+    bundle: BundlePath,
+    verify: Annotated[bool, typer.Option("--verify", help="Read every file and compare digests.")] = False,
+    as_json: Json = False,
+) -> int:
+    """What is in a bundle; with --verify, whether it is whole (exit code 2 if not)."""
+    opened = Bundle(bundle)
+    findings = console.verify(opened, quiet=as_json) if verify else console.check_files(opened) or []
+    if as_json:
+        evidence = {n: str(f) for n in opened.manifest.targets if (f := opened.evidence_file(n)).is_file()}
+        checked = {"verified": not findings, "findings": findings} if verify else {}
+        manifest = opened.manifest.model_dump(mode="json")
+        print(json.dumps({"bundle": str(bundle), "digest": opened.digest, **checked, "evidence": evidence, "manifest": manifest}))
+    else:
+        console.Console().print(console.info_table(opened))
+        if verify and not findings:
+            print("every file fits its digest")
+    for finding in findings:
+        console.note(f"error: {finding}", "red")
+    return 2 if findings else 0
+
+
+@app.command()
+def generate(
+    bundle: BundlePath,
+    prompt: Annotated[list[str] | None, typer.Option(help="A prompt (repeatable).")] = None,
+    prompt_file: Annotated[list[str] | None, typer.Option(help="A file that is one prompt, - for stdin (repeatable).")] = None,
+    max_new_tokens: MaxNewTokens = 64, temperature: Temperature = 0.0, top_k: TopK = 0, top_p: TopP = 1.0,
+    min_p: MinP = 0.0, repetition_penalty: RepetitionPenalty = 1.0, seed: Seed = None, stop: Stop = None,
+    ignore_eos: IgnoreEos = False,
+    chat: Annotated[bool, typer.Option("--chat", help="Each prompt is a user's message in the chat template.")] = False,
+    target: Target = None, threads: Threads = 0, cache_tokens: CacheTokens = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Continues prompts; several run together."""
+    params = SamplingParams(
+        temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens, tuple(stop or ()), ignore_eos
+    )
+    texts = [*(prompt or []), *map(_read_prompt, prompt_file or [])]
+    if not texts:
+        raise RequestError("no prompt; give --prompt TEXT or --prompt-file FILE")
+    engine = load(bundle, target, cache_tokens, threads)
+    prompts = [engine.chat_tokens([{"role": "user", "content": text}]) for text in texts] if chat else texts
+    single = len(prompts) == 1 and not as_json
+    results = engine.generate(prompts, params, (lambda event: console.write(event.text)) if single else None)
+    if as_json:
+        answers = [{"prompt": text, **asdict(result)} for text, result in zip(texts, results, strict=True)]
+        print(json.dumps({"bundle": str(bundle), "target": engine.backend.name, "results": answers}))
+        return
+    for text, result in zip(texts, results, strict=True):
+        console.write("\n" if single else f"> {text}\n{result.text}\n")
+        console.note(console.summary(result))
+
+
+@app.command()
+def chat(
+    bundle: BundlePath,
+    system: Annotated[str | None, typer.Option(help="System message.")] = None,
+    max_new_tokens: MaxNewTokens = 256, temperature: Temperature = 0.0, top_k: TopK = 0, top_p: TopP = 1.0,
+    min_p: MinP = 0.0, repetition_penalty: RepetitionPenalty = 1.0, seed: Seed = None, stop: Stop = None,
+    ignore_eos: IgnoreEos = False, target: Target = None, threads: Threads = 0, cache_tokens: CacheTokens = None,
+) -> int:  # fmt: skip
+    """Talks: one line, one turn. /reset forgets the history, /exit leaves; stdin may be a pipe."""
+    from runtime.chat import Conversation
+
+    params = SamplingParams(
+        temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens, tuple(stop or ()), ignore_eos
+    )
+    conversation = Conversation(load(bundle, target, cache_tokens, threads), params, system)
+    return 0 if console.chat_loop(conversation) else 2
+
+
+@app.command()
+def logits(
+    bundle: BundlePath,
+    tokens: Annotated[Path, typer.Option(help="JSON file: a list of token-id lists.")],
+    out: Annotated[Path, typer.Option(help="File to write: the lists' logits one after another, [T, vocab] float32.")],
+    target: Target = None, threads: Threads = 0, cache_tokens: CacheTokens = None, as_json: Json = False,
+) -> None:  # fmt: skip
+    """Teacher-forced logits at every position."""
+    lists = _read_token_lists(tokens)
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise RequestError(f"{out}: {'is a folder' if out.is_dir() else 'its folder is missing'}; give a file to write")
+    engine = load(bundle, target, cache_tokens, threads)
+    shape = sum(map(len, lists)), engine.vocab_size
+    _write_rows(out, shape, engine.logit_blocks(lists))
+    report = {"out": str(out), "shape": shape, "dtype": "float32"}
+    print(json.dumps(report) if as_json else f"{out}: logits {list(shape)} float32")
+
+
+def _read_prompt(name: str) -> str:
+    raw = sys.stdin.buffer.read() if name == "-" else _read(Path(name))
+    try:
+        return raw.decode().removesuffix("\n")
+    except UnicodeDecodeError as error:
+        raise RequestError(f"{name}: is not UTF-8 text ({error}); give a UTF-8 file") from None
+
+
+def _read_token_lists(path: Path) -> list[list[int]]:
+    try:
+        lists = json.loads(_read(path))
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"{path}: not valid JSON ({error}); give a list of token-id lists") from None
+    if not isinstance(lists, list) or not lists:
+        raise RequestError(f"{path}: holds {_kind(lists)}; give a list of token-id lists, such as [[1, 2, 3]]")
+    for index, entry in enumerate(lists):
+        if not isinstance(entry, list):
+            raise RequestError(f"{path}: entry {index} is {_kind(entry)}; give a list of token-id lists, such as [[1, 2, 3]]")
+    return lists
+
+
+def _kind(value) -> str:
+    return "an empty list" if value == [] else f"{type(value).__name__} {str(value)[:40]}"
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise RequestError(f"{path}: cannot be read ({error.strerror}); give a readable file") from None
+
+
+def _write_rows(out: Path, shape: tuple[int, int], blocks) -> None:
+    """Fills a .npy file block by block; it appears under its name when it is whole."""
+    draft = out.with_name(f".{out.name}.{os.getpid()}.new")
+    try:
+        array = np.lib.format.open_memmap(draft, "w+", np.float32, shape)
+        row = 0
+        for block in blocks:
+            array[row : row + len(block)] = block
+            row += len(block)
+        array.flush()
+        os.replace(draft, out)
+    finally:
+        draft.unlink(missing_ok=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs a command; returns the exit code: 0, 2 for an error (one line on stderr), 130 after Ctrl-C."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    try:
+        return app(arguments, prog_name="python -m runtime", standalone_mode=False) or 0
+    except UsageError as error:
+        return _fail(f"{error.format_message().rstrip('.')}; see python -m runtime --help", "UsageError", arguments)
+    except (BundleError, RequestError, EngineError) as error:
+        return _fail(str(error), type(error).__name__, arguments)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on; nothing to complain about
+        return 141
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}", "OSError", arguments)
+    except typer.Abort:
+        return 130
+
+
+def _fail(message: str, kind: str, arguments: list[str]) -> int:
+    line = " ".join(message.split())
+    if "--json" in arguments:
+        print(json.dumps({"error": line, "kind": kind}))
+    console.note(f"error: {line}", "red")
+    return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,70 @@
+"""Padding a step to fixed shapes, as captured CUDA graphs need: padding rows, empty sequences, page 0."""
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import numpy as np
+
+from runtime.backends.base import StepBatch
+
+SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # sequences of captured decode steps
+ALIGNMENT = 4  # int32 elements: kernels assume 16-byte aligned tensors
+FIELDS = ("input_ids", "positions", "query_starts", "cached_lengths", "block_table", "num_tokens", "logit_rows")
+
+
+@dataclass(frozen=True)
+class StepShape:
+    """The dimensions of a step: rows T, sequences B, rows with logits N, and the block table's width."""
+
+    rows: int
+    sequences: int
+    logit_rows: int
+    max_pages: int
+
+    @classmethod
+    def of(cls, batch: StepBatch) -> "StepShape":
+        """The shape that `batch` has."""
+        return cls(len(batch.input_ids), len(batch.cached_lengths), len(batch.logit_rows), batch.block_table.shape[1])
+
+    def sizes(self) -> dict[str, tuple[int, ...]]:
+        """Shape of every input of a step."""
+        return {
+            "input_ids": (self.rows,), "positions": (self.rows,), "query_starts": (self.sequences + 1,),
+            "cached_lengths": (self.sequences,), "block_table": (self.sequences, self.max_pages), "num_tokens": (1,),
+            "logit_rows": (self.logit_rows,),
+        }  # fmt: skip
+
+    def offsets(self) -> tuple[dict[str, int], int]:
+        """Where each input begins in one int32 buffer, and the buffer's length, in elements."""
+        lengths = [-(-int(np.prod(s)) // ALIGNMENT) * ALIGNMENT for s in self.sizes().values()]
+        starts = list(accumulate(lengths, initial=0))
+        return dict(zip(self.sizes(), starts, strict=False)), starts[-1]
+
+
+def decode_shape(batch: StepBatch, sizes: tuple[int, ...] = SIZES, max_pages: int = 1 << 30) -> StepShape | None:
+    """The shape that a captured graph gives to a decode step (one row and one logit row a sequence), or None.
+
+    The batch grows to the next of `sizes`, the block table's width to the next power of two, at most `max_pages`.
+    """
+    shape = StepShape.of(batch)
+    one_each = shape.rows == shape.sequences and np.array_equal(batch.query_starts, np.arange(shape.rows + 1))
+    if not one_each or shape.logit_rows > shape.rows or shape.rows > max(sizes, default=0):
+        return None
+    size = next(s for s in sorted(sizes) if s >= shape.rows)
+    width = max(shape.max_pages, min(1 << (shape.max_pages - 1).bit_length(), max_pages))
+    return StepShape(size, size, size, width)
+
+
+def fill(batch: StepBatch, shape: StepShape, buffer: np.ndarray) -> None:
+    """Writes `batch`, padded to `shape`, into one int32 buffer laid out by `shape.offsets`.
+
+    Padding sequences are empty and have page 0 only; padding rows lie behind num_tokens; padding logit rows read row 0.
+    """
+    offsets, length = shape.offsets()
+    buffer[:length] = 0
+    for name, size in shape.sizes().items():
+        view = buffer[offsets[name] : offsets[name] + int(np.prod(size))].reshape(size)
+        value = getattr(batch, name)
+        if name == "query_starts":
+            view[:] = value[-1]
+        view[tuple(slice(0, n) for n in value.shape)] = value

@@ -1,0 +1,103 @@
+"""PyTorch, for any CUDA GPU and the CPU: interprets a target's ONNX step graph. Custom ops run as Triton kernels on a GPU."""
+
+from pathlib import Path
+
+import onnx
+import torch
+from safetensors import SafetensorError, safe_open
+
+from runtime.backends import torch_graph
+from runtime.backends.base import Backend, StepBatch, pages_for
+from runtime.backends.torch_step import StepRunner
+from runtime.bundle import Bundle, BundleError, FileRef, Target
+
+
+class TorchBackend(Backend):
+    """Runs a target from its ONNX graph, whatever backend the target names.
+
+    device: "auto" (a GPU where there is one), "cuda", "cuda:1", "cpu". custom_ops: "auto" (triton on a GPU, else
+    reference), "triton" or "reference". capture: decode steps as CUDA graphs. `threads` is for the CPU, 0 leaves torch's.
+    BundleError if the graph, the weights or the machine do not fit.
+    """
+
+    def __init__(
+        self, bundle: Bundle, name: str, target: Target, cache_tokens: int | None = None, threads: int = 0,
+        device: str = "auto", custom_ops: str = "auto", capture: bool = True,
+    ):  # fmt: skip
+        self.name, self.target = name, target
+        self.device = resolve_device(device)
+        if threads:
+            torch.set_num_threads(threads)
+        model = torch_graph.read(bundle.file(onnx_file(bundle, name, target)))
+        weights = load_weights(bundle, target, model, self.device)
+        kind = ("triton" if self.device.type == "cuda" else "reference") if custom_ops == "auto" else custom_ops
+        try:
+            program = torch_graph.StepProgram(model, weights, self.device, kind)
+        except torch_graph.UnknownOpError as error:
+            raise BundleError(f"{bundle.path}: target {name} ({target.precision}): {error}") from None
+        self.num_pages = pages_for(target, cache_tokens)
+        spec = target.cache
+        self.caches = [
+            torch.zeros(self.num_pages, spec.page_size, spec.width, dtype=getattr(torch, spec.dtype), device=self.device)
+            for _ in range(spec.layers)
+        ]
+        named = {f"latent_cache.{layer}": cache for layer, cache in enumerate(self.caches)}
+        max_pages = -(-target.limits.max_context // spec.page_size)
+        self.runner = StepRunner(program, named, capture=capture, max_pages=max_pages)
+
+    def step(self, batch: StepBatch):
+        return self.runner.step(batch)
+
+
+def resolve_device(device: str) -> torch.device:
+    """"auto" resolved; BundleError if a GPU is asked for and PyTorch sees none."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = torch.device(device)
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise BundleError(f"device {device}: PyTorch {torch.__version__} sees no CUDA GPU; use device 'cpu'")
+    return found
+
+
+def onnx_file(bundle: Bundle, name: str, target: Target) -> FileRef:
+    """The target's ONNX step graph: its `graph`, or for a plan the ONNX file kept beside it."""
+    candidates = [target.graph, getattr(target, "onnx", None), *target.kernels]
+    for ref in candidates:
+        if ref is not None and ref.file.endswith(".onnx"):
+            return ref
+    raise BundleError(f"{bundle.path}: target {name} has no ONNX graph, which backend torch interprets; build it again")
+
+
+def load_weights(bundle: Bundle, target: Target, model: onnx.ModelProto, device: torch.device) -> dict[str, torch.Tensor]:
+    """Weight inputs and external initializers of `model`, mapped from the weight set and copied to `device`."""
+    wanted = {i.name: _declared(i) for i in model.graph.input if i.name not in {t.name for t in target.inputs}}
+    for proto in model.graph.initializer:
+        if proto.data_location == onnx.TensorProto.EXTERNAL:
+            wanted[proto.name] = (torch_graph.DTYPES[proto.data_type], tuple(proto.dims))
+    found: dict[str, torch.Tensor] = {}
+    for ref in bundle.manifest.weight_sets[target.weight_set].files:
+        found |= _read_shard(bundle.file(ref), wanted, device)
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        raise BundleError(f"{bundle.path}: weight set {target.weight_set} lacks {missing[0]} (and {len(missing) - 1} more)")
+    return found
+
+
+def _read_shard(path: Path, wanted: dict[str, tuple], device: torch.device) -> dict[str, torch.Tensor]:
+    found = {}
+    try:
+        with safe_open(str(path), framework="pt", device=str(device)) as shard:
+            for name in wanted.keys() & set(shard.keys()):
+                found[name] = shard.get_tensor(name)
+    except SafetensorError as error:
+        raise BundleError(f"{path}: not a readable weight shard ({error}); build the bundle again") from None
+    for name, tensor in found.items():
+        if (tensor.dtype, tuple(tensor.shape)) != wanted[name]:
+            dtype, shape = wanted[name]
+            raise BundleError(f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, the graph needs {dtype} {shape}")
+    return found
+
+
+def _declared(value: onnx.ValueInfoProto) -> tuple[torch.dtype, tuple[int, ...]]:
+    kind = value.type.tensor_type
+    return torch_graph.DTYPES[kind.elem_type], tuple(d.dim_value for d in kind.shape.dim)

@@ -1,0 +1,3 @@
+"""stub"""
+def table(): return {}
+def fuse(nodes, constants, outputs): return nodes

@@ -1,0 +1,95 @@
+"""Runs a step program on a device: caches, and on a GPU decode steps as CUDA graphs, one per padded shape."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import torch
+
+from runtime.backends.base import StepBatch
+from runtime.backends.padding import SIZES, StepShape, decode_shape, fill
+from runtime.backends.torch_graph import StepProgram
+
+LOGITS = "logits"
+_WARM_UP = 3  # runs before a capture: kernels compile, libraries choose their algorithms
+
+
+class StepRunner:
+    """A program with its latent caches [num_pages, page_size, width], one per layer, by their input names.
+
+    On a GPU, steps that decode one token a sequence are captured once per padded shape (`sizes`, widths of the block
+    table in powers of two) and replayed; all others run eagerly. `capture=False` runs everything eagerly.
+    """
+
+    def __init__(
+        self, program: StepProgram, caches: Mapping[str, torch.Tensor], sizes: tuple[int, ...] = SIZES,
+        capture: bool = True, max_pages: int = 1 << 30,
+    ):  # fmt: skip
+        self.program, self.caches = program, dict(caches)
+        self.sizes, self.max_pages = sizes, max_pages
+        self.capture = capture and program.device.type == "cuda"
+        self._graphs: dict[StepShape, CapturedStep] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.capture else None
+
+    @torch.inference_mode()
+    def step(self, batch: StepBatch) -> np.ndarray:
+        """Logits [N, vocab_size] float32 on the host; appends to the caches."""
+        shape = decode_shape(batch, self.sizes, self.max_pages) if self.capture else None
+        if shape is None:
+            logits = self._eager(batch)[LOGITS]
+        else:
+            logits = self.captured(shape).replay(batch)[: len(batch.logit_rows)]
+        return logits.cpu().numpy()
+
+    def captured(self, shape: StepShape) -> "CapturedStep":
+        """The CUDA graph of a shape, captured when first asked for."""
+        if shape not in self._graphs:
+            self._graphs[shape] = CapturedStep(self.program, self.caches, shape, self._pool)
+        return self._graphs[shape]
+
+    def _eager(self, batch: StepBatch) -> dict[str, torch.Tensor]:
+        shape = StepShape.of(batch)
+        host, device = _buffers(shape, self.program.device)
+        fill(batch, shape, host.numpy())
+        device.copy_(host)
+        return self.program.run(_views(device, shape) | self.caches)
+
+
+class CapturedStep:
+    """One shape's CUDA graph: its inputs lie in one buffer, filled by one copy from pinned host memory."""
+
+    def __init__(self, program: StepProgram, caches: Mapping[str, torch.Tensor], shape: StepShape, pool):
+        self.shape = shape
+        self._host, self._device = _buffers(shape, program.device)
+        self._copied = torch.cuda.Event()
+        inputs = _views(self._device, shape) | dict(caches)
+        stream = torch.cuda.Stream(program.device)
+        stream.wait_stream(torch.cuda.current_stream(program.device))
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            self._device.zero_()  # num_tokens 0: nothing but padding, nothing is written
+            for _ in range(_WARM_UP):
+                program.run(inputs)
+        torch.cuda.current_stream(program.device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(), torch.cuda.graph(self.graph, pool=pool):
+            self._logits = program.run(inputs)[LOGITS]
+
+    def replay(self, batch: StepBatch) -> torch.Tensor:
+        """Logits [N of the shape, vocab_size] on the device, valid until the next replay of any graph of the runner."""
+        self._copied.synchronize()  # the host buffer may still be read by the copy before
+        fill(batch, self.shape, self._host.numpy())
+        self._device.copy_(self._host, non_blocking=True)
+        self._copied.record()
+        self.graph.replay()
+        return self._logits
+
+
+def _buffers(shape: StepShape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Host (pinned for a GPU) and device memory for all inputs of a step."""
+    length = shape.offsets()[1]
+    host = torch.zeros(length, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return host, torch.zeros(length, dtype=torch.int32, device=device)
+
+
+def _views(buffer: torch.Tensor, shape: StepShape) -> dict[str, torch.Tensor]:
+    offsets, _ = shape.offsets()
+    return {name: buffer[offsets[name] :][: int(np.prod(size))].view(size) for name, size in shape.sizes().items()}

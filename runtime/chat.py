@@ -1,0 +1,59 @@
+"""A conversation: every turn renders the whole history with the chat template, and computes only what is new of it.
+
+The sequence of the last turn stays in the latent cache; the next one takes it over as far as its tokens are the same.
+"""
+
+from collections import deque
+from collections.abc import Iterator
+
+from runtime.errors import RequestError
+from runtime.generate import Engine
+from runtime.sampler import SamplingParams
+from runtime.sequence import Event, Sequence
+
+
+class Conversation:
+    """Messages with an engine. `messages` is the history, as {"role", "content"}.
+
+    Raises BundleError without a tokenizer or a chat template, RequestError if the system message does not fit.
+    """
+
+    def __init__(self, engine: Engine, params: SamplingParams, system: str | None = None):
+        self._engine, self._params = engine, params
+        self._system = [{"role": "system", "content": system}] if system else []
+        self._last: Sequence | None = None
+        self.messages = list(self._system)
+        engine.chat_tokens([*self.messages, {"role": "user", "content": ""}])
+
+    def reset(self) -> None:
+        """Forgets the history, except for the system message."""
+        self.messages = list(self._system)
+        self._forget()
+
+    def say(self, text: str) -> Iterator[Event]:
+        """The answer to a message, as events. Closing the iterator ends the answer; what was said so far is kept.
+
+        Raises RequestError, before anything is kept, if the conversation no longer fits.
+        """
+        asked = [*self.messages, {"role": "user", "content": text}]
+        try:
+            tokens = self._engine.chat_tokens(asked)
+        except RequestError as error:
+            raise RequestError(f"{error} (/reset begins anew)") from None
+        sequence = self._engine.sequence(tokens, self._params, deque(), keep=True)
+        return self._answer(asked, sequence)
+
+    def _answer(self, asked: list[dict], sequence: Sequence) -> Iterator[Event]:
+        events = self._engine.run([sequence], after=self._last)
+        self._forget()
+        self._last = sequence
+        try:
+            yield from events
+        finally:
+            events.close()
+            self.messages = [*asked, {"role": "assistant", "content": sequence.text.text.strip()}]
+
+    def _forget(self) -> None:
+        if self._last is not None:
+            self._engine.scheduler.forget(self._last)
+        self._last = None

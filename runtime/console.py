@@ -1,0 +1,164 @@
+"""What the commands show to people, and the interactive chat."""
+
+import signal
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.table import Table
+
+from runtime.bundle import Bundle, BundleError, Target
+from runtime.chat import Conversation
+from runtime.errors import RequestError
+from runtime.sequence import GenerationResult
+
+
+def info_table(bundle: Bundle) -> Table:
+    """What a bundle is: its model, and one block per target."""
+    manifest = bundle.manifest
+    table = Table("", "", title=str(bundle.path), show_header=False, title_justify="left")
+    table.columns[1].overflow = "fold"
+    rows = {
+        "model": f"{manifest.architecture}, {manifest.config['num_hidden_layers']} layers, vocabulary {manifest.config['vocab_size']}",
+        "checkpoint": f"{manifest.checkpoint.path}\n{manifest.checkpoint.digest}",
+        "made": f"{manifest.created} by {manifest.producer}",
+        "tokenizer": ", ".join(manifest.tokenizer) or "none: token ids only",
+        "size": _bytes(sum(ref.size for ref in set(manifest.refs()))),
+    }
+    _add(table, rows)
+    for name, target in manifest.targets.items():
+        _add(table, _target_rows(bundle, name, target))
+    return table
+
+
+def _target_rows(bundle: Bundle, name: str, target: Target) -> dict[str, str]:
+    cache, limits = target.cache, target.limits
+    options = ", ".join(f"{key} {value}" for key, value in target.options.items())
+    weights = bundle.manifest.weight_sets[target.weight_set].files
+    per_token, per_context = _bytes(cache.bytes_per_token), _bytes(cache.bytes_per_token * limits.max_context)
+    evidence = bundle.evidence_file(name)
+    return {
+        f"target {name}": f"{target.backend} {target.backend_version}, {target.compute_capability or 'any CPU'}",
+        "precision": f"{target.precision}{f' ({options})' if options else ''}",
+        "weights": f"{_bytes(sum(ref.size for ref in weights))} in {len(weights)} files, graph {_bytes(target.graph.size)}",
+        "latent cache": f"{cache.format}, pages of {cache.page_size}: {per_token} per token, {per_context} per context",
+        "limits": f"context {limits.max_context}, {limits.max_batch_tokens} rows and {limits.max_sequences} sequences a step",
+        "executed": f"{target.executed.date} on {target.executed.machine}" if target.executed else "never",
+        "evidence": str(evidence) if evidence.is_file() else "none: run python -m validation",
+    }
+
+
+def _add(table: Table, rows: dict[str, str]) -> None:
+    for key, value in rows.items():
+        table.add_row(key, value)
+    table.add_section()
+
+
+def _bytes(size: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} B"
+
+
+def summary(result: GenerationResult) -> str:
+    """One line about an answer."""
+    timings = result.timings
+    rate = f", {timings.decode_tokens_per_second:.1f} tokens/s" if timings.decode_tokens_per_second else ""
+    reused = f" ({result.reused_tokens} of them cached)" if result.reused_tokens else ""
+    prefill = f"{result.prompt_tokens} prompt tokens{reused} in {timings.prefill_seconds:.3f} s"
+    return f"[{prefill}, {len(result.token_ids)} new{rate}, end: {result.finish_reason}]"
+
+
+def note(text: str, style: str = "dim") -> None:
+    """A line on stderr, beside the text that is the output."""
+    Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def write(text: str) -> None:
+    """Text to stdout, as it comes. What the terminal cannot show is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    sys.stdout.flush()
+
+
+def chat_loop(conversation: Conversation) -> bool:
+    """Reads messages, one a line, until /exit or the end of stdin; /reset begins anew. Returns whether all were answered."""
+    answered = True
+    for line in _lines():
+        if line == "/exit":
+            break
+        if line == "/reset":
+            conversation.reset()
+            note("[the history is forgotten]")
+        elif line:
+            answered = _turn(conversation, line) and answered
+    return answered
+
+
+def _turn(conversation: Conversation, text: str) -> bool:
+    try:
+        events = conversation.say(text)
+    except RequestError as error:
+        note(f"error: {error}", "red")
+        return False
+    begun = False
+    with _interruptible() as interrupted:
+        for event in events:
+            piece = event.text if begun else event.text.lstrip()
+            begun = begun or bool(piece)
+            write(piece)
+            if interrupted and not event.result:
+                break
+    events.close()
+    write("\n")
+    note(summary(event.result) if event.result else "[stopped]")
+    return True
+
+
+def _lines() -> Iterator[str]:
+    if not sys.stdin.isatty():
+        for line in sys.stdin:
+            write(f"> {line.rstrip()}\n")
+            yield line.strip()
+        return
+    import readline  # noqa: F401  (line editing and history for input())
+
+    note("One message a line. /reset forgets the history, /exit or Ctrl-D leaves, Ctrl-C stops an answer.")
+    while True:
+        try:
+            yield input("> ").strip()
+        except KeyboardInterrupt:
+            note("\n[/exit leaves]")
+        except EOFError:
+            note("")
+            return
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """Ctrl-C puts an entry into the list, instead of ending the program."""
+    signals: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def verify(bundle: Bundle, quiet: bool) -> list[str]:
+    """Compares every digest, with a progress bar on stderr; returns what is wrong."""
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
+        task = progress.add_task("digests", total=sum(ref.size for ref in set(bundle.manifest.refs())))
+        return bundle.verify(lambda size: progress.advance(task, size))
+
+
+def check_files(bundle: Bundle) -> None:
+    """Looks at the size of every file. Raises BundleError for the first that is missing or truncated."""
+    if not bundle.manifest.targets:
+        raise BundleError(f"{bundle.path}: has no target; build one with build.py")
+    for name in bundle.manifest.targets:
+        bundle.target(name)

@@ -1,0 +1,111 @@
+"""Ahead-of-time compilation: tuned shapes on a covering array of architectures and formats, and the cache."""
+
+import json
+import os
+
+import pytest
+
+from plugins import compile as aot
+from plugins.architecture import ARCHITECTURES, Target, get
+from plugins.kernels_report import FORMATS, MODELS, V2, V2_LITE, configs, tuned
+from plugins.mla_attention import plan as attention
+from plugins.moe_experts import plan as experts
+from plugins.moe_route import plan as route
+
+# every architecture with both models and two formats, every architecture that has FP8 with FP8
+COVER = {80: ("bfloat16",), 86: ("float16",), 89: ("float8_e4m3fn",), 90: ("bfloat16", "float8_e4m3fn"),
+         100: ("float8_e4m3fn",), 120: ("float8_e4m3fn",), 121: ("float8_e4m3fn",)}  # fmt: skip
+
+
+def covering_requests():
+    """One (spec, capability) of every kernel function per architecture: which tile and which model rotates."""
+    for turn, (capability, formats) in enumerate(COVER.items()):
+        for weights in formats:
+            by_function = {}
+            for _, spec in tuned(capability, (weights,)):
+                by_function.setdefault(spec.function + spec.op, []).append(spec)
+            for specs in by_function.values():
+                yield specs[turn % len(specs)], capability
+    for capability in ARCHITECTURES:  # decode and prompt chunks at 16 and 128 heads are tuned one by one
+        for model in (V2_LITE, V2):
+            config = configs(model, "bfloat16")["mla_attention"]
+            yield attention._attend_kernel(config, "many" if model is V2 else "few", True, Target.of(capability)), capability
+
+
+@pytest.fixture(scope="module")
+def covering():
+    requests = list(dict.fromkeys(covering_requests()))
+    return aot.compile_in_child(requests)
+
+
+def test_tuned_kernels_pass_the_gates(covering):
+    wrong = {f"{k.name} sm_{k.metadata['architecture']}": aot.findings(k) for k in covering}
+    assert not {name: found for name, found in wrong.items() if found}
+    assert {k.metadata["architecture"] for k in covering} == set(ARCHITECTURES)
+
+
+def test_float8_products_run_on_float8_tensor_cores(covering):
+    products = [k.metadata for k in covering if k.metadata["spec"]["tensor_cores"] == "fp8"]
+    assert {m["architecture"] for m in products} == {89, 90, 100, 120, 121}
+    assert all(get(m["architecture"]).mma["fp8"] in m["instructions"] for m in products)
+
+
+def test_manifest_says_what_a_launcher_needs(covering):
+    for kernel in covering:
+        metadata = json.loads(kernel.path.with_suffix(".json").read_text())
+        assert metadata["num_ctas"] == 1 and metadata["global_scratch_bytes"] == metadata["profile_scratch_bytes"] == 0
+        assert kernel.cubin[:4] == b"\x7fELF" and metadata["name"].encode() in kernel.cubin
+        assert metadata["parameters"] == metadata["spec"]["arguments"] and metadata["pointer_alignment"] == 16
+
+
+def test_example_model_fits_small_gpus():
+    attend = attention.Attention(6, 64, 16, 64, "bfloat16", "bfloat16", 0.1)
+    for capability, weights in ((86, "bfloat16"), (120, "float8_e4m3fn")):
+        target = Target.of(capability)
+        ffn = experts.Experts(16, 192, 64, 4, "bfloat16", weights, 0, "concatenated")
+        router = route.Routing(16, "softmax", "group_limited_greedy", "max", 4, 2, 4, 0, 2.5, False)
+        specs = [*attention.kernels(attend, target), *experts.kernels(ffn, target), *route.kernels(router, target)]
+        for kernel in aot.compile_in_child([(s, capability) for s in specs]):
+            assert not aot.findings(kernel)
+
+
+def smallest():
+    return attention._combine_kernel(configs(V2_LITE, "bfloat16")["mla_attention"])
+
+
+def test_cache_is_used_and_content_addressed(tmp_path, monkeypatch):
+    (kernel,) = aot.compile_in_child([(smallest(), 89)], tmp_path)
+    before = kernel.path.stat()
+    assert sorted(p.suffix for p in tmp_path.iterdir()) == [".cubin", ".json"]
+    assert aot.compile_kernel(smallest(), 89, tmp_path).path.stat().st_mtime_ns == before.st_mtime_ns
+    assert aot.load(smallest(), 90, tmp_path) is None
+    name = aot.digest(smallest(), 89)
+    monkeypatch.setenv("TRITON_PTXAS_PATH", "/usr/local/cuda/bin/ptxas")
+    assert aot.digest(smallest(), 89) != name
+
+
+def test_nothing_is_compiled_in_a_process_that_interprets(tmp_path):
+    assert os.environ["TRITON_INTERPRET"] == "1"
+    with pytest.raises(RuntimeError, match="compile_in_child"):
+        aot.compile_kernel(smallest(), 89, tmp_path)
+
+
+def test_a_failing_compilation_says_why(tmp_path):
+    fields = smallest().__dict__ | {"constexprs": (("RANK", 500), ("MAX_SPLITS", 64))}
+    with pytest.raises(RuntimeError, match="power of 2"):
+        aot.compile_in_child([(type(smallest())(**fields), 89)], tmp_path)
+
+
+def test_gates_find_what_is_wrong(tmp_path):
+    spec = {"tensor_cores": "fp8", "spills_because": ""}
+    metadata = {"architecture": 89, "shared_bytes": 120_000, "stack_bytes": 8, "instructions": {"LDL": 2}, "spec": spec}
+    found = aot.findings(aot.CompiledKernel(tmp_path, metadata))
+    assert [f.split(":")[0] for f in found] == ["shared memory", "tensor cores", "spills"]
+
+
+def test_spec_survives_json():
+    from dataclasses import asdict
+
+    for _, spec in tuned(90, FORMATS[:1]):
+        assert aot.spec_from_json(json.loads(json.dumps(asdict(spec)))) == spec
+    assert set(MODELS) == {"V2", "V2-Lite"}

@@ -1,0 +1,116 @@
+"""Launch plans: bounds that hold for every batch of a shape, workspaces, and what a plan may name."""
+
+import itertools
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from plugins.architecture import ARCHITECTURES, Target
+from plugins.launch import ALIGNMENT, PlanError, bind, cdiv, place
+from plugins.mla_attention import plan as attention
+from plugins.moe_experts import plan as experts
+from plugins.moe_route import plan as route
+
+TOKENS = (1, 2, 3, 7, 16, 64, 65, 300, 4096)
+
+
+def attention_config(heads):
+    return attention.Attention(heads, 512, 64, 64, "bfloat16", "bfloat16", 0.1)
+
+
+def experts_config(weights="bfloat16", num_experts=64):
+    return experts.Experts(num_experts, 2048, 1408, 6, "bfloat16", weights, 0, "concatenated")
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("heads", [6, 16, 128])
+def test_attention_plans_name_only_known_kernels(capability, heads):
+    target, config = Target.of(capability), attention_config(heads)
+    known, named = set(attention.kernels(config, target)), set()
+    for tokens, sequences, pages in itertools.product(TOKENS, (1, 2, 64), (1, 16, 1024)):
+        plan = attention.plan(config, tokens, sequences, pages, target)
+        named |= set(plan.kernels)
+        assert all(1 <= n < 2**31 for launch in plan.launches for n in launch.grid)
+        assert all(launch.grid[1] <= 65535 for launch in plan.launches)
+    assert named <= known
+
+
+@pytest.mark.parametrize("capability", [86, 90])
+@pytest.mark.parametrize("weights", ["bfloat16", "float8_e4m3fn"])
+def test_expert_plans_name_only_known_kernels(capability, weights):
+    target, config = Target.of(capability), experts_config(weights)
+    if weights == "float8_e4m3fn" and capability == 86:
+        with pytest.raises(PlanError, match="no FP8"):
+            experts.kernels(config, target)
+        return
+    named = {k for tokens in TOKENS for k in experts.plan(config, tokens, target).kernels}
+    assert named == set(experts.kernels(config, target))
+
+
+def test_no_tokens_no_launches():
+    target = Target.of(90)
+    assert not attention.plan(attention_config(16), 0, 3, 4, target).launches
+    assert not experts.plan(experts_config(), 0, target).launches
+    config = route.Routing(64, "softmax", "greedy", "max", 1, 1, 6, 0, 1.0, False)
+    assert not route.plan(config, 0, target).launches
+
+
+def test_attention_tiles_suffice_for_every_batch_of_a_shape():
+    rng = random.Random(0)
+    for _ in range(2000):
+        rows, sequences, padding = rng.choice((1, 2, 4, 8, 64)), rng.randrange(1, 9), rng.randrange(9)
+        new = [rng.choice((0, 1, 1, rng.randrange(40))) for _ in range(sequences)]
+        tiles = cdiv(sum(new) + padding + sequences * (rows - 1), rows)
+        assert sum(cdiv(n, rows) for n in new) + cdiv(padding, rows) <= tiles
+
+
+@pytest.mark.parametrize("by_pair", [False, True])
+def test_expert_tiles_never_collide(by_pair):
+    rng = random.Random(0)
+    for _ in range(2000):
+        block, counts = rng.choice((16, 64)), [rng.choice((0, 1, rng.randrange(90))) for _ in range(9)]
+        begin, free = 0, 0
+        for expert, count in enumerate(counts):
+            first = begin if by_pair else begin // block + expert
+            assert first >= free
+            free, begin = first + cdiv(count, block), begin + count
+        assert free <= (sum(counts) if by_pair else sum(counts) // block + len(counts))
+
+
+def test_workspace_buffers_are_aligned_and_apart():
+    plan = experts.plan(experts_config("float8_e4m3fn"), 300, Target.of(90))
+    spans = sorted((b.offset, b.offset + b.size) for b in plan.workspace)
+    assert all(start % ALIGNMENT == 0 for start, _ in spans)
+    assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
+    assert plan.workspace_bytes == spans[-1][1]
+
+
+def test_arguments_resolve_to_addresses():
+    plan = attention.plan(attention_config(16), 4, 4, 64, Target.of(90))
+    names = {a for launch in plan.launches for a in launch.arguments if isinstance(a, str)}
+    addresses = plan.addresses({n: 4096 + i for i, n in enumerate(sorted(names))}, workspace=1 << 20)
+    for launch in plan.launches:
+        assert len(launch.values(addresses)) == len(launch.kernel.arguments)
+        assert all(isinstance(v, (int, float)) for v in launch.values(addresses))
+    assert addresses["lse"] == (1 << 20) + plan.workspace[1].offset
+
+
+def test_a_launch_takes_exactly_its_arguments():
+    kernel = attention.kernels(attention_config(16), Target.of(90))[0]
+    with pytest.raises(PlanError, match="append takes"):
+        bind(kernel, (1,), latent="latent")
+
+
+def test_place():
+    assert [b.offset for b in place(("a", "bf16", (3,)), ("b", "fp32", (100,)), ("c", "i32", (1,)))] == [0, 256, 768]
+
+
+def test_plans_need_neither_torch_nor_triton():
+    code = (
+        "import sys, plugins.mla_attention.plan, plugins.moe_route.plan, plugins.moe_experts.plan\n"
+        "assert not {'torch', 'triton', 'numpy'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -1,0 +1,75 @@
+"""A backend without a model: it keeps tokens in pages, and its logits are a hash of the history that it reads back.
+
+One wrong page, position, length or row changes every later token, so tests of scheduling can be exact.
+"""
+
+import zlib
+from types import SimpleNamespace
+
+import numpy as np
+
+from runtime.backends.base import Backend, StepBatch, pages_for
+from runtime.bundle import CacheSpec, Limits
+from runtime.generate import Engine
+
+VOCAB = 50
+UNWRITTEN = -7
+
+
+class HistoryBackend(Backend):
+    """Logits [N, VOCAB] depend on all tokens of the sequence, as found in its pages."""
+
+    name = "fake"
+
+    def __init__(self, cache_tokens=None, page_size=4, max_context=64, max_batch_tokens=16, max_sequences=8):
+        cache = CacheSpec(format="tokens", dtype="int32", page_size=page_size, width=1, layers=1, bytes_per_token=4)
+        limits = Limits(max_context=max_context, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
+        self.target = SimpleNamespace(cache=cache, limits=limits)
+        self.num_pages = pages_for(self.target, cache_tokens)
+        self.pages = np.full((self.num_pages, page_size), UNWRITTEN, np.int32)
+        self.batches: list[StepBatch] = []
+
+    def step(self, batch: StepBatch) -> np.ndarray:
+        self.batches.append(batch)
+        _check(batch, self.target.limits)
+        rows = []
+        for b, cached in enumerate(batch.cached_lengths):
+            for row in range(batch.query_starts[b], batch.query_starts[b + 1]):
+                position = batch.positions[row]
+                assert position == cached + row - batch.query_starts[b]
+                page = batch.block_table[b, position // self.pages.shape[1]]
+                assert page > 0, "a token would be written to the scratch page"
+                self.pages[page, position % self.pages.shape[1]] = batch.input_ids[row]
+                history = self.pages[batch.block_table[b]].ravel()[: position + 1]
+                assert (history >= 0).all(), "a token was read that this sequence never wrote"
+                rows.append(logits_after(history))
+        return np.stack(rows)[batch.logit_rows] if len(batch.logit_rows) else np.zeros((0, VOCAB), np.float32)
+
+
+def _check(batch: StepBatch, limits: Limits) -> None:
+    assert 0 < len(batch.input_ids) <= limits.max_batch_tokens
+    assert len(batch.cached_lengths) <= limits.max_sequences
+    assert batch.num_tokens[0] == batch.query_starts[-1] == len(batch.input_ids) == len(batch.positions)
+    pages = batch.block_table[batch.block_table > 0]
+    assert len(set(pages)) == len(pages), "two sequences share a page"
+    assert all(value.dtype == np.int32 for value in vars(batch).values())
+
+
+def logits_after(history) -> np.ndarray:
+    """[VOCAB] float32, drawn from a generator seeded by the tokens."""
+    seed = zlib.crc32(np.asarray(history, np.int32).tobytes())
+    return np.random.default_rng(seed).normal(size=VOCAB).astype(np.float32) * 3
+
+
+def fake_engine(chunk: int = 256, **options) -> Engine:
+    """An engine without tokenizer on a HistoryBackend."""
+    manifest = SimpleNamespace(config={"vocab_size": VOCAB}, tokenizer={})
+    return Engine(SimpleNamespace(manifest=manifest, path="fake"), HistoryBackend(**options), chunk)
+
+
+def greedy(prompt: list[int], new_tokens: int) -> tuple[int, ...]:
+    """The answer that any engine on a HistoryBackend must give."""
+    tokens = list(prompt)
+    for _ in range(new_tokens):
+        tokens.append(int(np.argmax(logits_after(tokens))))
+    return tuple(tokens[len(prompt) :])

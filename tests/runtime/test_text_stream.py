@@ -1,0 +1,104 @@
+"""Streaming text: whole characters, held-back stop strings, and in the end the text of the full decode."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+
+from runtime.text_stream import Detokenizer, StopStrings, TextStream
+from tests.conftest import EXAMPLE
+
+EXAMPLE_TOKENIZER = Tokenizer.from_file(str(EXAMPLE / "tokenizer.json"))
+
+
+def byte_fallback_tokenizer() -> Tokenizer:
+    """A tokenizer in the style of Llama: words with a leading mark, single bytes, the first blank stripped."""
+    words = ["<s>", *(f"<0x{b:02X}>" for b in range(256)), "▁a", "▁", "b", "é", "▁hello", "�"]
+    tokenizer = Tokenizer(models.BPE({w: i for i, w in enumerate(words)}, [], byte_fallback=True))
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    tokenizer.add_special_tokens(["<s>"])
+    return tokenizer
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.lists(st.integers(0, EXAMPLE_TOKENIZER.get_vocab_size() - 1), max_size=40))
+def test_pieces_join_to_the_full_decode(ids):
+    check_pieces(EXAMPLE_TOKENIZER, ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text("a é\0\u20ac🙂\ufffd", max_size=20))
+def test_pieces_join_where_blanks_are_stripped_and_bytes_fall_back(text):
+    tokenizer = byte_fallback_tokenizer()
+    ids = [tokenizer.token_to_id(f"<0x{b:02X}>") for b in text.encode()]
+    check_pieces(tokenizer, [tokenizer.token_to_id("▁hello"), tokenizer.token_to_id("<s>"), tokenizer.token_to_id("▁a"), *ids])
+
+
+def check_pieces(tokenizer: Tokenizer, ids: list[int]) -> None:
+    detokenizer = Detokenizer(tokenizer.decode)
+    pieces = [detokenizer.add(i) for i in ids]
+    assert "".join(pieces) + detokenizer.finish() == tokenizer.decode(ids)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.text(max_size=30))
+def test_a_character_is_never_cut(text):
+    detokenizer = Detokenizer(EXAMPLE_TOKENIZER.decode)
+    emitted = ""
+    for token in EXAMPLE_TOKENIZER.encode(text, add_special_tokens=False).ids:
+        emitted += detokenizer.add(token)
+        assert text.startswith(emitted)
+    assert emitted + detokenizer.finish() == text
+
+
+def test_an_emoji_comes_in_one_piece():
+    ids = EXAMPLE_TOKENIZER.encode("🙂", add_special_tokens=False).ids
+    assert len(ids) > 1
+    detokenizer = Detokenizer(EXAMPLE_TOKENIZER.decode)
+    assert [detokenizer.add(i) for i in ids] == [""] * (len(ids) - 1) + ["🙂"]
+    detokenizer.add(ids[0])
+    assert detokenizer.finish() == "\ufffd"
+
+
+def cut(text: str, stops: list[str]) -> str:
+    """The naive twin: character by character, the first stop string that is complete ends the text."""
+    for end in range(len(text) + 1):
+        starts = [end - len(s) for s in stops if text[:end].endswith(s)]
+        if starts:
+            return text[: min(starts)]
+    return text
+
+
+@settings(max_examples=400, deadline=None)
+@given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3), st.lists(st.integers(1, 4)))
+def test_stop_strings_do_not_depend_on_the_pieces(text, stops, lengths):
+    matcher, rest, emitted = StopStrings(stops), text, ""
+    for length in [*lengths, *[1] * len(text)]:
+        piece, rest = rest[:length], rest[length:]
+        if matcher.found is None:
+            emitted += matcher.add(piece)
+            assert cut(text, stops).startswith(emitted)  # nothing that is cut later was handed out
+    emitted += matcher.finish() if matcher.found is None else ""
+    assert emitted == cut(text, stops)
+
+
+def test_only_what_may_become_a_stop_string_is_held_back():
+    matcher = StopStrings(["\n\nUser:"])
+    assert [matcher.add(p) for p in ("one\n", "\nUs", "ual", "\n\nUser", ": x")] == ["one", "", "\n\nUsual", "", ""]
+    assert matcher.found == "\n\nUser:"
+
+
+@pytest.mark.parametrize(("stops", "text", "stopped"), [((" sta",), "We", True), (("xyz",), "We start\ufffd", False)])
+def test_stop_strings_across_tokens(stops, text, stopped):
+    ids = EXAMPLE_TOKENIZER.encode("We start", add_special_tokens=False).ids
+    ids.append(EXAMPLE_TOKENIZER.encode("🙂", add_special_tokens=False).ids[0])
+    stream = TextStream(EXAMPLE_TOKENIZER.decode, stops)
+    pieces = []
+    for token in ids:
+        pieces.append(stream.add(token))
+        if stream.stopped:
+            break
+    pieces.append(stream.finish())
+    assert (stream.text, "".join(pieces), stream.stopped) == (text, text, stopped)
