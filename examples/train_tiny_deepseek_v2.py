@@ -44,7 +44,8 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 SEED = 20261121
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
-BATCH_TOKENS, SHORT, LONG, LONG_FROM = 4096, 256, 512, 0.85
+BATCH_TOKENS, SHORT, LONG, LONG_FROM = 4096, 256, 1024, 0.7
+JUDGED_WINDOW = 512
 PEAK_LR, WARMUP_STEPS, WEIGHT_DECAY, CLIP = 3e-3, 100, 0.1, 1.0
 SAVE_EVERY_S = 180
 console = Console()
@@ -458,6 +459,8 @@ class Progressed:
     epoch: int = 0
     cursor: int = 0
     length: int = SHORT
+    tokens_by_length: dict[int, int] = field(default_factory=dict)
+    schedules_minutes: list[float] = field(default_factory=list)  # more than one: resumed with another --minutes
 
 
 class Batches:
@@ -535,6 +538,8 @@ class Trainer:
             self.optimizer.load_state_dict(state["optimizer"])
             self.at = Progressed(**state["progressed"])
             console.print(f"resuming at step {self.at.step}, {self.at.seconds:.0f} s of {budget_s:.0f} s used")
+        if self.at.schedules_minutes[-1:] != [budget_s / 60]:
+            self.at.schedules_minutes.append(budget_s / 60)
         self.batches, self.loss = Batches(documents, self.at), next_token_loss
         if fused:
             fuse(self.model)
@@ -574,6 +579,8 @@ class Trainer:
                     ids = self.batches.next(LONG if self.at.seconds > LONG_FROM * self.budget_s else SHORT)
                     loss = self.step(ids)
                     self.at.step, self.at.tokens = self.at.step + 1, self.at.tokens + BATCH_TOKENS
+                    seen = self.at.tokens_by_length
+                    seen[self.at.length] = seen.get(self.at.length, 0) + BATCH_TOKENS
                     self.at.seconds += time.perf_counter() - began
                     loss_shown = 0.98 * loss_shown + 0.02 * loss if loss_shown else loss
                     rate = self.at.tokens / self.at.seconds
@@ -637,7 +644,7 @@ def judge(out: Path, documents: list[np.ndarray]) -> dict:
     ids = torch.tensor(tokenizer(text, add_special_tokens=False).input_ids)
     plain_bytes = len(text.replace(BOS, "").replace(EOS, "").encode())
     watch = RouterWatch(model)
-    nll = stream_nll(model, ids, LONG)
+    nll = stream_nll(model, ids, JUDGED_WINDOW)
     usage = watch.usage()
     return {
         "held_out_tokens": len(ids) - 1,
@@ -645,7 +652,7 @@ def judge(out: Path, documents: list[np.ndarray]) -> dict:
         "perplexity_per_token": round(math.exp(nll / (len(ids) - 1)), 3),
         "bits_per_byte": round(nll / math.log(2) / plain_bytes, 4),
         "perplexity_by_window": {
-            w: round(math.exp(stream_nll(model, ids, w) / (len(ids) - 1)), 3) for w in (128, 256, 512, 1024, 2048)
+            w: round(math.exp(stream_nll(model, ids, w) / (len(ids) - 1)), 3) for w in (128, 256, 1024, 2048)
         },
         "unigram_perplexity_per_token": round(unigram_perplexity(documents, ids), 1),
         "expert_usage_by_layer": usage,
@@ -679,7 +686,9 @@ Loads with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretra
 |---|---|
 | parameters | {parameters:,} ({layers} layers, hidden size {hidden_size}, bf16) |
 | tokens seen | {tokens_seen:,} in {steps:,} steps ({training_tokens_in_corpus:,} in the corpus) |
-| training time | {training_seconds:,} s, {tokens_per_second:,} tokens/s |
+| of which | {lengths} |
+| training time | {training_seconds:,} s, {tokens_per_second:,} tokens/s on a machine shared with other work |
+| schedules | {schedules} (each after the first resumes the one before, with a higher learning rate) |
 | machine, date | {machine}; {date} |
 | command | `{command}` |
 | held-out perplexity per token | **{perplexity_per_token}** (unigram baseline: {unigram_perplexity_per_token}) |
@@ -712,7 +721,9 @@ def write_record(out: Path, record: dict) -> None:
         "longest": CONFIG["max_position_embeddings"],
         "layers": CONFIG["num_hidden_layers"],
         "windows": windows,
-        "window": LONG,
+        "window": JUDGED_WINDOW,
+        "lengths": ", ".join(f"{n:,} in windows of {w}" for w, n in record["tokens_by_window_length"].items()),
+        "schedules": ", ".join(f"{minutes:g} minutes" for minutes in record["schedules_minutes"]),
     }
     files = {"training.json": json.dumps(record, indent=2) + "\n"}
     files["README.md"] = README.format(**{**CONFIG, **record, **names})
@@ -763,6 +774,8 @@ def main(
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
         "tokens_seen": trainer.at.tokens,
         "training_tokens_in_corpus": sum(map(len, documents)),
+        "tokens_by_window_length": trainer.at.tokens_by_length,
+        "schedules_minutes": trainer.at.schedules_minutes,
         "steps": trainer.at.step,
         "training_seconds": round(trainer.at.seconds),
         "tokens_per_second": round(trainer.at.tokens / trainer.at.seconds),

@@ -49,7 +49,7 @@ class Checkpoint:
     def _list_tensors(self) -> dict[str, StoredTensor]:
         found: dict[str, StoredTensor] = {}
         for file, handle in self._handles.items():
-            for name in handle.keys():
+            for name in sorted(handle.keys()):
                 if name in found:
                     raise CheckpointError(f"tensor {name} is in {found[name].file.name} and in {file.name}")
                 view = handle.get_slice(name)
@@ -127,6 +127,8 @@ def _weight_files(path: Path) -> list[Path]:
         missing = [f.name for f in files if not f.exists()]
         if missing:
             raise CheckpointError(f"{path / INDEX}: names missing shards: {', '.join(missing)}; download them again")
+        if (path / SINGLE).exists() and path / SINGLE not in files:
+            raise CheckpointError(f"{path}: holds {SINGLE} and an {INDEX} that does not name it; remove one of the two")
         return files
     if (path / SINGLE).exists():
         return [path / SINGLE]
@@ -138,8 +140,10 @@ def _weight_files(path: Path) -> list[Path]:
 def _weight_map(path: Path) -> dict[str, str]:
     try:
         weight_map = json.loads((path / INDEX).read_text(encoding="utf-8"))["weight_map"]
-    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError, KeyError, TypeError) as error:
         raise CheckpointError(f"{path / INDEX}: no readable weight_map ({error!r})") from None
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path / INDEX}: weight_map is {weight_map!r}, expected file names by tensor name")
     bad = [f for f in weight_map.values() if not isinstance(f, str) or Path(f).name != f or not f.endswith(".safetensors")]
     if bad:
         raise CheckpointError(f"{path / INDEX}: weight_map names {bad[0]!r}; accepted: *.safetensors beside the index")
@@ -149,9 +153,13 @@ def _weight_map(path: Path) -> dict[str, str]:
 def _check_index(path: Path, found: Mapping[str, StoredTensor]) -> None:
     if not (path / INDEX).exists():
         return
-    for name, file in _weight_map(path).items():
+    weight_map = _weight_map(path)
+    for name, file in weight_map.items():
         if name not in found or found[name].file.name != file:
             raise CheckpointError(f"{path / INDEX}: tensor {name} should be in {file}, but is not; download it again")
+    for name, stored in found.items():
+        if name not in weight_map:
+            raise CheckpointError(f"{path / INDEX}: does not name tensor {name} of {stored.file.name}; download both again")
 
 
 def _open(file: Path):

@@ -26,7 +26,7 @@ class RopeConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
 
     rope_type: Literal["default", "yarn"]
-    rope_theta: PositiveFloat
+    rope_theta: Annotated[float, Field(gt=1)]
     factor: Annotated[float, Field(ge=1)] = 1.0
     original_max_position_embeddings: PositiveInt | None = None
     beta_fast: PositiveFloat = 32.0
@@ -157,7 +157,7 @@ def load(path: Path | str) -> DeepseekV2Config:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{file}: not found; a checkpoint is a folder with config.json and *.safetensors") from None
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file}: not valid JSON ({error})") from None
     try:
         return parse(raw)
@@ -188,7 +188,7 @@ def _check_family(raw: dict) -> None:
             "quantization_config is set: quantized checkpoints are not read; start from the bf16, f16 or f32 checkpoint"
         )
     heads, kv_heads = raw.get("num_attention_heads"), raw.get("num_key_value_heads")
-    if kv_heads is not None and kv_heads != heads:
+    if kv_heads is not None and heads is not None and kv_heads != heads:
         raise ConfigError(f"num_key_value_heads is {kv_heads!r}, must equal num_attention_heads ({heads!r}) in MLA")
 
 
@@ -198,15 +198,9 @@ def _rope_fields(raw: dict) -> dict:
     scaling = raw.get(name) or {}
     if not isinstance(scaling, dict):
         raise ConfigError(f"{name} is {scaling!r}, expected an object or null")
-    theta = scaling.get("rope_theta", raw.get("rope_theta"))
-    if theta is None:
-        raise ConfigError("rope_theta is missing (top level, or in rope_parameters)")
-    kinds = {scaling[k] for k in ("type", "rope_type") if k in scaling} if scaling else {"default"}
-    if len(kinds) != 1:
-        raise ConfigError(f"{name} must name one rope type (\"type\" or \"rope_type\"), found {sorted(map(str, kinds))}")
-    kind = kinds.pop()
-    if kind not in ("default", "yarn"):
-        raise ConfigError(f"{name}: rope type is {kind!r}, accepted: 'default', 'yarn'")
+    if name == "rope_parameters" and raw.get("rope_scaling") not in (None, {}, scaling):
+        raise ConfigError("rope_parameters and rope_scaling are both given and differ; keep one")
+    theta, kind = _rope_theta(raw, scaling), _rope_type(name, scaling)
     fields = {k: v for k, v in scaling.items() if k not in _ROPE_IGNORED and v is not None}
     if kind == "yarn":
         missing = {"factor", "original_max_position_embeddings"} - set(fields)
@@ -220,6 +214,24 @@ def _rope_fields(raw: dict) -> dict:
     if kind == "default" and fields:
         raise ConfigError(f"{name}: rope type is default, yet {', '.join(sorted(fields))} are given")
     return {"rope_type": kind, "rope_theta": theta} | fields
+
+
+def _rope_theta(raw: dict, scaling: dict) -> Any:
+    found = [place["rope_theta"] for place in (scaling, raw) if place.get("rope_theta") is not None]
+    if not found:
+        raise ConfigError("rope_theta is missing (top level, or in rope_parameters)")
+    if found[0] != found[-1]:
+        raise ConfigError(f"rope_theta is {found[-1]!r} at the top level and {found[0]!r} beside the rope type; keep one")
+    return found[0]
+
+
+def _rope_type(name: str, scaling: dict) -> str:
+    kinds = [scaling[k] for k in ("type", "rope_type") if k in scaling] if scaling else ["default"]
+    if not kinds or kinds[0] != kinds[-1]:
+        raise ConfigError(f'{name} must name one rope type ("type" or "rope_type"), found {kinds}')
+    if kinds[0] not in ("default", "yarn"):
+        raise ConfigError(f"{name}: rope type is {kinds[0]!r}, accepted: 'default', 'yarn'")
+    return kinds[0]
 
 
 def _describe(error: dict) -> str:

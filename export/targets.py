@@ -7,15 +7,34 @@ from export.errors import BuildError
 
 @dataclass(frozen=True)
 class BuildTarget:
-    """A row: `backend` names the lowering and the runtime's backend, `precisions` are best first ("auto" takes the first)."""
+    """A row: `backend` names the lowering and the runtime's backend, `precisions` are best first ("auto" takes the first).
+
+    `hardware_lacks`: precision -> what this GPU has no hardware for, so that the error can say so.
+    """
 
     name: str
     backend: str
     compute_capability: str | None
     precisions: tuple[str, ...]
+    hardware_lacks: tuple[str, ...] = ()
 
 
-TARGETS = {t.name: t for t in (BuildTarget("cpu", "onnxruntime", None, ("int8", "fp32")),)}
+def _gpu(name: str, backend: str, float8: bool) -> BuildTarget:
+    precisions = ("fp8", "bf16") if float8 else ("bf16",)
+    return BuildTarget(name, backend, name, precisions, () if float8 else ("fp8",))
+
+
+_ROWS = (
+    BuildTarget("cpu", "onnxruntime", None, ("int8", "fp32")),
+    _gpu("sm80", "tensorrt_rtx", float8=False),
+    _gpu("sm86", "tensorrt_rtx", float8=False),
+    _gpu("sm89", "tensorrt_rtx", float8=True),
+    _gpu("sm90", "tensorrt", float8=True),
+    _gpu("sm100", "tensorrt", float8=True),
+    _gpu("sm120", "tensorrt_rtx", float8=True),
+    _gpu("sm121", "tensorrt_rtx", float8=True),
+)
+TARGETS = {t.name: t for t in _ROWS}
 
 
 def find(name: str) -> BuildTarget:
@@ -30,5 +49,12 @@ def precision(target: BuildTarget, asked: str) -> str:
     if asked == "auto":
         return target.precisions[0]
     if asked not in target.precisions:
-        raise BuildError(f"precision {asked!r} is not to be had on {target.name}, accepted: auto, {', '.join(target.precisions)}")
+        why = f": its hardware has no {asked}" if asked in target.hardware_lacks else ""
+        accepted = ", ".join(target.precisions)
+        raise BuildError(f"precision {asked!r} is not to be had on {target.name}{why}; accepted: auto, {accepted}")
     return asked
+
+
+def capability(target: BuildTarget) -> int:
+    """89 for a GPU of compute capability 8.9."""
+    return int(target.compute_capability.removeprefix("sm"))

@@ -7,6 +7,7 @@ The safetensors package cannot write a tensor piece by piece, hence the writer b
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -42,6 +43,17 @@ class StoredWeight:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
+    @classmethod
+    def of(cls, file: str, offset: int, dtype: str, shape: list[int]) -> "StoredWeight":
+        """From what a bundle's manifest says; dtype in torch's words without the prefix."""
+        kind = getattr(torch, dtype)
+        return cls(file, offset, torch.Size(shape).numel() * kind.itemsize, tuple(shape), kind)
+
+    @property
+    def dtype_name(self) -> str:
+        """"bfloat16" for torch.bfloat16."""
+        return str(self.dtype).removeprefix("torch.")
+
 
 @dataclass(frozen=True)
 class _Planned:
@@ -70,9 +82,8 @@ def write(
     located: dict[str, StoredWeight] = {}
     for part, members in parts(weights).items():
         plan, header = _plan(members, weight_format)
-        file = store.finished(f"{key}/{part}") or store.write(
-            f"{key}/{part}", ".safetensors", lambda path: _fill(path, checkpoint, members, weight_format, plan, header)
-        )
+        fill = partial(_fill, checkpoint=checkpoint, members=members, weight_format=weight_format, plan=plan, header=header)
+        file = store.finished(f"{key}/{part}") or store.write(f"{key}/{part}", ".safetensors", fill)
         located |= {p.name: StoredWeight(file, len(header) + p.begin, p.end - p.begin, p.shape, p.dtype) for p in plan}
         progress(part, plan[-1].end)
     return located

@@ -35,7 +35,7 @@ class ContractError(ValueError):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of an op. `dims` are names (equal names must have equal sizes) or sums such as "B + 1"."""
+    """One tensor of an op. `dims` are names (equal names must have equal sizes), integers, "B + 1" or "2 * N"."""
 
     name: str
     dims: tuple[str, ...]
@@ -64,7 +64,10 @@ class AttributeSpec:
 
 @dataclass(frozen=True)
 class OpContract:
-    """The whole interface of an op: inputs, outputs, attributes, and which output is an input updated in place."""
+    """The whole interface of an op: inputs, outputs, attributes, and which output is an input updated in place.
+
+    `check` gets tensors and attributes by name and says what dims and dtypes cannot: a message, or None if all is well.
+    """
 
     name: str
     onnx_type: str
@@ -72,6 +75,7 @@ class OpContract:
     outputs: tuple[OutputSpec, ...]
     attributes: tuple[AttributeSpec, ...]
     aliases: tuple[tuple[str, str], ...] = ()  # (output, input) pairs that may share memory
+    check: Callable[[dict, dict], str | None] = lambda tensors, attributes: None
 
     @property
     def torch_name(self) -> str:
@@ -109,33 +113,40 @@ class OpContract:
         Raises ContractError naming the op, the tensor or attribute, what was found and what is accepted.
         """
         sizes: dict[str, int] = {}
-        for spec, tensor in zip(self.inputs, tensors, strict=True):
-            if tensor is None:
-                if not spec.optional:
+        by_name = {s.name: t for s, t in zip(self.inputs, tensors, strict=True)}
+        for bind in (self._bind_names, self._check_sums):
+            for spec in self.inputs:
+                if by_name[spec.name] is not None:
+                    bind(spec, by_name[spec.name], sizes)
+                elif not spec.optional:
                     raise ContractError(f"{self.name}: input {spec.name} is required")
-                continue
-            self._bind_tensor(spec, tensor, sizes)
         for spec in self.attributes:
             if spec.choices and attributes[spec.name] not in spec.choices:
                 raise ContractError(
                     f"{self.name}: {spec.name} is {attributes[spec.name]!r}, accepted: {', '.join(map(repr, spec.choices))}"
                 )
+        if message := self.check(by_name, attributes):
+            raise ContractError(f"{self.name}: {message}")
         return sizes
 
-    def _bind_tensor(self, spec: TensorSpec, tensor: torch.Tensor, sizes: dict[str, int]) -> None:
+    def _bind_names(self, spec: TensorSpec, tensor: torch.Tensor, sizes: dict[str, int]) -> None:
         if tensor.dtype not in spec.dtypes:
             accepted = ", ".join(map(str, spec.dtypes))
             raise ContractError(f"{self.name}: {spec.name} has dtype {tensor.dtype}, accepted: {accepted}")
         if tensor.dim() != len(spec.dims):
             raise ContractError(f"{self.name}: {spec.name} has shape {tuple(tensor.shape)}, expected {list(spec.dims)}")
         for axis, (dim, size) in enumerate(zip(spec.dims, tensor.shape, strict=True)):
-            expected = _size_of(dim, sizes)
-            if expected is None:
-                sizes[dim] = size
-            elif expected != size:
-                raise ContractError(
-                    f"{self.name}: {spec.name} has shape {tuple(tensor.shape)}; axis {axis} ({dim}) must be {expected}"
-                )
+            if dim.isidentifier() and sizes.setdefault(dim, size) != size:
+                raise self._wrong_size(spec, tensor, axis, sizes[dim])
+
+    def _check_sums(self, spec: TensorSpec, tensor: torch.Tensor, sizes: dict[str, int]) -> None:
+        for axis, (dim, size) in enumerate(zip(spec.dims, tensor.shape, strict=True)):
+            if not dim.isidentifier() and _size_of(dim, sizes) != size:
+                raise self._wrong_size(spec, tensor, axis, _size_of(dim, sizes))
+
+    def _wrong_size(self, spec: TensorSpec, tensor: torch.Tensor, axis: int, expected: int) -> ContractError:
+        dim, shape = spec.dims[axis], tuple(tensor.shape)
+        return ContractError(f"{self.name}: {spec.name} has shape {shape}; axis {axis} ({dim}) must be {expected}")
 
     def fake(self, tensors: Sequence[torch.Tensor | None], attributes: dict) -> list[torch.Tensor]:
         """Empty outputs of the right shape, dtype and device, for tracing."""
@@ -154,17 +165,15 @@ def _torch_tensor(spec: TensorSpec, written: bool) -> str:
     return f"Tensor{'?' if spec.optional else ''} {spec.name}"
 
 
-def _size_of(dim: str, sizes: dict[str, int]) -> int | None:
-    """Size of a dimension if known: a name bound earlier, an integer, or "name + integer" and "integer * name"."""
+def _size_of(dim: str, sizes: dict[str, int]) -> int:
+    """Size of a dimension that is no name: an integer, "name + integer" or "integer * name"."""
     if dim.isdigit():
         return int(dim)
     if " + " in dim:
         name, offset = dim.split(" + ")
-        return sizes[name] + int(offset) if name in sizes else None
-    if " * " in dim:
-        factor, name = dim.split(" * ")
-        return int(factor) * sizes[name] if name in sizes else None
-    return sizes.get(dim)
+        return sizes[name] + int(offset)
+    factor, name = dim.split(" * ")
+    return int(factor) * sizes[name]
 
 
 def register(contract: OpContract, compute: Callable) -> None:
@@ -224,7 +233,7 @@ def onnx_translation(contract: OpContract) -> Callable:
     names = [s.name for s in contract.inputs] + [a.name for a in contract.attributes]
 
     def translate(*args, **kwargs):
-        values = dict(zip(names, args)) | kwargs
+        values = dict(zip(names, args, strict=False)) | kwargs
         attributes = {a.name: values[a.name] for a in contract.attributes}
         return getattr(opset, contract.onnx_type)(*[values[n] for n in names[:split]], **attributes)
 

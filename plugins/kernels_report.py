@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -101,18 +102,24 @@ def _row(spec: KernelSpec, capability: int, kernel: CompiledKernel | str) -> tup
     return (*numbers, count, f"[red]{'; '.join(found)}" if found else excused), bool(found)
 
 
+def _compile_requests(requests: list, jobs: int, cache: Path | None) -> None:
+    """The child's side of plugins.compile.compile_in_child; the first failure is raised."""
+    with ProcessPoolExecutor(min(jobs, len(requests))) as pool:
+        for future in [pool.submit(compile_kernel, spec_from_json(f), capability, cache) for f, capability in requests]:
+            future.result()
+
+
 def main() -> None:
     """Command line of `python -m plugins.compile`."""
     parser = argparse.ArgumentParser(prog="python -m plugins.compile", description=__doc__)
     parser.add_argument("--all", action="store_true", help="every architecture")
     parser.add_argument("--arch", type=int, nargs="*", default=[], help="compute capabilities, such as 89 90")
-    parser.add_argument("--jobs", type=int, default=2, help="processes")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes")
     parser.add_argument("--cache", type=Path, help="directory of compiled kernels")
     parser.add_argument("--requests", metavar="-", help="read [[spec, capability], ...] as JSON from standard input")
     arguments = parser.parse_args()
     if arguments.requests:
-        for fields, capability in json.load(sys.stdin):
-            compile_kernel(spec_from_json(fields), capability, arguments.cache)
+        _compile_requests(json.load(sys.stdin), arguments.jobs, arguments.cache)
         return
     capabilities = tuple(architecture.ARCHITECTURES) if arguments.all else tuple(arguments.arch)
     if not capabilities:

@@ -6,8 +6,10 @@ if TYPE_CHECKING:
     from runtime.generate import Engine
 
 
-def load(path, target: str | None = None, cache_tokens: int | None = None, threads: int = 0) -> "Engine":
+def load(
+    path, target: str | None = None, cache_tokens: int | None = None, threads: int = 0, backend: str | None = None
+) -> "Engine":
     """An engine for the bundle at `path`; see `runtime.generate.load`. Imported on call: builders need no backend."""
     from runtime import generate
 
-    return generate.load(path, target, cache_tokens, threads)
+    return generate.load(path, target, cache_tokens, threads, backend)

@@ -20,6 +20,7 @@ UsageError = typer.BadParameter.__bases__[0]  # of the click that typer carries 
 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle.")]
 Target = Annotated[str | None, typer.Option(help="Target of the bundle; the only one by default.")]
+BackendName = Annotated[str | None, typer.Option("--backend", help="The target's own by default; torch interprets any target.")]
 Threads = Annotated[int, typer.Option(help="Threads; 0: all cores.")]
 CacheTokens = Annotated[int | None, typer.Option(help="Tokens in the latent cache; what 1 GiB holds by default.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, errors too.")]
@@ -46,8 +47,8 @@ def info(
     if as_json:
         evidence = {n: str(f) for n in opened.manifest.targets if (f := opened.evidence_file(n)).is_file()}
         checked = {"verified": not findings, "findings": findings} if verify else {}
-        manifest = opened.manifest.model_dump(mode="json")
-        print(json.dumps({"bundle": str(bundle), "digest": opened.digest, **checked, "evidence": evidence, "manifest": manifest}))
+        passport = {"bundle": str(bundle), "digest": opened.digest, "manifest": opened.manifest.model_dump(mode="json")}
+        print(json.dumps(passport | checked | {"evidence": evidence}))
     else:
         console.Console().print(console.info_table(opened))
         if verify and not findings:
@@ -66,16 +67,15 @@ def generate(
     min_p: MinP = 0.0, repetition_penalty: RepetitionPenalty = 1.0, seed: Seed = None, stop: Stop = None,
     ignore_eos: IgnoreEos = False,
     chat: Annotated[bool, typer.Option("--chat", help="Each prompt is a user's message in the chat template.")] = False,
-    target: Target = None, threads: Threads = 0, cache_tokens: CacheTokens = None, as_json: Json = False,
+    target: Target = None, threads: Threads = 0, cache_tokens: CacheTokens = None,
+    backend: BackendName = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Continues prompts; several run together."""
-    params = SamplingParams(
-        temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens, tuple(stop or ()), ignore_eos
-    )
+    params = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens, stop, ignore_eos)
     texts = [*(prompt or []), *map(_read_prompt, prompt_file or [])]
     if not texts:
         raise RequestError("no prompt; give --prompt TEXT or --prompt-file FILE")
-    engine = load(bundle, target, cache_tokens, threads)
+    engine = load(bundle, target, cache_tokens, threads, backend)
     prompts = [engine.chat_tokens([{"role": "user", "content": text}]) for text in texts] if chat else texts
     single = len(prompts) == 1 and not as_json
     results = engine.generate(prompts, params, (lambda event: console.write(event.text)) if single else None)
@@ -95,14 +95,13 @@ def chat(
     max_new_tokens: MaxNewTokens = 256, temperature: Temperature = 0.0, top_k: TopK = 0, top_p: TopP = 1.0,
     min_p: MinP = 0.0, repetition_penalty: RepetitionPenalty = 1.0, seed: Seed = None, stop: Stop = None,
     ignore_eos: IgnoreEos = False, target: Target = None, threads: Threads = 0, cache_tokens: CacheTokens = None,
+    backend: BackendName = None,
 ) -> int:  # fmt: skip
     """Talks: one line, one turn. /reset forgets the history, /exit leaves; stdin may be a pipe."""
     from runtime.chat import Conversation
 
-    params = SamplingParams(
-        temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens, tuple(stop or ()), ignore_eos
-    )
-    conversation = Conversation(load(bundle, target, cache_tokens, threads), params, system)
+    params = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens, stop, ignore_eos)
+    conversation = Conversation(load(bundle, target, cache_tokens, threads, backend), params, system)
     return 0 if console.chat_loop(conversation) else 2
 
 
@@ -111,17 +110,28 @@ def logits(
     bundle: BundlePath,
     tokens: Annotated[Path, typer.Option(help="JSON file: a list of token-id lists.")],
     out: Annotated[Path, typer.Option(help="File to write: the lists' logits one after another, [T, vocab] float32.")],
-    target: Target = None, threads: Threads = 0, cache_tokens: CacheTokens = None, as_json: Json = False,
+    target: Target = None, threads: Threads = 0, cache_tokens: CacheTokens = None,
+    backend: BackendName = None, as_json: Json = False,
 ) -> None:  # fmt: skip
     """Teacher-forced logits at every position."""
     lists = _read_token_lists(tokens)
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise RequestError(f"{out}: {'is a folder' if out.is_dir() else 'its folder is missing'}; give a file to write")
-    engine = load(bundle, target, cache_tokens, threads)
+    engine = load(bundle, target, cache_tokens, threads, backend)
     shape = sum(map(len, lists)), engine.vocab_size
     _write_rows(out, shape, engine.logit_blocks(lists))
     report = {"out": str(out), "shape": shape, "dtype": "float32"}
     print(json.dumps(report) if as_json else f"{out}: logits {list(shape)} float32")
+
+
+def _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens, stop, ignore_eos) -> SamplingParams:
+    params = SamplingParams(
+        temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens, tuple(stop or ()), ignore_eos
+    )
+    idle = [name for name, on in (("top-k", top_k), ("top-p", top_p < 1), ("min-p", min_p), ("seed", seed is not None)) if on]
+    if temperature == 0 and idle:
+        console.note(f"note: {', '.join(idle)} has no effect at temperature 0 (greedy); give --temperature")
+    return params
 
 
 def _read_prompt(name: str) -> str:

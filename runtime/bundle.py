@@ -73,13 +73,32 @@ class Executed(_Record):
     date: str
 
 
+class WeightTensor(_Record):
+    """Where one stored tensor lies: `offset` in bytes within `file`, which is one of the weight set's files."""
+
+    file: str
+    offset: int
+    dtype: str
+    shape: list[int]
+
+
 class WeightSet(_Record):
-    """Weights shared by all targets that name this set."""
+    """Weights shared by all targets that name this set. `tensors` is what its files' own headers say, by name."""
 
     precision: str
     layout: str
     cache_transform: str
     files: list[FileRef]
+    tensors: dict[str, WeightTensor] = {}
+
+
+class Kernel(_Record):
+    """A compiled kernel that the plugins of a plan launch; `manifest` says how (see plugins/compile.py)."""
+
+    op: str
+    function: str
+    cubin: FileRef
+    manifest: FileRef
 
 
 class Target(_Record):
@@ -92,13 +111,23 @@ class Target(_Record):
     options: dict[str, str | int | float | bool]
     graph: FileRef
     weight_set: str
-    kernels: list[FileRef]
-    inputs: list[TensorInfo]
+    kernels: list[Kernel]
+    inputs: list[TensorInfo]  # without weights
     outputs: list[TensorInfo]
+    onnx: FileRef | None = None  # the model that a plan was built from: standard ops and the custom ones
+    network: FileRef | None = None  # its layers as the engine builder saw them: name, type, output types, plugin
+    weight_inputs: list[str] = []  # inputs of the graph that are tensors of the weight set, under their names there
+    profiles: dict[str, dict[str, list[list[int]]]] = {}  # name -> input -> smallest, usual and largest shape
     cache: CacheSpec
     limits: Limits
     request: str  # digest of all that this target was built from; equal means up to date
     executed: Executed | None
+
+    def refs(self) -> Iterator[FileRef]:
+        """The target's own files."""
+        yield from (ref for ref in (self.graph, self.onnx, self.network) if ref)
+        for kernel in self.kernels:
+            yield from (kernel.cubin, kernel.manifest)
 
 
 class CheckpointFile(_Record):
@@ -129,13 +158,12 @@ class Manifest(_Record):
     targets: dict[str, Target]
 
     def refs(self) -> Iterator[FileRef]:
-        """Every file of the bundle."""
+        """Every file of the bundle, some more than once."""
         yield from self.tokenizer.values()
         for weight_set in self.weight_sets.values():
             yield from weight_set.files
         for target in self.targets.values():
-            yield target.graph
-            yield from target.kernels
+            yield from target.refs()
 
 
 class Bundle:
@@ -155,7 +183,7 @@ class Bundle:
             raise BundleError(f"{self.path}: has no target {name!r}, only {', '.join(targets)}; build it with build.py")
         target = targets[name]
         weights = self.manifest.weight_sets[target.weight_set].files
-        for ref in [target.graph, *target.kernels, *weights, *self.manifest.tokenizer.values()]:
+        for ref in [*target.refs(), *weights, *self.manifest.tokenizer.values()]:
             self.file(ref)
         return name, target
 
@@ -249,6 +277,11 @@ class BundleWriter:
     def file(self, ref: FileRef) -> Path:
         """Path of a file, as `Bundle.file` gives it, before the commit."""
         return self.path / FILES / ref.file
+
+    def holds(self, ref: FileRef) -> bool:
+        """Whether the file is there with the size that it should have."""
+        path = self.file(ref)
+        return path.is_file() and path.stat().st_size == ref.size
 
     def commit(self, manifest: Manifest) -> None:
         """Puts `manifest` in force. What it does not name goes when the writer is closed."""

@@ -4,7 +4,7 @@ The sequence of the last turn stays in the latent cache; the next one takes it o
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator
 
 from runtime.errors import RequestError
 from runtime.generate import Engine
@@ -30,7 +30,7 @@ class Conversation:
         self.messages = list(self._system)
         self._forget()
 
-    def say(self, text: str) -> Iterator[Event]:
+    def say(self, text: str) -> Generator[Event, None, None]:
         """The answer to a message, as events. Closing the iterator ends the answer; what was said so far is kept.
 
         Raises RequestError, before anything is kept, if the conversation no longer fits.
@@ -43,7 +43,7 @@ class Conversation:
         sequence = self._engine.sequence(tokens, self._params, deque(), keep=True)
         return self._answer(asked, sequence)
 
-    def _answer(self, asked: list[dict], sequence: Sequence) -> Iterator[Event]:
+    def _answer(self, asked: list[dict], sequence: Sequence) -> Generator[Event, None, None]:
         events = self._engine.run([sequence], after=self._last)
         self._forget()
         self._last = sequence

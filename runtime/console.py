@@ -2,7 +2,7 @@
 
 import signal
 import sys
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 
 from rich.console import Console
@@ -11,16 +11,17 @@ from rich.table import Table
 from runtime.bundle import Bundle, BundleError, Target
 from runtime.chat import Conversation
 from runtime.errors import RequestError
-from runtime.sequence import GenerationResult
+from runtime.sequence import Event, GenerationResult
 
 
 def info_table(bundle: Bundle) -> Table:
     """What a bundle is: its model, and one block per target."""
     manifest = bundle.manifest
+    config = manifest.config
     table = Table("", "", title=str(bundle.path), show_header=False, title_justify="left")
     table.columns[1].overflow = "fold"
     rows = {
-        "model": f"{manifest.architecture}, {manifest.config['num_hidden_layers']} layers, vocabulary {manifest.config['vocab_size']}",
+        "model": f"{manifest.architecture}, {config.get('num_hidden_layers')} layers, vocabulary {config.get('vocab_size')}",
         "checkpoint": f"{manifest.checkpoint.path}\n{manifest.checkpoint.digest}",
         "made": f"{manifest.created} by {manifest.producer}",
         "tokenizer": ", ".join(manifest.tokenizer) or "none: token ids only",
@@ -103,18 +104,28 @@ def _turn(conversation: Conversation, text: str) -> bool:
     except RequestError as error:
         note(f"error: {error}", "red")
         return False
-    begun = False
-    with _interruptible() as interrupted:
-        for event in events:
-            piece = event.text if begun else event.text.lstrip()
-            begun = begun or bool(piece)
-            write(piece)
-            if interrupted and not event.result:
-                break
-    events.close()
+    result = _show(events)
     write("\n")
-    note(summary(event.result) if event.result else "[stopped]")
+    note(summary(result) if result else "[stopped]")
     return True
+
+
+def _show(events: Generator[Event, None, None]) -> GenerationResult | None:
+    """Writes an answer as it comes; None if it was stopped."""
+    begun, result = False, None
+    with _interruptible() as interrupted:
+        try:
+            for event in events:
+                piece = event.text if begun else event.text.lstrip()
+                begun, result = begun or bool(piece), event.result
+                write(piece)
+                if interrupted:
+                    break
+        except KeyboardInterrupt:
+            pass
+        finally:
+            events.close()
+    return result
 
 
 def _lines() -> Iterator[str]:
@@ -138,9 +149,15 @@ def _lines() -> Iterator[str]:
 
 @contextmanager
 def _interruptible() -> Iterator[list[int]]:
-    """Ctrl-C puts an entry into the list, instead of ending the program."""
+    """The first Ctrl-C puts an entry into the list and lets the step end; the second one interrupts the step."""
     signals: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: signals.append(number))
+
+    def handle(number, frame) -> None:
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    before = signal.signal(signal.SIGINT, handle)
     try:
         yield signals
     finally:
@@ -151,7 +168,7 @@ def verify(bundle: Bundle, quiet: bool) -> list[str]:
     """Compares every digest, with a progress bar on stderr; returns what is wrong."""
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True), disable=quiet, transient=True) as progress:
+    with Progress(console=Console(stderr=True), disable=quiet or not sys.stderr.isatty(), transient=True) as progress:
         task = progress.add_task("digests", total=sum(ref.size for ref in set(bundle.manifest.refs())))
         return bundle.verify(lambda size: progress.advance(task, size))
 

@@ -1,12 +1,10 @@
 """The Python API: load a bundle, generate text, read logits.
 
-    engine = runtime.load("BUNDLE")
-    for result in engine.generate(["def main():", "import"], SamplingParams(max_new_tokens=32)):
-        print(result.text, result.finish_reason)
+`runtime.load("BUNDLE").generate(["def main():", "import"], SamplingParams(max_new_tokens=32))` is all it takes.
 """
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Items
 from numbers import Integral
 from pathlib import Path
@@ -23,6 +21,8 @@ from runtime.sequence import Event, GenerationResult, Sequence
 from runtime.text_stream import TextStream
 
 Prompt = str | Items[int]
+Events = Generator[Event, None, None]
+DEFAULT = SamplingParams()
 
 
 class Engine:
@@ -31,13 +31,13 @@ class Engine:
     def __init__(self, bundle: Bundle, backend: Backend, chunk: int = CHUNK):
         self.bundle, self.backend = bundle, backend
         self.limits = backend.target.limits
-        self.vocab_size = bundle.manifest.config["vocab_size"]
+        self.vocab_size = _vocab_size(bundle, backend)
         self.tokenizer = tokenizer.load(bundle)
         self.eos_ids = tokenizer.eos_ids(bundle, self.tokenizer)
         self.scheduler = Scheduler(backend, chunk)
 
     def generate(
-        self, prompts: Items[Prompt], params: SamplingParams | Items[SamplingParams] = SamplingParams(),
+        self, prompts: Items[Prompt], params: SamplingParams | Items[SamplingParams] = DEFAULT,
         on_token: Callable[[Event], None] | None = None,
     ) -> list[GenerationResult]:  # fmt: skip
         """Answers to prompts (texts, or lists of token ids), in their order; `on_token` sees every event as it comes.
@@ -53,9 +53,7 @@ class Engine:
                 results[event.index] = event.result
         return [results[index] for index in range(len(results))]
 
-    def stream(
-        self, prompts: Items[Prompt], params: SamplingParams | Items[SamplingParams] = SamplingParams()
-    ) -> Iterator[Event]:
+    def stream(self, prompts: Items[Prompt], params: SamplingParams | Items[SamplingParams] = DEFAULT) -> Events:
         """Like `generate`, as events: one per token. Closing the iterator ends the requests. Checks at once, not lazily."""
         sink: deque[Event] = deque()
         chosen = self._params(prompts, params)
@@ -84,13 +82,13 @@ class Engine:
         text = TextStream(self.tokenizer.decode, params.stop) if self.tokenizer else None
         return Sequence(index, tokens, params, text, self.eos_ids, sink, keep)
 
-    def run(self, sequences: list[Sequence], after: Sequence | None = None) -> Iterator[Event]:
+    def run(self, sequences: list[Sequence], after: Sequence | None = None) -> Events:
         """Runs requests that share a sink; `after`: a kept sequence whose cached prefix they may use."""
         for sequence in sequences:
             self.scheduler.add(sequence, after)
         return self._events(sequences)
 
-    def _events(self, sequences: list[Sequence]) -> Iterator[Event]:
+    def _events(self, sequences: list[Sequence]) -> Events:
         try:
             while any(s.finish_reason is None or s.sink for s in sequences):
                 if not sequences[0].sink:
@@ -142,6 +140,13 @@ class Engine:
         return params
 
 
+def _vocab_size(bundle: Bundle, backend: Backend) -> int:
+    shape = next((output.shape for output in backend.target.outputs if output.name == "logits"), [None])
+    if not isinstance(shape[-1], int):
+        raise BundleError(f"{bundle.path}: target {backend.name} has no output logits [N, vocab_size]; build it again")
+    return shape[-1]
+
+
 def _integers(tokens, where: str) -> list[int]:
     if not isinstance(tokens, Items | np.ndarray) or isinstance(tokens, bytes):
         raise RequestError(f"{where} is {type(tokens).__name__}, accepted: text or a list of token ids")
@@ -151,11 +156,14 @@ def _integers(tokens, where: str) -> list[int]:
     return [int(token) for token in tokens]
 
 
-def load(path: Path | str, target: str | None = None, cache_tokens: int | None = None, threads: int = 0) -> Engine:
+def load(
+    path: Path | str, target: str | None = None, cache_tokens: int | None = None, threads: int = 0, backend: str | None = None
+) -> Engine:  # fmt: skip
     """An engine for a target of the bundle at `path` (the only one by default).
 
     cache_tokens: tokens in the latent cache, by default what 1 GiB holds, 8 full contexts at most. threads: 0 for all
-    cores. Raises BundleError if the bundle or the target cannot be used, RequestError for a wrong option.
+    cores. backend: the target's own by default; "torch" interprets any target's graph. Raises BundleError if the bundle
+    or the target cannot be used, RequestError for a wrong option.
     """
     if cache_tokens is not None and cache_tokens < 1:
         raise RequestError(f"cache_tokens is {cache_tokens}, accepted: 1 or more")
@@ -163,6 +171,6 @@ def load(path: Path | str, target: str | None = None, cache_tokens: int | None =
         raise RequestError(f"threads is {threads}, accepted: 0 (all cores) or more")
     bundle = Bundle(path)
     try:
-        return Engine(bundle, backends.load(bundle, target, cache_tokens=cache_tokens, threads=threads))
+        return Engine(bundle, backends.load(bundle, target, backend, cache_tokens=cache_tokens, threads=threads))
     except MemoryError as error:
         raise RequestError(f"cache_tokens is {cache_tokens}, more than this machine's memory holds ({error})") from None

@@ -6,7 +6,7 @@ Page 0 is scratch: padding rows point there. Pages are taken as a sequence grows
 import numpy as np
 
 
-class CacheFull(RuntimeError):
+class CacheFullError(RuntimeError):
     """No free page is left."""
 
 
@@ -31,11 +31,11 @@ class LatentCache:
         return (self.num_pages - 1) * self.page_size
 
     def reserve(self, sequence: int, length: int) -> None:
-        """Makes room for the first `length` tokens of a sequence. Raises CacheFull and takes nothing if it does not fit."""
+        """Makes room for the first `length` tokens of a sequence. Raises CacheFullError, taking nothing, if it does not fit."""
         pages = self._pages.setdefault(sequence, [])
         needed = -(-length // self.page_size) - len(pages)
         if needed > len(self._free):
-            raise CacheFull(
+            raise CacheFullError(
                 f"sequence {sequence} needs {needed} more pages of {self.page_size} tokens, {len(self._free)} are free"
             )
         pages.extend(self._free.pop() for _ in range(needed))

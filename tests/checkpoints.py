@@ -22,7 +22,7 @@ CONFIG = {
     "v_head_dim": 10, "n_routed_experts": 8, "n_shared_experts": 1, "num_experts_per_tok": 3, "first_k_dense_replace": 1,
     "moe_layer_freq": 1, "topk_method": "group_limited_greedy", "scoring_func": "softmax", "n_group": 4, "topk_group": 2,
     "norm_topk_prob": False, "routed_scaling_factor": 1.7, "rms_norm_eps": 1e-5, "max_position_embeddings": 256,
-    "attention_bias": False, "tie_word_embeddings": False, "rope_parameters": YARN,
+    "hidden_act": "silu", "attention_bias": False, "tie_word_embeddings": False, "rope_parameters": YARN,
 }  # fmt: skip
 
 

@@ -164,5 +164,5 @@ def read_float64(folder: Path) -> dict[str, np.ndarray]:
     tensors = {}
     for file in sorted(Path(folder).glob("*.safetensors")):
         with safe_open(file, "pt") as handle:
-            tensors |= {name: handle.get_tensor(name).double().numpy() for name in handle.keys()}
+            tensors |= {name: handle.get_tensor(name).double().numpy() for name in sorted(handle.keys())}
     return tensors

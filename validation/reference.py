@@ -74,6 +74,10 @@ class Reference:
             fill(self.model, tensors)
         self.weights = name
 
+    def gate(self, layer: int) -> np.ndarray:
+        """The router's weights [E, hidden_size] of an MoE layer."""
+        return self.model.model.layers[layer].mlp.gate.weight.float().numpy()
+
     @torch.no_grad()
     def logits(self, tokens: np.ndarray) -> np.ndarray:
         """tokens [T] -> logits [T, vocab_size] float32."""

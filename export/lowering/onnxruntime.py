@@ -6,6 +6,8 @@ and experts into QMoE. At accuracy "exact" all sums are float32; "fast" lets pro
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
 
 import onnx
 import onnx_ir as ir
@@ -13,6 +15,7 @@ import torch
 
 from export.config import DeepseekV2Config
 from export.errors import BuildError
+from export.lowering.base import Limits, Lowered, Lowering, Request, Stage
 from export.models.weights import Weight
 from export.quantization import Float32, Int8, WeightFormat
 from export.weight_set import StoredWeight
@@ -45,6 +48,50 @@ class CpuOptions:
             value = getattr(self, name)
             if value not in choices:
                 raise BuildError(f"{name} is {value!r}, accepted for target cpu: {', '.join(choices)}")
+
+
+class OnnxruntimeLowering(Lowering):
+    """For the cpu target."""
+
+    layout = LAYOUT
+    dtype = torch.float32
+    executes = True
+
+    def __init__(self, request: Request):
+        super().__init__(request)
+        accuracy = request.accuracy if request.precision == "int8" else "exact"
+        self.choices = CpuOptions(request.precision, accuracy, self.cache_format)
+        self.choices.check()
+
+    @property
+    def backend_version(self) -> str:
+        return version("onnxruntime")
+
+    @property
+    def cache_format(self) -> str:
+        return "float32" if self.request.cache_format == "auto" else self.request.cache_format
+
+    def options(self) -> dict[str, str | int | float | bool]:
+        return {"accuracy": self.choices.accuracy}
+
+    def weight_format(self, config: DeepseekV2Config) -> WeightFormat:
+        return weight_format(config, self.choices)
+
+    def stored_weights(self, weights: list[Weight]) -> list[Weight]:
+        return stored_weights(weights)
+
+    def lower(
+        self, model: ir.Model, config: DeepseekV2Config, weights: list[Weight], located: Mapping[str, StoredWeight],
+        scratch: Path, stage: Stage,
+    ) -> Lowered:
+        names = {w.name for w in weights}
+        inputs, outputs = [v for v in model.graph.inputs if v.name not in names], list(model.graph.outputs)
+        with stage("lower to ONNX Runtime"):
+            proto = lower(model, config, weights, located, self.weight_format(config), self.choices)
+            graph = scratch / "graph.onnx"
+            graph.write_bytes(proto.SerializeToString())
+        limits = Limits(self.request.max_context or config.max_position_embeddings)
+        return Lowered(graph, inputs, outputs, limits)
 
 
 def weight_format(config: DeepseekV2Config, options: CpuOptions) -> WeightFormat:

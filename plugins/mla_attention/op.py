@@ -13,6 +13,16 @@ import torch
 from plugins.contract import ACTIVATIONS, INT32, AttributeSpec, OpContract, OutputSpec, TensorSpec, register
 from plugins.mla_attention import formats
 
+
+def _check_cache(tensors: dict, attributes: dict) -> str | None:
+    layout, cache = formats.get(attributes["cache_format"]), tensors["cache"]
+    width = layout.width(tensors["latent"].shape[-1], tensors["k_pe"].shape[-1])
+    if (cache.dtype, cache.shape[-1]) == (layout.dtype, width):
+        return None
+    found = f"cache has dtype {cache.dtype} and shape {tuple(cache.shape)}"
+    return f"{found}; cache_format {layout.name} takes {layout.dtype} and a last dimension of {width}"
+
+
 CONTRACT = OpContract(
     name="mla_attention",
     onnx_type="MlaAttention",
@@ -36,6 +46,7 @@ CONTRACT = OpContract(
         AttributeSpec("cache_format", str, choices=formats.NAMES),
     ),
     aliases=(("cache_out", "cache"),),
+    check=_check_cache,
 )
 
 

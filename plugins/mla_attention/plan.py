@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import lru_cache
-from math import log2, e
+from math import e, log2
 
 from plugins.architecture import Target
 from plugins.launch import ELEMENTS, KernelSpec, Launch, Plan, PlanError, bind, cdiv, place, power_of_two
@@ -13,8 +13,8 @@ CACHE_FORMATS = ("bfloat16", "float16")
 SEARCH_BLOCK = 128  # sequences looked at together when a program finds its own
 MAX_WIDTH = 576  # elements of a cached token that the tiles leave shared memory for
 MAX_SPLITS = 64
-BLOCKS_PER_SPLIT = 4  # fewer key blocks than this are not worth a program and its share of the combine
-WAVES = 2  # programs per multiprocessor that splitting aims at
+MAX_WAVES = 4  # splitting makes no more programs than this per multiprocessor
+SPLIT_COST = 4  # blocks of cached tokens that take as long as a program's beginning, end and share of the combine
 
 
 @dataclass(frozen=True)
@@ -65,9 +65,7 @@ def plan(config: Attention, tokens: int, sequences: int, max_pages: int, target:
     if splits == 1:
         return Plan(tuple(launches))
     combine = _combine_kernel(config)
-    launches.append(
-        bind(combine, (tokens * config.heads,), partial="partial", lse="lse", attended="attended", splits=splits)
-    )
+    launches.append(bind(combine, (tokens * config.heads,), partial="partial", lse="lse", attended="attended", splits=splits))
     pairs = tokens * config.heads
     workspace = place(("partial", "fp32", (pairs, splits, config.kv_lora_rank)), ("lse", "fp32", (pairs, splits)))
     return Plan(tuple(launches), workspace)
@@ -80,6 +78,13 @@ def kernels(config: Attention, target: Target) -> tuple[KernelSpec, ...]:
     return tuple(dict.fromkeys((_append_kernel(config), *attend, _combine_kernel(config))))
 
 
+def workspace_bytes(config: Attention, target: Target) -> int:
+    """The most workspace that a plan of `config` needs, whatever its shapes: only split tiles need any."""
+    pairs = MAX_WAVES * target.num_sms * max(t.block_m for t in TILES[target.capability].values())  # times splits
+    buffers = place(("partial", "fp32", (pairs, config.kv_lora_rank)), ("lse", "fp32", (pairs,)))
+    return buffers[-1].offset + buffers[-1].size
+
+
 def _tile(config: Attention, size: str, target: Target) -> tuple[Tile, int, int]:
     """The tile, and the heads and query rows in it."""
     tile = TILES[target.capability][size]
@@ -88,9 +93,17 @@ def _tile(config: Attention, size: str, target: Target) -> tuple[Tile, int, int]
 
 
 def _splits(programs: int, capacity: int, block_n: int, target: Target) -> int:
-    """How many programs share one tile's cached tokens: enough to fill the GPU, never more than there is work for."""
-    wanted = WAVES * target.num_sms // programs
-    return max(1, min(wanted, MAX_SPLITS, capacity // (block_n * BLOCKS_PER_SPLIT)))
+    """How many programs share one tile's cached tokens: what would be fastest if all sequences filled their pages.
+
+    One program runs on a multiprocessor at a time (the tiles take most of its shared memory), so time goes in waves.
+    """
+    blocks = cdiv(capacity, block_n)
+    limit = min(MAX_SPLITS, blocks, MAX_WAVES * target.num_sms // programs)
+
+    def duration(splits: int) -> int:
+        return cdiv(programs * splits, target.num_sms) * (cdiv(blocks, splits) + SPLIT_COST)
+
+    return min(range(1, max(limit, 1) + 1), key=duration)
 
 
 def _dims(config: Attention) -> dict[str, int]:

@@ -25,7 +25,9 @@ FEW = 16  # (query row, head) pairs per sequence on average that "few" serves at
 _HOPPER_SPILLS = (
     "a [64, 512] float32 sum takes 128 registers; 29 of the loop's 1204 instructions are spills, smaller tiles lose wgmma"
 )
-_BLACKWELL_SPILLS = "49 of the loop's 2719 instructions are spills; 16 heads a tile spill none but read the cache twice as often"
+_BLACKWELL_SPILLS = (
+    "49 of the loop's 2719 instructions are spills; 16 heads a tile spill none but read the cache twice as often"
+)
 _SMALL = {"few": Tile(16, 32, 4, 5, 0), "many": Tile(32, 16, 8, 5, 0)}  # 99 KiB of shared memory
 TILES: dict[int, dict[str, Tile]] = {
     80: {"few": Tile(16, 32, 4, 7, 0), "many": Tile(32, 32, 8, 5, 0)},

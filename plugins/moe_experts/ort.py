@@ -13,7 +13,7 @@ import onnx
 from plugins.moe_experts.op import CONTRACT
 from plugins.onnx_function import MICROSOFT, FunctionBuilder
 
-_FLOAT, _INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+_FLOAT, _INT64, _FLOAT8 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT8E4M3FN
 _SWIGLU = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
 
 
@@ -36,6 +36,43 @@ def body(attributes: dict, experts: int, top_k: int, block_size: int | None = No
         quantized = {"expert_weight_bits": 8} | ({"block_size": block_size} if block_size else {})
         y = _qmoe(f, column, weights, experts, kernel | quantized)
     return f.finish(_keep_alive(f, y))
+
+
+def every_expert_body(attributes: dict, experts: int, float8: bool) -> onnx.FunctionProto:
+    """The function as plain float32 products that compute every expert for every token: slow, and exact.
+
+    It stands in for the GPU kernels where a graph made for them is proven on the CPU. float8: e4m3 weights with channel
+    scales, and rows of x and of the inner activations quantized to e4m3 with one scale a row, as those kernels do.
+    gate_up_layout must be "concatenated".
+    """
+    assert attributes["gate_up_layout"] == "concatenated", attributes
+    f = FunctionBuilder(CONTRACT)
+    rows = _round_rows(f, "x") if float8 else "x"
+    gate_up = f("MatMul", f("Unsqueeze", rows, f.constant([0])), _transposed(f, "gate_up_proj", "gate_up_scale", float8))
+    gate, up = f("Split", gate_up, axis=-1, num_outputs=2, outputs=2)  # [E, T, moe_intermediate_size]
+    inner = f("Mul", f("Mul", gate, f("Sigmoid", gate)), up)
+    outer = f("MatMul", _round_rows(f, inner) if float8 else inner, _transposed(f, "down_proj", "down_scale", float8))
+    ids = f("Sub", f.cast("topk_ids", _INT64), f.constant(attributes["first_expert"]))  # [T, top_k]
+    expert = f.constant(np.arange(experts).reshape(experts, 1, 1))
+    chosen = f("Equal", f("Unsqueeze", ids, f.constant([0])), expert)  # [E, T, top_k]
+    weights = f("Where", chosen, f("Unsqueeze", "topk_weights", f.constant([0])), f.constant(0.0, np.float32))
+    weights = f("ReduceSum", weights, f.constant([2]), keepdims=1)  # [E, T, 1]
+    return f.finish(f("ReduceSum", f("Mul", outer, weights), f.constant([0]), keepdims=0))
+
+
+def _transposed(f: FunctionBuilder, weight: str, scale: str, float8: bool) -> str:
+    """[E, out, in] -> [E, in, out] float32."""
+    values = f.cast(weight, _FLOAT)
+    if float8:
+        values = f("Mul", values, f("Unsqueeze", scale, f.constant([2])))
+    return f("Transpose", values, perm=[0, 2, 1])
+
+
+def _round_rows(f: FunctionBuilder, x: str) -> str:
+    """Rows of x as e4m3 with scale max(|x|) / 448, and back to float32."""
+    largest = f("ReduceMax", f("Abs", x), f.constant([-1]), keepdims=1)
+    scale = f("Div", f("Max", largest, f.constant(1e-10, np.float32)), f.constant(448.0, np.float32))
+    return f("Mul", f.cast(f.cast(f("Div", x, scale), _FLOAT8), _FLOAT), scale)
 
 
 def _moe(f: FunctionBuilder, column: str, weights: str, experts: int, kernel: dict) -> str:

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from plugins import architecture
 from plugins.architecture import Target
-from plugins.launch import ELEMENTS, KernelSpec, Launch, Plan, PlanError, bind, cdiv, place, power_of_two
+from plugins.launch import ELEMENTS, Buffer, KernelSpec, Launch, Plan, PlanError, bind, cdiv, place, power_of_two
 from plugins.moe_experts.tiles import FEW, SOME, TILES, Tile
 
 DTYPES = ("bfloat16", "float16")
@@ -72,7 +72,13 @@ def plan(config: Experts, tokens: int, target: Target) -> Plan:
         bind(_combine_kernel(config), (tokens, cdiv(hidden, COMBINE_BLOCK)), outer="outer", topk_ids="topk_ids",
              topk_weights="topk_weights", y="y", first_expert=config.first_expert),
     ]  # fmt: skip
-    return Plan(tuple(launches), _workspace(config, tokens, tiles))
+    return Plan(tuple(launches), _workspace(config, tokens))
+
+
+def workspace_bytes(config: Experts, tokens: int, target: Target) -> int:
+    """The most workspace that a plan of `config` needs for up to `tokens` rows."""
+    _check_float8(config, target)
+    return max(b.offset + b.size for b in _workspace(config, tokens))
 
 
 def kernels(config: Experts, target: Target) -> tuple[KernelSpec, ...]:
@@ -91,8 +97,10 @@ def _check_float8(config: Experts, target: Target) -> None:
         raise PlanError(f"moe_experts kernels: sm_{target.capability} has no FP8, accepted: weights of {config.dtype}")
 
 
-def _workspace(config: Experts, tokens: int, tiles: int):
+def _workspace(config: Experts, tokens: int) -> tuple[Buffer, ...]:
+    """Grows with `tokens`; the table has room for the smallest tiles."""
     x, pairs = ELEMENTS[config.dtype], tokens * config.top_k
+    tiles = pairs // FEW + config.num_experts
     buffers = [
         ("order", "i32", (pairs,)), ("table", "i32", (tiles, 4)),
         ("inner", x, (pairs, config.moe_intermediate_size)), ("outer", x, (pairs, config.hidden_size)),
@@ -153,16 +161,12 @@ def _product_kernel(config: Experts, function: str, tile: Tile, sizes: dict[str,
     )  # fmt: skip
     grid = f"(tiles * {cdiv(columns, block_n)},)"
     kind = "fp8" if config.float8 else "f16"
-    return KernelSpec(
-        "moe_experts", function, tuple(arguments), tuple(constexprs.items()), tile.warps, tile.stages, grid, kind
-    )
+    return KernelSpec("moe_experts", function, tuple(arguments), tuple(constexprs.items()), tile.warps, tile.stages, grid, kind)
 
 
 def _gate_up_kernel(config: Experts, size: str, target: Target) -> KernelSpec:
     interleaved = int(config.gate_up_layout == "interleaved")
-    return _product_kernel(
-        config, "gate_up", TILES[target.capability][size], dict(TOP_K=config.top_k, INTERLEAVED=interleaved)
-    )
+    return _product_kernel(config, "gate_up", TILES[target.capability][size], dict(TOP_K=config.top_k, INTERLEAVED=interleaved))
 
 
 def _down_kernel(config: Experts, size: str, target: Target) -> KernelSpec:

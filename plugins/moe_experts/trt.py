@@ -4,8 +4,7 @@ from collections.abc import Mapping
 
 from plugins.architecture import Target
 from plugins.moe_experts.op import CONTRACT
-from plugins.moe_experts.plan import Experts, kernels, plan
-from plugins.moe_experts.tiles import FEW, SOME
+from plugins.moe_experts.plan import Experts, kernels, plan, workspace_bytes
 from plugins.trt_base import PluginOp
 
 
@@ -21,10 +20,7 @@ def _plan(config: Experts, sizes: Mapping[str, int], target: Target):
 
 
 def _workspace(config: Experts, sizes: Mapping[str, int], target: Target) -> int:
-    """Bytes. The workspace grows with T as long as the tiles' size class stays, so each class's last T is looked at."""
-    last = [rows * config.num_experts // config.top_k for rows in (FEW, SOME)]
-    tokens = {min(max(t, 1), sizes["T"]) for t in (*last, sizes["T"])}
-    return max(plan(config, t, target).workspace_bytes for t in tokens)
+    return workspace_bytes(config, sizes["T"], target)
 
 
 OP = PluginOp(CONTRACT, _configure, _plan, kernels, _workspace)

@@ -15,7 +15,8 @@ _INT32, _INT64 = onnx.TensorProto.INT32, onnx.TensorProto.INT64
 def body(attributes: dict) -> onnx.FunctionProto:
     """The function for nodes with these attributes; the correction bias is not supported (no V2 checkpoint has one)."""
     f = FunctionBuilder(CONTRACT)
-    scores = f("Softmax", "router_logits", axis=-1) if attributes["scoring_func"] == "softmax" else f("Sigmoid", "router_logits")
+    softmax = attributes["scoring_func"] == "softmax"
+    scores = f("Softmax", "router_logits", axis=-1) if softmax else f("Sigmoid", "router_logits")
     if attributes["topk_method"] == "group_limited_greedy":
         scores = _limit_to_groups(f, scores, attributes)
     weights, ids = f("TopK", scores, f.constant([attributes["top_k"]]), axis=-1, outputs=2)

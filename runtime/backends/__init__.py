@@ -28,4 +28,9 @@ def load(bundle: Bundle, target_name: str | None = None, backend: str | None = N
     if chosen not in (target.backend, "torch"):
         raise BundleError(f"target {name} is for backend {target.backend}, accepted: {target.backend}, torch")
     file, cls = _BACKENDS[chosen]
-    return getattr(import_module(f"runtime.backends.{file}"), cls)(bundle, name, target, **options)
+    try:
+        module = import_module(f"runtime.backends.{file}")
+    except ModuleNotFoundError as error:
+        message = f"target {name} needs backend {chosen}, but {error.name} is not installed; see requirements*.txt"
+        raise BundleError(message) from None
+    return getattr(module, cls)(bundle, name, target, **options)

@@ -49,7 +49,7 @@ def configurations(draw) -> dict:
         "v_head_dim": draw(st.sampled_from([7, 12])), "num_hidden_layers": layers,
         "first_k_dense_replace": draw(st.integers(0, layers)), "n_routed_experts": groups * size,
         "topk_method": "group_limited_greedy" if limited else "greedy", "n_group": groups, "topk_group": kept,
-        "num_experts_per_tok": draw(st.integers(1, (kept if limited else groups) * size)),
+        "num_experts_per_tok": draw(st.integers(1, groups * size)),
         "n_shared_experts": draw(st.integers(0, 2)), "routed_scaling_factor": draw(st.sampled_from([1.0, 2.5, 16.0])),
         "attention_bias": draw(st.booleans()), "tie_word_embeddings": draw(st.booleans()),
         "rope_parameters": yarn if draw(st.integers(0, 3)) else PLAIN_ROPE | {"rope_theta": theta},
@@ -82,7 +82,7 @@ def test_equals_transformers(config, plan):
         checkpoints.write(Path(folder), seed, **config)
         sequences = checkpoints.random_tokens(lengths, seed)
         formula = Formula(Path(folder))
-        for tokens in sequences:
+        for tokens in filter(None, sequences):
             formula.logits(tokens)
         assume(formula.margin > SAFE_MARGIN)
         reference = checkpoints.reference(Path(folder))

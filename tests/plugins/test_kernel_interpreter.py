@@ -8,20 +8,20 @@ from plugins import interpreter
 
 
 @triton.jit
-def _arithmetic(a, b, product, total, wide, narrow, N: tl.constexpr):
-    i = tl.arange(0, N)
-    x = tl.load(a + i[:, None] * N + i[None, :])
-    y = tl.load(b + i[:, None] * N + i[None, :])
-    tl.store(product + i[:, None] * N + i[None, :], tl.dot(x, y))
-    tl.store(total + i[:, None] * N + i[None, :], x + y)
-    tl.store(wide + i[:, None] * N + i[None, :], x.to(tl.float32))
-    tl.store(narrow + i[:, None] * N + i[None, :], (x.to(tl.float32) * 300).to(tl.float8e4nv))
+def _arithmetic(a, b, product, total, wide, narrow, size: tl.constexpr):
+    i = tl.arange(0, size)
+    x = tl.load(a + i[:, None] * size + i[None, :])
+    y = tl.load(b + i[:, None] * size + i[None, :])
+    tl.store(product + i[:, None] * size + i[None, :], tl.dot(x, y))
+    tl.store(total + i[:, None] * size + i[None, :], x + y)
+    tl.store(wide + i[:, None] * size + i[None, :], x.to(tl.float32))
+    tl.store(narrow + i[:, None] * size + i[None, :], (x.to(tl.float32) * 300).to(tl.float8e4nv))
 
 
 @triton.jit
-def _products(a, b, product, N: tl.constexpr):
-    i = tl.arange(0, N)
-    at = i[:, None] * N + i[None, :]
+def _products(a, b, product, size: tl.constexpr):
+    i = tl.arange(0, size)
+    at = i[:, None] * size + i[None, :]
     tl.store(product + at, tl.dot(tl.load(a + at), tl.load(b + at)))
 
 
@@ -30,7 +30,7 @@ def test_bfloat16_and_float8_arithmetic():
     a, b = torch.randn(2, 32, 32).bfloat16()
     product, wide = torch.empty(2, 32, 32)
     total, narrow = torch.empty_like(a), torch.empty(32, 32, dtype=torch.float8_e4m3fn)
-    _arithmetic[(1,)](a, b, product, total, wide, narrow, N=32)
+    _arithmetic[(1,)](a, b, product, total, wide, narrow, size=32)
     torch.testing.assert_close(product, a.float() @ b.float())
     assert torch.equal(total, a + b)
     assert torch.equal(wide, a.float())
@@ -41,5 +41,5 @@ def test_float8_products():
     interpreter.repair()
     a, b = (torch.randn(2, 32, 32) * 20).to(torch.float8_e4m3fn)
     product = torch.empty(32, 32)
-    _products[(1,)](a, b, product, N=32)
+    _products[(1,)](a, b, product, size=32)
     torch.testing.assert_close(product, a.float() @ b.float())

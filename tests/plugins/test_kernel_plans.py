@@ -33,6 +33,7 @@ def test_attention_plans_name_only_known_kernels(capability, heads):
     for tokens, sequences, pages in itertools.product(TOKENS, (1, 2, 64), (1, 16, 1024)):
         plan = attention.plan(config, tokens, sequences, pages, target)
         named |= set(plan.kernels)
+        assert plan.workspace_bytes <= attention.workspace_bytes(config, target)
         assert all(1 <= n < 2**31 for launch in plan.launches for n in launch.grid)
         assert all(launch.grid[1] <= 65535 for launch in plan.launches)
     assert named <= known
@@ -46,7 +47,9 @@ def test_expert_plans_name_only_known_kernels(capability, weights):
         with pytest.raises(PlanError, match="no FP8"):
             experts.kernels(config, target)
         return
-    named = {k for tokens in TOKENS for k in experts.plan(config, tokens, target).kernels}
+    plans = [experts.plan(config, tokens, target) for tokens in TOKENS]
+    named = {k for plan in plans for k in plan.kernels}
+    assert all(p.workspace_bytes <= experts.workspace_bytes(config, TOKENS[-1], target) for p in plans)
     assert named == set(experts.kernels(config, target))
 
 

@@ -23,7 +23,7 @@ def batch(new, past, heads, rank, rope, page_size, dtype, cache_dtype=None, padd
     common, count = shared // page_size, sum(pages_of) + 4
     free = iter((torch.randperm(count, generator=generator) + 1).tolist())
     prefix = [next(free) for _ in range(common)]
-    table = torch.full((len(new), max(*pages_of, 1) + 2), 2**30, dtype=torch.int32)  # no page: must not be followed
+    table = torch.full((len(new), max(*pages_of, 1) + 2), count + 1, dtype=torch.int32)  # a page of NaN: not to be used
     for b, pages in enumerate(pages_of):
         ids = prefix[: min(common, past[b] // page_size)]
         table[b, :pages] = torch.tensor(ids + [next(free) for _ in range(pages - len(ids))], dtype=torch.int32)
@@ -53,16 +53,17 @@ def check(arguments, target):
     assert not attended[int(arguments[8]) :].any(), "padding rows must be zero"
 
 
-MIXED = ([7, 1, 0, 19, 1], [5, 0, 3, 130, 63])  # chunks, first token, nothing new, a full page about to begin
+MIXED = ([7, 1, 0, 13, 1], [5, 0, 3, 130, 63])  # chunks, first token, nothing new, a full page about to begin
 
 
-@pytest.mark.parametrize("capability", [80, 89, 90, 100])
 @pytest.mark.parametrize(
-    ("heads", "rank", "rope", "page_size", "dtype"),
+    ("capability", "heads", "rank", "rope", "page_size", "dtype"),
     [
-        (16, 64, 16, 64, torch.bfloat16),
-        (6, 64, 16, 16, torch.float16),
-        (20, 128, 48, 32, torch.bfloat16),
+        (90, 16, 64, 16, 64, torch.bfloat16),
+        (80, 16, 64, 16, 64, torch.float16),
+        (100, 6, 64, 16, 16, torch.float16),
+        (90, 6, 64, 16, 16, torch.bfloat16),
+        (89, 20, 128, 48, 32, torch.bfloat16),
     ],
 )
 def test_mixed_batch(capability, heads, rank, rope, page_size, dtype):

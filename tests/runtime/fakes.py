@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import numpy as np
 
 from runtime.backends.base import Backend, StepBatch, pages_for
-from runtime.bundle import CacheSpec, Limits
+from runtime.bundle import CacheSpec, Limits, TensorInfo
 from runtime.generate import Engine
 
 VOCAB = 50
@@ -24,7 +24,8 @@ class HistoryBackend(Backend):
     def __init__(self, cache_tokens=None, page_size=4, max_context=64, max_batch_tokens=16, max_sequences=8):
         cache = CacheSpec(format="tokens", dtype="int32", page_size=page_size, width=1, layers=1, bytes_per_token=4)
         limits = Limits(max_context=max_context, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
-        self.target = SimpleNamespace(cache=cache, limits=limits)
+        logits = TensorInfo(name="logits", dtype="float", shape=["N", VOCAB])
+        self.target = SimpleNamespace(cache=cache, limits=limits, outputs=[logits])
         self.num_pages = pages_for(self.target, cache_tokens)
         self.pages = np.full((self.num_pages, page_size), UNWRITTEN, np.int32)
         self.batches: list[StepBatch] = []
@@ -63,7 +64,7 @@ def logits_after(history) -> np.ndarray:
 
 def fake_engine(chunk: int = 256, **options) -> Engine:
     """An engine without tokenizer on a HistoryBackend."""
-    manifest = SimpleNamespace(config={"vocab_size": VOCAB}, tokenizer={})
+    manifest = SimpleNamespace(tokenizer={})
     return Engine(SimpleNamespace(manifest=manifest, path="fake"), HistoryBackend(**options), chunk)
 
 

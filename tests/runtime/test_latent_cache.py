@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from runtime.latent_cache import CacheFull, LatentCache
+from runtime.latent_cache import CacheFullError, LatentCache
 
 
 @given(st.integers(1, 5), st.lists(st.tuples(st.sampled_from("rtf"), st.integers(0, 3), st.integers(0, 30)), max_size=40))
@@ -23,7 +23,7 @@ def test_pages_are_never_shared_lost_or_scratch(page_size, actions):
             cache.reserve(sequence, length)
             lengths[sequence] = max(length, lengths.get(sequence, 0))
         else:
-            with pytest.raises(CacheFull, match=f"sequence {sequence} needs"):
+            with pytest.raises(CacheFullError, match=f"sequence {sequence} needs"):
                 cache.reserve(sequence, length)
         table = cache.block_table(sorted(lengths))
         used = table[table > 0]

@@ -8,9 +8,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
-    LogitsProcessorList, MinPLogitsWarper, RepetitionPenaltyLogitsProcessor, TemperatureLogitsWarper, TopKLogitsWarper,
+    LogitsProcessorList,
+    MinPLogitsWarper,
+    RepetitionPenaltyLogitsProcessor,
+    TemperatureLogitsWarper,
+    TopKLogitsWarper,
     TopPLogitsWarper,
-)  # fmt: skip
+)
 
 from runtime.errors import EngineError, RequestError
 from runtime.sampler import Sampler, SamplingParams, distribution, penalize
@@ -131,8 +135,8 @@ def test_logits_that_are_not_finite_are_refused(value):
 @pytest.mark.parametrize(
     ("option", "value"),
     [
-        ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "1"), ("temperature", True),
-        ("top_k", -1), ("top_k", 1.5), ("top_p", 0), ("top_p", 1.01), ("min_p", -0.1), ("min_p", 1.1),
+        ("temperature", -0.1), ("temperature", math.nan), ("temperature", math.inf), ("temperature", "1"),
+        ("temperature", True), ("top_k", -1), ("top_k", 1.5), ("top_p", 0), ("top_p", 1.01), ("min_p", -0.1), ("min_p", 1.1),
         ("repetition_penalty", 0), ("repetition_penalty", -1), ("seed", -1), ("seed", 0.5), ("max_new_tokens", 0),
         ("max_new_tokens", None), ("stop", ("a", "")), ("stop", (1,)), ("ignore_eos", 1),
     ],

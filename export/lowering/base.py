@@ -1,0 +1,122 @@
+"""What every lowering answers, so that build.py needs to know none of them. See `lowering` in __init__.py for the table."""
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from export.config import DeepseekV2Config
+from export.models.weights import Weight
+from export.quantization import WeightFormat
+from export.targets import BuildTarget
+from export.weight_set import StoredWeight
+
+Stage = Callable[[str], AbstractContextManager[Callable[[float], None]]]
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What a target can be asked for: tokens of one sequence, rows of one step, sequences of one step."""
+
+    max_context: int
+    max_batch_tokens: int = 2048
+    max_sequences: int = 256
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one target is built from; equal requests give equal targets. "auto" is resolved already."""
+
+    target: BuildTarget
+    precision: str
+    accuracy: str
+    cache_format: str
+    max_context: int
+    activations: str = "dynamic"
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A compiled kernel's files: machine code, and the JSON manifest that says how it is launched."""
+
+    op: str
+    function: str
+    cubin: Path
+    manifest: Path
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What a lowering made. Files lie in the scratch folder or in a cache until the bundle copies them.
+
+    graph is what the backend loads; onnx is the model that an engine was built from, and network lists its layers.
+    weight_inputs are the stored tensors that the graph takes as inputs, under their own names.
+    profiles: name -> input -> smallest, usual and largest shape.
+    """
+
+    graph: Path
+    inputs: list[ir.Value]
+    outputs: list[ir.Value]
+    limits: Limits
+    onnx: Path | None = None
+    network: Path | None = None
+    kernels: list[Kernel] = field(default_factory=list)
+    weight_inputs: list[str] = field(default_factory=list)
+    profiles: dict[str, dict[str, list[list[int]]]] = field(default_factory=dict)
+
+
+class Lowering(ABC):
+    """Lowers for one request. The constructor raises BuildError for what cannot be had, before anything is read."""
+
+    page_size = 64
+    layout: str  # of the weight set
+    dtype: torch.dtype  # of the step graph's activations and weights
+    executes: bool  # whether this machine can run what it builds
+
+    def __init__(self, request: Request):
+        self.request = request
+
+    @property
+    @abstractmethod
+    def backend_version(self) -> str:
+        """Version of the package that builds; BuildError if it is missing."""
+
+    @property
+    def cache_format(self) -> str:
+        """The latent cache's format, "auto" resolved."""
+        return self.request.cache_format
+
+    def request_identity(self) -> dict:
+        """All that the result depends on beside checkpoint and product version, for JSON."""
+        request = asdict(self.request) | {"target": self.request.target.name, "cache_format": self.cache_format}
+        return request | self.identity()
+
+    def identity(self) -> dict:
+        """What the result depends on beside all that: versions of packages, digests of sources."""
+        return {self.request.target.backend: self.backend_version}
+
+    def options(self) -> dict[str, str | int | float | bool]:
+        """What the manifest tells of the choices made."""
+        return {}
+
+    @abstractmethod
+    def weight_format(self, config: DeepseekV2Config) -> WeightFormat:
+        """How weights are stored."""
+
+    def stored_weights(self, weights: list[Weight]) -> list[Weight]:
+        """The model's weights in this lowering's layout."""
+        return weights
+
+    @abstractmethod
+    def lower(
+        self, model: ir.Model, config: DeepseekV2Config, weights: list[Weight], located: Mapping[str, StoredWeight],
+        scratch: Path, stage: Stage,
+    ) -> Lowered:
+        """Lowers `model`, which it may change. `located`: where each stored tensor lies, beside the file that graph becomes.
+
+        `stage` times a named part of the work and yields the function that advances its bar. Raises BuildError.
+        """

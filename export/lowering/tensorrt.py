@@ -1,0 +1,141 @@
+"""Lowering for TensorRT and TensorRT-RTX: the step graph as an ONNX file with plugin nodes, built into a plan.
+
+The caches' outputs alias their inputs, and weights are network inputs: plans are small and weights are shared by all
+targets of one precision. The latent cache is bfloat16, and so is everything that FP8 is not used for.
+"""
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import onnx_ir as ir
+import torch
+
+from export import targets
+from export.config import DeepseekV2Config
+from export.errors import BuildError
+from export.graph import cache_name
+from export.lowering import fp8_graph, gpu_kernels, tensorrt_package
+from export.lowering.base import Limits, Lowered, Lowering, Request, Stage
+from export.lowering.tensorrt_build import BuildJob
+from export.models.weights import Weight
+from export.quantization import BFloat16, Fp8, WeightFormat
+from export.weight_set import StoredWeight
+from plugins.contract import DOMAIN, VERSION
+
+CACHE_FORMATS = ("bfloat16",)
+ACTIVATIONS = ("dynamic",)
+_MAX_ELEMENTS = 2**31 - 1  # of one network input: TensorRT counts its elements in int32 where it makes kernels of its own
+
+
+class TensorrtLowering(Lowering):
+    """For a GPU target; `request.target.backend` names the package."""
+
+    layout = "step_graph"
+    dtype = torch.bfloat16
+    executes = False
+
+    def __init__(self, request: Request):
+        super().__init__(replace(request, accuracy=""))  # a matter of int8
+        if self.cache_format not in CACHE_FORMATS:
+            accepted = f"accepted for target {request.target.name}: auto, {', '.join(CACHE_FORMATS)}"
+            raise BuildError(f"cache_format is {request.cache_format!r}, {accepted}")
+        self.module = request.target.backend
+        self.capability = targets.capability(request.target)
+        self._version = tensorrt_package.require(self.module, request.target.name)
+        if self.module == "tensorrt":
+            tensorrt_package.require_gpu(request.target.name, self.capability)
+
+    @property
+    def backend_version(self) -> str:
+        return self._version
+
+    @property
+    def cache_format(self) -> str:
+        return "bfloat16" if self.request.cache_format == "auto" else self.request.cache_format
+
+    def identity(self) -> dict:
+        return super().identity() | gpu_kernels.identity()
+
+    def options(self) -> dict[str, str | int | float | bool]:
+        return {"weights": "inputs"} | ({"activations": self.request.activations} if self.request.precision == "fp8" else {})
+
+    def weight_format(self, config: DeepseekV2Config) -> WeightFormat:
+        return Fp8() if self.request.precision == "fp8" else BFloat16()
+
+    def lower(
+        self, model: ir.Model, config: DeepseekV2Config, weights: list[Weight], located: Mapping[str, StoredWeight],
+        scratch: Path, stage: Stage,
+    ) -> Lowered:
+        name, limits = self.request.target.name, self._limits(config)
+        with stage(f"{name}: network"):
+            prepare(model, weights, self.weight_format(config))
+            onnx = scratch / "network.onnx"
+            ir.save(model, onnx)
+        with stage(f"{name}: kernels") as advance:
+            kernels = gpu_kernels.compile_all(gpu_kernels.needed(model.graph, self.capability), self.capability, advance)
+        shapes = profiles(model.graph, limits, self.page_size)
+        plan, network = scratch / "engine.plan", scratch / "network.json"
+        with stage(f"{name}: {self.module}") as advance:
+            job = BuildJob(self.module, self.capability, str(onnx), str(plan), str(network), list(shapes.values()))
+            tensorrt_package.run(job, scratch, advance)
+        stored = set(located)
+        return Lowered(
+            graph=plan, inputs=[v for v in model.graph.inputs if v.name not in stored], outputs=list(model.graph.outputs),
+            limits=limits, onnx=onnx, network=network, kernels=kernels,
+            weight_inputs=[v.name for v in model.graph.inputs if v.name in stored], profiles=shapes,
+        )  # fmt: skip
+
+    def _limits(self, config: DeepseekV2Config) -> Limits:
+        return Limits(self.request.max_context or config.max_position_embeddings)
+
+
+def prepare(
+    model: ir.Model, weights: list[Weight], weight_format: WeightFormat, static_scales: Mapping[str, float] | None = None
+) -> None:
+    """Turns the bf16 step graph into what TensorRT's parser reads: FP8 products if asked for, and plugin nodes."""
+    if isinstance(weight_format, Fp8):
+        fp8_graph.quantize(model, weights, weight_format, static_scales)
+    for node in model.graph:
+        if node.domain == DOMAIN:
+            _as_plugin(node)
+
+
+def _as_plugin(node: ir.Node) -> None:
+    """The parser finds a plugin by op type, namespace and version, and takes no empty inputs."""
+    node.attributes["plugin_namespace"] = ir.AttrString("plugin_namespace", DOMAIN)
+    node.attributes["plugin_version"] = ir.AttrString("plugin_version", str(VERSION))
+    inputs = list(node.inputs)
+    while inputs and inputs[-1] is None:
+        inputs.pop()
+    node.resize_inputs(len(inputs))
+
+
+def profiles(graph: ir.Graph, limits: Limits, page_size: int) -> dict[str, dict[str, list[list[int]]]]:
+    """Ranges of every dynamic input: "decode" (one new token a sequence) and "prefill" (whole prompts or chunks).
+
+    name -> input -> smallest, usual and largest shape.
+    """
+    max_pages = -(-limits.max_context // page_size)
+    cache = next(v for v in graph.inputs if v.name == cache_name(0))
+    largest_cache = _MAX_ELEMENTS // (cache.shape[1] * cache.shape[2])
+    pages = (2, max(2, min(4 * max_pages, largest_cache)), largest_cache)
+    batch = (1, min(16, limits.max_sequences), limits.max_sequences)
+    rows = {"decode": batch, "prefill": (1, min(512, limits.max_batch_tokens), limits.max_batch_tokens)}
+    return {
+        name: _profile(graph, {
+            "T": t, "B": batch, "N": batch, "max_pages": (1, -(-max_pages // 4), max_pages), "num_pages": pages,
+            "B + 1": tuple(b + 1 for b in batch),
+        })
+        for name, t in rows.items()
+    }  # fmt: skip
+
+
+def _profile(graph: ir.Graph, ranges: dict[str, tuple[int, int, int]]) -> dict[str, list[list[int]]]:
+    found = {}
+    for value in graph.inputs:
+        dims = [d if isinstance(d, int) else str(d.value) for d in value.shape]
+        if any(isinstance(d, str) for d in dims):
+            found[value.name] = [[d if isinstance(d, int) else ranges[d][k] for d in dims] for k in range(3)]
+    return found
+

@@ -1,0 +1,202 @@
+"""The plain torch forms of the three ops against formulas written out here in float64, one token at a time."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from plugins.mla_attention import formats
+from plugins.mla_attention.reference import mla_attention
+from plugins.moe_experts.reference import moe_experts
+from plugins.moe_route.reference import moe_route
+
+SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
+# float32 sums of some dozen products of size 1: 1e-5 is a hundred roundings
+TOLERANCE = 1e-5
+
+
+def int32(values):
+    return torch.tensor(list(values), dtype=torch.int32)
+
+
+@SETTINGS
+@given(
+    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)), min_size=1, max_size=4), st.integers(1, 4),
+    st.sampled_from([1, 2, 5]), st.integers(0, 3), st.integers(0, 99),
+)  # fmt: skip
+def test_mla_attention(sequences, page_size, heads, padding, seed):
+    """Every row by itself: softmax over the sequence's own history. Cells that nobody owns are NaN and stay NaN."""
+    g = torch.Generator().manual_seed(seed)
+    rank, rope, rows = 6, 4, sum(new for _, new in sequences)
+    history = [torch.randn(past + new, rank + rope, generator=g) for past, new in sequences]
+    q = torch.randn(rows + padding, heads, rank + rope, generator=g)
+    counts = [-(-len(h) // page_size) for h in history]
+    free = (1 + torch.randperm(sum(counts), generator=g)).tolist()
+    last = sum(counts) + 1  # a page of nobody, which stray entries of the table point to
+    cache = torch.full((last + 1, page_size, rank + rope), float("nan"))
+    table = torch.full((len(sequences), max(counts) + 1), last, dtype=torch.int32)
+    for b, (past, _) in enumerate(sequences):
+        for i in range(counts[b]):
+            table[b, i] = free.pop()
+        for p in range(past):
+            cache[table[b, p // page_size], p % page_size] = history[b][p]
+    new = torch.cat([h[past:] for h, (past, _) in zip(history, sequences, strict=True)] + [torch.randn(padding, rank + rope)])
+    starts = int32([0, *torch.tensor([n for _, n in sequences]).cumsum(0).tolist()])
+    attended, updated = mla_attention(
+        q[..., :rank], q[..., rank:], new[:, :rank], new[:, rank:], cache, table, int32(p for p, _ in sequences), starts,
+        int32([rows]), 0.3, "float32",
+    )  # fmt: skip
+    row = 0
+    for b, (past, count) in enumerate(sequences):
+        for p in range(past, past + count):
+            assert torch.equal(updated[table[b, p // page_size], p % page_size], history[b][p])
+            keys = history[b][: p + 1].double()
+            for h in range(heads):
+                weights = (0.3 * keys @ q[row, h].double()).softmax(0)
+                torch.testing.assert_close(attended[row, h].double(), weights @ keys[:, :rank], rtol=0, atol=TOLERANCE)
+            cache[table[b, p // page_size], p % page_size] = history[b][p]
+            row += 1
+    assert (attended[rows:] == 0).all()
+    torch.testing.assert_close(updated[1:], cache[1:], rtol=0, atol=0, equal_nan=True)  # nothing else was written
+
+
+def test_mla_attention_half_cache_rounds_once():
+    """A float16 cache holds the nearest float16 of each element, and attention sees that value, for new tokens too."""
+    g = torch.Generator().manual_seed(4)
+    q, new = torch.randn(3, 2, 8, generator=g), torch.randn(3, 8, generator=g)
+    arguments = [int32([0]), int32([0, 3]), int32([3]), 0.5]
+    table, split = torch.tensor([[1]], dtype=torch.int32), (q[..., :6], q[..., 6:])
+    half, _ = mla_attention(*split, new[:, :6], new[:, 6:], torch.zeros(2, 4, 8).half(), table, *arguments, "float16")
+    rounded = new.half().float()
+    full, _ = mla_attention(*split, rounded[:, :6], rounded[:, 6:], torch.zeros(2, 4, 8), table, *arguments, "float32")
+    torch.testing.assert_close(half, full, rtol=0, atol=TOLERANCE)
+
+
+def route_one(logits: list[float], bias, scoring, method, group_score, n_group, topk_group, top_k, normalize, factor):
+    """One token in plain Python: (expert, weight) pairs, best first, ties to the lowest index."""
+    if scoring == "softmax":
+        exps = [math.exp(v - max(logits)) for v in logits]
+        scores = [e / sum(exps) for e in exps]
+    else:
+        scores = [1 / (1 + math.exp(-v)) for v in logits]
+    choice = [s + (bias[e] if bias else 0) for e, s in enumerate(scores)]
+    if method == "group_limited_greedy":
+        size = len(logits) // n_group
+        groups = [sorted(choice[g * size : (g + 1) * size], reverse=True) for g in range(n_group)]
+        value = [members[0] if group_score == "max" else sum(members[:2]) for members in groups]
+        kept = sorted(range(n_group), key=lambda g: (-value[g], g))[:topk_group]
+        choice = [c if e // size in kept else 0.0 for e, c in enumerate(choice)]
+        scores = [s if e // size in kept or bias else 0.0 for e, s in enumerate(scores)]
+    chosen = sorted(range(len(logits)), key=lambda e: (-choice[e], e))[:top_k]
+    total = sum(scores[e] for e in chosen) + 1e-20 if normalize else 1.0
+    return [(e, scores[e] / total * factor) for e in chosen]
+
+
+@st.composite
+def routings(draw):
+    n_group, size = draw(st.sampled_from([(1, 7), (2, 3), (4, 2), (3, 4)]))
+    return {
+        "scoring_func": draw(st.sampled_from(["softmax", "sigmoid"])),
+        "topk_method": draw(st.sampled_from(["greedy", "group_limited_greedy"])),
+        "group_score": draw(st.sampled_from(["max", "top2_sum"])), "n_group": n_group,
+        "topk_group": draw(st.integers(1, n_group)), "top_k": draw(st.integers(1, n_group * size)),
+        "norm_topk_prob": draw(st.integers(0, 1)), "routed_scaling_factor": draw(st.sampled_from([1.0, 16.0])),
+    }, n_group * size, draw(st.booleans()), draw(st.integers(0, 99))  # fmt: skip
+
+
+@SETTINGS
+@given(routings())
+def test_moe_route(case):
+    attributes, experts, biased, seed = case
+    g = torch.Generator().manual_seed(seed)
+    # steps of 1/4: many exact ties, and otherwise gaps that no rounding can bridge
+    logits = torch.randint(-8, 9, (6, experts), generator=g).float() / 4
+    bias = torch.randint(0, 5, (experts,), generator=g).float() / 8 if biased else None
+    ids, weights = moe_route(logits, int32([4]), bias, **attributes)
+    assert (ids[4:] == -1).all() and (weights[4:] == 0).all()
+    for token in range(4):
+        expected = route_one(logits[token].tolist(), bias.tolist() if biased else None, *attributes.values())
+        assert ids.dtype == torch.int32 and weights.dtype == torch.float32
+        found = list(zip(ids[token].tolist(), weights[token].tolist(), strict=True))
+        assert [w for _, w in found] == pytest.approx([w for _, w in expected], rel=TOLERANCE, abs=1e-7)
+        if not biased:  # a sum of score and bias may tie in float64 and not in float32
+            assert [e for e, _ in found] == [e for e, _ in expected]
+
+
+def test_moe_route_all_scores_tied():
+    """Equal logits everywhere: the lowest groups and experts, exactly."""
+    attributes = ("softmax", "group_limited_greedy", "max", 4, 2, 3, 0, 1.0)
+    ids, weights = moe_route(torch.zeros(2, 12), int32([2]), None, *attributes)
+    assert ids.tolist() == [[0, 1, 2]] * 2 and torch.allclose(weights, torch.tensor(1 / 12))
+
+
+@SETTINGS
+@given(
+    st.integers(0, 6), st.integers(1, 4), st.sampled_from(["concatenated", "interleaved"]), st.booleans(), st.integers(0, 99)
+)
+def test_moe_experts(tokens, top_k, layout, quantized, seed):
+    """Token by token, choice by choice, in float64; ids may repeat, and ids outside 0 .. E add nothing."""
+    g = torch.Generator().manual_seed(seed)
+    experts, hidden, inner = 5, 6, 3
+    x, weights = torch.randn(tokens, hidden, generator=g), torch.rand(tokens, top_k, generator=g)
+    ids = torch.randint(-1, experts + 2, (tokens, top_k), generator=g).int()
+    gate, up = torch.randn(2, experts, inner, hidden, generator=g)
+    gate_up = torch.cat([gate, up], 1) if layout == "concatenated" else torch.stack([gate, up], 2).flatten(1, 2)
+    down = torch.randn(experts, hidden, inner, generator=g)
+    scales = (None, None)
+    if quantized:
+        scales = torch.rand(experts, 2 * inner, generator=g) / 64, torch.rand(experts, hidden, generator=g) / 64
+        gate_up, down = (torch.randint(0, 256, t.shape, generator=g).to(torch.uint8) for t in (gate_up, down))
+        real, down_real = (gate_up.double() - 128) * scales[0].double()[..., None], (down.double() - 128) * scales[1][..., None]
+        gate, up = real.chunk(2, 1) if layout == "concatenated" else (real[:, 0::2], real[:, 1::2])
+    else:
+        down_real = down.double()
+    expected = torch.zeros(tokens, hidden, dtype=torch.float64)
+    for t in range(tokens):
+        for k in range(top_k):
+            e = int(ids[t, k])
+            if 0 <= e < experts:
+                g_out, u_out = gate[e].double() @ x[t].double(), up[e].double() @ x[t].double()
+                expected[t] += weights[t, k].double() * (down_real[e] @ (g_out / (1 + torch.exp(-g_out)) * u_out))
+    found = moe_experts(x, ids, weights, gate_up, down, *scales, first_expert=0, gate_up_layout=layout)
+    torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=TOLERANCE)
+
+
+def test_moe_experts_slices_add_up():
+    """Expert parallelism: the sum over slices of the experts is the whole."""
+    g = torch.Generator().manual_seed(6)
+    x, weights = torch.randn(7, 6, generator=g), torch.rand(7, 2, generator=g)
+    ids = torch.randint(0, 6, (7, 2), generator=g).int()
+    gate_up, down = torch.randn(6, 8, 6, generator=g), torch.randn(6, 6, 4, generator=g)
+    whole = moe_experts(x, ids, weights, gate_up, down, None, None, 0, "concatenated")
+    parts = [
+        moe_experts(x, ids, weights, gate_up[s : s + 2], down[s : s + 2], None, None, s, "concatenated") for s in (0, 2, 4)
+    ]
+    torch.testing.assert_close(sum(parts), whole, rtol=0, atol=TOLERANCE)
+
+
+def test_moe_experts_reads_chosen_experts_only():
+    gate_up, down = torch.full((4, 8, 6), float("nan")), torch.full((4, 6, 4), float("nan"))
+    gate_up[2], down[2] = 0.5, 0.25
+    y = moe_experts(
+        torch.ones(3, 6), int32([2, 2, -1])[:, None], torch.ones(3, 1), gate_up, down, None, None, 0, "concatenated"
+    )
+    assert torch.isfinite(y).all() and (y[2] == 0).all() and (y[0] != 0).all()
+
+
+@pytest.mark.parametrize("name", formats.NAMES)
+def test_cache_formats_keep_what_they_can(name):
+    layout = formats.get(name)
+    latent, k_pe = torch.randn(3, 6), torch.randn(3, 2)
+    rows = layout.encode(latent, k_pe)
+    assert rows.shape == (3, layout.width(6, 2)) and rows.dtype == layout.dtype
+    assert layout.bytes_per_token(6, 2) == rows[0].numel() * rows.element_size()
+    found = layout.decode(rows, 6)
+    assert torch.equal(found[0], latent.to(layout.dtype)) and torch.equal(found[1], k_pe.to(layout.dtype))
+
+
+def test_unknown_cache_format_lists_the_choices():
+    with pytest.raises(ValueError, match=r"int3.*float32, float16, bfloat16"):
+        formats.get("int3")

@@ -1,0 +1,211 @@
+"""The torch backend against ONNX Runtime on the same bundle, on the CPU; GPU graphs with the plain torch ops."""
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from onnx import TensorProto, helper
+
+from runtime import backends
+from runtime.backends import padding, torch_fused_ops
+from runtime.backends.base import SequenceRows, StepBatch
+from runtime.backends.torch_graph import StepProgram, UnknownOpError
+from runtime.backends.torch_step import StepRunner
+from runtime.bundle import Bundle, BundleError
+from tests import ragged
+
+LENGTHS = [37, 5, 64, 1, 130]
+# prompt chunks, decode steps, a sequence without new tokens, a mixture
+SCHEDULE = [[20, 5, 64, 1, 100], [1, 0, 0, 0, 1], [1, 0, 0, 0, 20]]
+
+
+def sequences(vocab_size: int, seed: int = 0) -> list[list[int]]:
+    rng = np.random.default_rng(seed)
+    return [rng.integers(0, vocab_size, n).tolist() for n in LENGTHS]
+
+
+def step_of(backend):
+    for cache in backend.caches:
+        cache.fill_(float("nan"))
+    return lambda inputs: backend.step(StepBatch(**inputs))
+
+
+@pytest.fixture(scope="module")
+def pair(tiny_bundle):
+    """The cpu target on ONNX Runtime, and interpreted by torch."""
+    bundle = Bundle(tiny_bundle)
+    return [backends.load(bundle, "cpu", backend=b, cache_tokens=1024) for b in ("onnxruntime", "torch")]
+
+
+def test_equals_onnx_runtime(pair):
+    reference, mine = pair
+    pages = ragged.Pages(LENGTHS, 64)
+    tokens = sequences(320)
+    expected = ragged.run(ragged.engine_step(reference), tokens, SCHEDULE, pages, padding=(0, 3))
+    found = ragged.run(step_of(mine), tokens, SCHEDULE, pages, padding=(0, 3))
+    for e, f in zip(expected, found, strict=True):
+        assert np.abs(f - e).max() <= 1e-5 * np.abs(e).max()
+
+
+def test_chunks_change_nothing(pair):
+    tokens, pages = sequences(320, 1), ragged.Pages(LENGTHS, 64, seed=1)
+    whole = ragged.run(step_of(pair[1]), tokens, [], pages)
+    for a, b in zip(whole, ragged.run(step_of(pair[1]), tokens, SCHEDULE, pages), strict=True):
+        assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
+
+
+def test_padded_decode_step_equals_plain(pair):
+    """What a captured CUDA graph is given: fixed shapes, padding rows, empty sequences."""
+    backend = pair[1]
+    for cache in backend.caches:
+        cache.zero_()
+    table = np.array([[1, 2], [3, 0], [4, 5]])
+    backend.step(StepBatch.of([SequenceRows(range(n), 0, []) for n in (70, 3, 65)], table))
+    batch = StepBatch.of([SequenceRows([t], n, [0]) for t, n in ((9, 70), (8, 3), (7, 65))], table)
+    kept = [c.clone() for c in backend.caches]
+    plain = backend.step(batch)
+    for cache, old in zip(backend.caches, kept, strict=True):
+        cache.copy_(old)
+    shape = padding.decode_shape(batch)
+    assert shape == padding.StepShape(4, 4, 4, 2)
+    offsets, length = shape.offsets()
+    buffer = np.full(length, -7, np.int32)
+    padding.fill(batch, shape, buffer)
+    sizes = shape.sizes()
+    padded = StepBatch(**{n: buffer[o : o + int(np.prod(sizes[n]))].reshape(sizes[n]) for n, o in offsets.items()})
+    assert np.abs(backend.step(padded)[:3] - plain).max() <= 1e-5 * np.abs(plain).max()
+
+
+def test_decode_shapes():
+    def batch(rows, cached, width=3):
+        return StepBatch.of([SequenceRows(r, cached, [len(r) - 1] if r else []) for r in rows], np.zeros((len(rows), width)))
+
+    assert padding.decode_shape(batch([[1]] * 5, 9)) == padding.StepShape(8, 8, 8, 4)
+    assert padding.decode_shape(batch([[1]] * 5, 9), max_pages=3).max_pages == 3
+    assert padding.decode_shape(batch([[1, 2]], 9)) is None
+    assert padding.decode_shape(batch([[1, 2], []], 9)) is None, "as many rows as sequences is not enough"
+    assert padding.decode_shape(batch([[1]] * 300, 9)) is None
+
+
+def onnx_model(nodes: list, shape=("T", 4)) -> onnx.ModelProto:
+    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
+    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
+    return helper.make_model(helper.make_graph(nodes, "g", [x], [y]))
+
+
+def test_unknown_op_is_named():
+    with pytest.raises(UnknownOpError, match="no op Selu"):
+        StepProgram(onnx_model([helper.make_node("Selu", ["x"], ["y"])]), {}, "cpu", "reference")
+
+
+def test_shapes_are_computed_on_the_host():
+    """[T, 4] -> [4 * T] through Shape, Gather, Mul, Concat."""
+    constants = [
+        helper.make_node("Constant", [], [n], value=helper.make_tensor(n, TensorProto.INT64, [1], [v]))
+        for n, v in (("zero", 0), ("four", 4))
+    ]
+    nodes = [
+        *constants, helper.make_node("Shape", ["x"], ["s"]), helper.make_node("Gather", ["s", "zero"], ["t"], axis=0),
+        helper.make_node("Mul", ["t", "four"], ["n"]), helper.make_node("Reshape", ["x", "n"], ["y"]),
+    ]  # fmt: skip
+    x = torch.randn(3, 4)
+    assert torch.equal(StepProgram(onnx_model(nodes), {}, "cpu", "reference").run({"x": x})["y"], x.flatten())
+
+
+def test_values_are_freed():
+    program = StepProgram(
+        onnx_model([helper.make_node("Abs", ["x"], ["a"]), helper.make_node("Abs", ["a"], ["y"])]), {}, "cpu", "reference"
+    )
+    values = program._template.copy()
+    values[program._slots["x"]] = torch.ones(2)
+    for call in program._calls:
+        call(values)
+    assert values[program._slots["a"]] is None and values[program._slots["y"]] is not None
+
+
+@pytest.fixture(scope="module")
+def bfloat16_graph(tiny_checkpoint):
+    """The bf16 graph of a GPU target, weights as inputs, and those weights."""
+    import onnx_ir as ir
+
+    from export import graph
+    from export.checkpoint import Checkpoint
+    from export.models import deepseek_v2
+
+    source = Checkpoint(tiny_checkpoint)
+    weights = {w.name: w.read(source.read).bfloat16().contiguous() for w in deepseek_v2.weights(source.config)}
+    return ir.to_proto(graph.build(source.config, torch.bfloat16, "bfloat16")), weights, source.config
+
+
+@pytest.fixture(scope="module")
+def float32_logits(tiny_bundle):
+    backend = backends.load(Bundle(tiny_bundle), "cpu", cache_tokens=1024)
+    return ragged.run(ragged.engine_step(backend), sequences(320), SCHEDULE, ragged.Pages(LENGTHS, 64))
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+def test_bfloat16_graph(bfloat16_graph, float32_logits, fuse):
+    proto, weights, c = bfloat16_graph
+    caches = {
+        f"latent_cache.{i}": torch.full((12, 64, c.kv_lora_rank + c.qk_rope_head_dim), float("nan"), dtype=torch.bfloat16)
+        for i in range(c.num_hidden_layers)
+    }
+    runner = StepRunner(StepProgram(proto, weights, "cpu", "reference", fuse), caches)
+    found = ragged.run(lambda i: runner.step(StepBatch(**i)), sequences(320), SCHEDULE, ragged.Pages(LENGTHS, 64))
+    expected, found = np.concatenate(float32_logits), np.concatenate(found)
+    errors = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    # three layers of bfloat16: 8 bits, some dozen roundings; a router's near tie may fall to the other side
+    assert np.median(errors) <= 0.03 and np.quantile(errors, 0.9) <= 0.1
+
+
+def test_fusing_changes_nothing_in_float32(tiny_bundle, float32_logits):
+    from runtime.backends import torch as torch_backend
+    from runtime.backends import torch_graph
+
+    bundle = Bundle(tiny_bundle)
+    _, target = bundle.target("cpu")
+    model = torch_graph.read(bundle.file(target.graph))
+    weights = torch_backend.load_weights(bundle, target, model, torch.device("cpu"))
+    programs = [StepProgram(model, weights, "cpu", "reference", fuse) for fuse in (False, True)]
+    assert len(programs[1]._calls) < 0.6 * len(programs[0]._calls)
+    caches = {f"latent_cache.{i}": torch.full((12, 64, target.cache.width), float("nan")) for i in range(target.cache.layers)}
+    runner = StepRunner(programs[0], caches)  # the fused one is what every other test runs
+    found = ragged.run(lambda i: runner.step(StepBatch(**i)), sequences(320), SCHEDULE, ragged.Pages(LENGTHS, 64))
+    for e, f in zip(float32_logits, found, strict=True):
+        assert np.abs(f - e).max() <= 1e-5 * np.abs(e).max()
+
+
+def test_fused_ops_take_slices():
+    """Inputs of fused ops are parts of wider products."""
+    wide = torch.randn(5, 40)
+    assert torch.allclose(torch_fused_ops.swiglu(wide[:, :8], wide[:, 8:16]), torch.nn.functional.silu(wide[:, :8]) * wide[:, 8:16])
+    total, normed = torch_fused_ops.sum_norm(1e-6)(torch.ones(8), wide[:, :8], wide[:, 8:16], wide[:, 16:24])
+    assert torch.allclose(total, wide[:, :8] + wide[:, 8:16] + wide[:, 16:24], atol=1e-6)
+    assert torch.allclose(normed.square().mean(-1), torch.ones(5), atol=1e-4)
+
+
+def test_refusals(tiny_bundle, monkeypatch):
+    bundle = Bundle(tiny_bundle)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(BundleError, match="sees no CUDA GPU"):
+        backends.load(bundle, "cpu", backend="torch", device="cuda")
+    with pytest.raises(BundleError, match="accepted: onnxruntime, torch"):
+        backends.load(bundle, "cpu", backend="tensorrt")
+    with pytest.raises(BundleError, match="no backend 'jax'"):
+        backends.load(bundle, "cpu", backend="jax")
+
+
+def test_missing_weight_is_named(tiny_bundle, tmp_path):
+    import shutil
+
+    from runtime.backends.torch import load_weights
+    from runtime.backends.torch_graph import read
+
+    copy = Bundle(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
+    _, target = copy.target("cpu")
+    model = read(copy.file(target.graph))
+    for ref in copy.manifest.weight_sets[target.weight_set].files:
+        path = copy.file(ref)
+        path.write_bytes(path.read_bytes().replace(b"model.norm.weight", b"model.norm.weighx"))
+    with pytest.raises(BundleError, match=r"lacks model\.norm\.weight"):
+        load_weights(copy, target, model, torch.device("cpu"))

@@ -1,0 +1,201 @@
+"""The comparison: reference -> torch model -> exported graph -> engine, on the same tokens, stage by stage, layer by layer.
+
+Two references may be needed: transformers on the checkpoint's weights (fidelity), and, where the bundle's weights are
+quantized, transformers on the decoded weights (exactness). There is one module in memory; its weights are replaced.
+"""
+
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from export.checkpoint import Checkpoint
+from runtime import backends
+from runtime.bundle import Bundle
+from validation import exported_graph, metrics, weights
+from validation.debug_graph import DebugGraph
+from validation.dequantize import dequantized_tensors
+from validation.excuse import Excuses
+from validation.findings import Findings
+from validation.greedy import compare_greedy
+from validation.layers import judge_layers, trace_stage
+from validation.metrics import LogitComparison
+from validation.reference import Reference
+from validation.stages import EngineStage, GraphStage, ModelStage, Stage, load_onnx
+from validation.tokens import Tokens
+from validation.tolerances import Tolerance, Tolerances
+
+MODE_WINDOWS = 4  # windows for chunked and decode runs of the engine
+DECODE_STEPS = 64
+EARLY_TOKENS, EARLY_WINDOWS = 192, 2  # of the torch model and the exported graph, which are run as a proof, not for speed
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What is validated, and against what."""
+
+    bundle: Bundle
+    target_name: str
+    checkpoint: Checkpoint
+    tokens: Tokens
+    tolerances: Tolerances
+    threads: int = 0
+
+
+Progress = Callable[[str], None]
+
+
+class Comparison:
+    """Runs everything for one target; `run` returns the findings."""
+
+    def __init__(self, subject: Subject, progress: Progress = lambda stage: None):
+        self.s, self.progress = subject, progress
+        self.findings = Findings(tolerances=subject.tolerances.name)
+        self.target = subject.bundle.manifest.targets[subject.target_name]
+        self.quantized = self.target.precision != "fp32"
+        self.windows = subject.tokens.windows
+
+    def run(self) -> Findings:
+        """Every link in turn. Raises ReferenceRefused, ValidationError, BundleError or CheckpointError."""
+        s, f = self.s, self.findings
+        f.text = {"source": s.tokens.source, "tokens": sum(map(len, self.windows)), "windows": len(self.windows),
+                  "window": len(self.windows[0]), "is_text": s.tokens.is_text}  # fmt: skip
+        with self._timed("audit and load the reference"):
+            self.reference = Reference(s.checkpoint)
+            f.audit = [vars(c) for c in self.reference.audit]
+        self._files()
+        self._weights()
+        with self._timed("load the engine"):
+            self.engine = self._engine()
+        self._early_stages()
+        with self._timed("engine against the original weights"):
+            self._fidelity()
+        self._exactness()
+        return f
+
+    @contextmanager
+    def _timed(self, name: str) -> Iterator[None]:
+        self.progress(name)
+        start = time.monotonic()
+        yield
+        self.findings.seconds[name] = round(time.monotonic() - start, 2)
+
+    def _files(self) -> None:
+        with self._timed("verify digests"):
+            wrong = self.s.bundle.verify()
+        reason = "evidence speaks of the files that the manifest names, so their content must be what was built"
+        self.findings.judge("files with a wrong digest", "bundle", len(wrong), Tolerance(0, reason), "; ".join(wrong[:2]))
+
+    def _weights(self) -> None:
+        with self._timed("weights of the bundle"):
+            found = weights.compare(self.s.bundle, self.s.target_name, self.s.checkpoint)
+        self.findings.weights = [vars(w) for w in found]
+        limit = self.s.tolerances.weights
+        exact = Tolerance(0.0, "stored in float32, which holds it exactly")
+        for name, members, tolerance in (
+            ("largest error of plain weights", [w for w in found if not w.quantized], exact),
+            ("largest error of quantized weights", [w for w in found if w.quantized], limit),
+        ):
+            if members:
+                bad = next((w for w in members if not tolerance.passes(w.error)), None)
+                detail = f"{bad.name} is off by {bad.error:.2g} of its largest element" if bad else ""
+                self.findings.judge(name, "weights", max(w.error for w in members), tolerance, detail)
+
+    def _engine(self) -> EngineStage:
+        bundle, target = self.s.bundle, self.target
+        page, length = target.cache.page_size, len(self.windows[0])
+        pages = MODE_WINDOWS * -(-length // page) + MODE_WINDOWS
+        backend = backends.load(bundle, self.s.target_name, cache_tokens=pages * page, threads=self.s.threads)
+        debug = None
+        if target.backend == "onnxruntime":
+            graph = bundle.file(target.graph)
+            cache = target.cache
+            debug = DebugGraph(load_onnx(graph), graph.parent, cache.page_size, cache.width, cache.dtype, self.s.threads)
+        else:
+            self.findings.notes.append(f"backend {target.backend} cannot be looked into: no layer by layer comparison of the engine")
+        return EngineStage(backend, debug)
+
+    def _early_stages(self) -> None:
+        """Torch model and exported graph, against transformers on the checkpoint's weights."""
+        t = self.s.tolerances
+        checkpoint, length = self.s.checkpoint, len(self.windows[0])
+        pages = 2 + EARLY_WINDOWS * (2 + length // 64)
+        window = self.windows[0]
+        with self._timed("torch model"):
+            self.trace = self.reference.trace(window)
+            model = ModelStage(checkpoint, pages)
+            self._early(model, t.model_logits)
+        with self._timed("exported graph"), tempfile.TemporaryDirectory(prefix="latentrt-") as folder:
+            graph = GraphStage(exported_graph.export(checkpoint, Path(folder), 64, self.s.threads), pages)
+            self._early(graph, t.graph_logits)
+
+    def _early(self, stage: Stage, limit: Tolerance) -> None:
+        cut = [w[:EARLY_TOKENS] for w in self.windows[:EARLY_WINDOWS]]
+        expected = [self.reference.logits(w) for w in cut]
+        runs = {"prefill": [stage.prefill(w) for w in cut], "chunked": stage.chunked(cut),
+                "decode": stage.decode(cut, max(1, len(cut[0]) - DECODE_STEPS // 2))}  # fmt: skip
+        self._judge_runs(stage, cut, expected, runs, limit, Tolerance(None, "follows from the logits"))
+        errors = trace_stage(stage, self.windows[0], self.trace, self.reference, self.findings)
+        judge_layers(stage.name, errors, self.s.tolerances.float_layer, self.findings, self.s.tolerances.flips)
+
+    def _judge_runs(self, stage: Stage, windows, expected, runs: dict, limit: Tolerance, kl_limit: Tolerance) -> None:
+        """Judges logits [T, V] of `runs` (mode -> one per window) against `expected`, near ties of the routing excused."""
+        excuses = Excuses(self.reference, stage, limit, self.findings)
+        worst_kl = 0.0
+        for mode, found in runs.items():
+            comparison, worst = LogitComparison(), 0.0
+            for window, e, g in zip(windows, expected, found, strict=True):
+                errors = comparison.add(e[: len(g)], g)
+                worst = max(worst, excuses.largest(window, errors))
+            summary = comparison.summary() | {"judged_max_abs_error": worst}
+            self.findings.logits.setdefault(stage.name, {})[mode] = summary
+            self.findings.judge(f"logits, {mode}: largest error", stage.name, worst, limit, excuses.detail(worst))
+            worst_kl = max(worst_kl, summary["kl_mean"])
+        if kl_limit.limit is not None:
+            self.findings.judge("mean KL, same weights, worst mode", stage.name, worst_kl, kl_limit)
+
+    def _fidelity(self) -> None:
+        """The engine's prefill of all windows against transformers on the original weights."""
+        t, comparison = self.s.tolerances, LogitComparison()
+        nll: dict[str, list[np.ndarray]] = {"reference": [], "engine": []}
+        for window in self.windows:
+            expected, found = self.reference.logits(window), self.engine.prefill(window)
+            comparison.add(expected, found)
+            for name, logits in (("reference", expected), ("engine", found)):
+                nll[name].append(metrics.negative_log_likelihood(logits[:-1], window[1:]))
+        f = self.findings
+        f.fidelity = comparison.summary()
+        f.perplexity = {name: metrics.perplexity(np.concatenate(v)) for name, v in nll.items()}
+        f.perplexity["ratio"] = f.perplexity["engine"] / f.perplexity["reference"]
+        f.series |= {"kl": comparison.kl, "top1": comparison.equal, "nll": nll}
+        f.judge("mean KL to the original, nats", "engine", f.fidelity["kl_mean"], t.kl_mean)
+        f.judge("top-1 agreement with the original", "engine", f.fidelity["top1_agreement"], t.top1)
+        f.judge("perplexity: |ratio to the original - 1|", "engine", abs(f.perplexity["ratio"] - 1), t.perplexity)
+
+    def _exactness(self) -> None:
+        """The engine against transformers on the engine's own weights: all modes, layers, routing, greedy tokens."""
+        t = self.s.tolerances
+        if self.quantized:
+            with self._timed("decode the bundle's weights into the reference"):
+                self.reference.use_weights(dequantized_tensors(self.s.bundle, self.s.target_name), "the bundle's decoded weights")
+            self.trace = self.reference.trace(self.windows[0])
+        windows = self.windows[:MODE_WINDOWS]
+        with self._timed(f"engine against {self.reference.weights}"):
+            length = min(map(len, windows))
+            steps = min(DECODE_STEPS, length // 2)
+            runs = {"prefill": [self.engine.prefill(w) for w in windows], "chunked": self.engine.chunked(windows),
+                    "decode": self.engine.decode([w[:length] for w in windows], length - steps)}  # fmt: skip
+            expected = [self.reference.logits(w) for w in windows]
+            self._judge_runs(self.engine, windows, expected, runs, t.exact_logits, t.exact_kl)
+        if self.engine.debug:
+            with self._timed("engine, layer by layer"):
+                errors = trace_stage(self.engine, self.windows[0], self.trace, self.reference, self.findings)
+                judge_layers("engine", errors, t.layer, self.findings, t.flips)
+                routed = self.findings.traced["engine"]["logits_routed"]
+                self.findings.judge("logits with the reference's routing: largest error", "engine", routed, t.routed_logits)
+        with self._timed("greedy generation"):
+            compare_greedy(self.engine, self.reference, self.windows, t, self.findings)

@@ -1,0 +1,52 @@
+"""Greedy generation side by side. Where the tokens part, only a near tie of the two best logits is an excuse."""
+
+import numpy as np
+
+from runtime.backends.base import SequenceRows, StepBatch
+from runtime.latent_cache import LatentCache
+from validation.findings import Findings
+from validation.reference import Reference
+from validation.stages import Stage
+from validation.tolerances import Tolerances
+
+PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 32
+
+
+def compare_greedy(stage: Stage, reference: Reference, windows: list[np.ndarray], t: Tolerances, findings: Findings) -> None:
+    """Continues the beginnings of a few windows on both sides; EOS is a token like any other here."""
+    longest = min(map(len, windows[:PROMPTS]))
+    new = min(NEW_TOKENS, longest // 2)
+    prompts = [w[: min(PROMPT_TOKENS, longest - new)] for w in windows[:PROMPTS]]
+    found = generate(stage, prompts, new)
+    limit = 2 * (t.exact_logits.limit or 0.0)
+    unexplained = 0
+    for prompt, tokens in zip(prompts, found, strict=True):
+        expected, logits = reference.greedy(prompt, new)
+        parted = np.flatnonzero(expected != tokens)
+        entry = {"prompt": prompt, "expected": expected, "found": tokens, "parts_at": None, "margin": None}
+        if len(parted):
+            first = int(parted[0])
+            best = np.sort(logits[first])[-2:]
+            entry |= {"parts_at": first, "margin": float(best[1] - best[0])}
+            unexplained += entry["margin"] > limit
+        findings.greedy.append(entry)
+    detail = "" if not unexplained else f"first at token {next(g['parts_at'] for g in findings.greedy if g['parts_at'] is not None)}"
+    findings.judge("greedy texts that part without a near tie", stage.name, unexplained, t.greedy, detail)
+
+
+def generate(stage: Stage, prompts: list[np.ndarray], count: int) -> list[np.ndarray]:
+    """`count` greedy tokens after each prompt, all sequences side by side over the cache."""
+    cache = LatentCache(stage.num_pages, stage.page_size)
+    tokens = [list(map(int, p)) for p in prompts]
+    done = [0] * len(prompts)
+    order = list(range(len(prompts)))
+    for _ in range(count):
+        rows = []
+        for s in order:
+            cache.reserve(s, len(tokens[s]))
+            rows.append(SequenceRows(tokens[s][done[s] :], done[s], [len(tokens[s]) - done[s] - 1]))
+            done[s] = len(tokens[s])
+        best = stage.step(StepBatch.of(rows, cache.block_table(order))).argmax(-1)
+        for s in order:
+            tokens[s].append(int(best[s]))
+    return [np.array(t[len(p) :]) for t, p in zip(tokens, prompts, strict=True)]

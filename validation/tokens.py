@@ -1,0 +1,66 @@
+"""The tokens that everything is compared on: held-out text where there is some, pseudo-random ids otherwise."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from export.checkpoint import Checkpoint
+from validation.errors import ValidationError
+
+HELD_OUT = "held_out.txt"
+WINDOW = 512  # tokens; each window is a sequence of its own
+SEED = 20261121
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Windows of token ids, and where they are from."""
+
+    windows: list[np.ndarray]  # each [T]
+    source: str
+    is_text: bool  # False: perplexity says nothing about language
+
+
+def load(checkpoint: Checkpoint, text: Path | None, count: int, longest: int) -> Tokens:
+    """About `count` tokens in windows of at most `longest`: from `text`, the checkpoint's held_out.txt, or a seeded generator.
+
+    Raises ValidationError if the text cannot be read or is too short, or there is no tokenizer for it.
+    """
+    if count < 16:
+        raise ValidationError(f"--tokens is {count}, accepted: 16 or more")
+    length = max(2, min(WINDOW, longest, count))
+    path = text or (checkpoint.path / HELD_OUT if (checkpoint.path / HELD_OUT).is_file() else None)
+    if path is None or (text is None and not (checkpoint.path / "tokenizer.json").is_file()):
+        ids = np.random.default_rng(SEED).integers(0, checkpoint.config.vocab_size, count)
+        return Tokens(_cut(ids, length), f"{count} pseudo-random token ids, seed {SEED} (the checkpoint has no {HELD_OUT})", False)
+    ids = _encode(checkpoint, path)[:count]
+    if len(ids) < 16:
+        raise ValidationError(f"{path}: has {len(ids)} tokens, 16 or more are needed")
+    return Tokens(_cut(ids, length), f"first {len(ids)} tokens of {path}", True)
+
+
+def _encode(checkpoint: Checkpoint, path: Path) -> np.ndarray:
+    """Token ids of a text file, special tokens in the text taken as such, none added."""
+    from tokenizers import Tokenizer
+
+    file = checkpoint.path / "tokenizer.json"
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValidationError(f"{path}: cannot be read as UTF-8 text ({error})") from None
+    if not file.is_file():
+        raise ValidationError(f"{file}: missing, so {path} cannot be turned into tokens; leave --text out for pseudo-random ids")
+    try:
+        tokenizer = Tokenizer.from_file(str(file))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValidationError(f"{file}: not a readable tokenizer ({error})") from None
+    ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+    if len(ids) and ids.max() >= checkpoint.config.vocab_size:
+        raise ValidationError(f"{file}: gives token id {ids.max()}, the model has {checkpoint.config.vocab_size}")
+    return ids
+
+
+def _cut(ids: np.ndarray, length: int) -> list[np.ndarray]:
+    windows = [ids[i : i + length] for i in range(0, len(ids), length)]
+    return [w for w in windows if len(w) >= 2]
