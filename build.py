@@ -52,7 +52,8 @@ def build(
             info = _checkpoint_info(checkpoint, writer.previous, report)
             keys = {lowering.request.target.name: _request_key(lowering, info.digest) for lowering in chosen}
             pending = [x for x in chosen if force or not _is_current(writer.previous, x.request.target.name, keys)]
-            _check_replace(out, writer.previous, info, [x.request.target.name for x in pending], force)
+            if not force:
+                _check_replace(out, writer.previous, info, pending, checkpoint.config)
             builder = _Builder(writer, checkpoint, info, report)
             for lowering in pending:
                 builder.add(lowering, keys[lowering.request.target.name])
@@ -86,15 +87,18 @@ def _request_key(lowering: Lowering, checkpoint_digest: str) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _check_replace(out: Path, previous: Manifest | None, info: CheckpointInfo, pending: Iterable[str], force: bool) -> None:
-    if previous is None or force:
+def _check_replace(out: Path, previous: Manifest | None, info: CheckpointInfo, pending: Iterable[Lowering], config) -> None:
+    """A target of the same checkpoint and choices is built anew where the tools changed; anything else needs --force."""
+    if previous is None:
         return
     if previous.checkpoint.digest != info.digest:
         raise BuildError(f"{out}: holds a bundle of another checkpoint ({previous.checkpoint.path}); use --force to replace it")
-    for target in pending:
-        if target in previous.targets:
-            old = previous.targets[target]
-            raise BuildError(f"{out}: has target {target} already ({old.precision}, {old.options}); use --force to replace it")
+    for lowering in pending:
+        request, old = lowering.request, previous.targets.get(lowering.request.target.name)
+        asked = (request.precision, lowering.options(), lowering.cache_format, lowering.limits(config).max_context)
+        if old and (old.precision, old.options, old.cache.format, old.limits.max_context) != asked:
+            has = f"{old.precision}, {old.options}, cache {old.cache.format}, context {old.limits.max_context}"
+            raise BuildError(f"{out}: has target {request.target.name} already ({has}); use --force to replace it")
 
 
 class _Builder:

@@ -19,7 +19,7 @@ from export.quantization.base import WeightFormat
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int32: "I32",
           torch.float8_e4m3fn: "F8_E4M3"}  # fmt: skip
-ALIGNMENT = 64  # bytes: tensors are mapped into memory and read by vector instructions
+ALIGNMENT = 256  # bytes: what TensorRT asks of the address of every input; also enough for vector loads from mapped memory
 _SLAB_BYTES = 1 << 26
 
 

@@ -159,7 +159,7 @@ def _plugin_class(trt, op: PluginOp, launcher: Launcher | None) -> type:
         def get_fields_to_serialize(self):
             values = [(a.name, a.kind, self.attributes[a.name]) for a in contract.attributes]
             fields = [_field(trt, *v) for v in [*values, (CAPABILITY, int, self.capability)]]
-            self._kept = fields  # TensorRT reads them after this returns
+            self._kept = fields  # a collection does not keep the memory of its fields alive
             return trt.PluginFieldCollection(fields)
 
         def attach_to_context(self, context):

@@ -38,7 +38,7 @@ def run(
 ) -> list[np.ndarray]:
     """Runs `schedule[s][b]` new tokens of sequence b in step s (the last step takes the rest of all).
 
-    `step` maps a batch to logits [N, vocab]. Returns the logits of every sequence, [its length, vocab].
+    `step` maps a batch to logits [N, vocab]. Returns the logits of every sequence that is not empty, [its length, vocab].
     """
     done, found = [0] * len(sequences), [[] for _ in sequences]
     rest = [[len(s) for s in sequences]]
@@ -53,7 +53,7 @@ def run(
             start += len(chunk)
             done[b] += len(chunk)
         assert start == len(logits)
-    return [np.concatenate(parts) for parts in found if parts]
+    return [np.concatenate(parts) for parts, tokens in zip(found, sequences, strict=True) if tokens]
 
 
 def torch_step(model, pages: Pages, dtype) -> Callable[[dict], np.ndarray]:

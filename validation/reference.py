@@ -111,19 +111,6 @@ class Reference:
 
         return hook
 
-    def greedy(self, prompt: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-        """`count` greedily chosen tokens after prompt [T], and the logits [count, vocab_size] they were chosen from."""
-        with torch.no_grad(), _quiet_transformers():
-            cache, ids = None, torch.from_numpy(prompt.astype(np.int64))[None]
-            rows: list[torch.Tensor] = []
-            for _ in range(count):
-                out = self.model(ids, past_key_values=cache, use_cache=True)
-                cache = out.past_key_values
-                rows.append(out.logits[0, -1])
-                ids = rows[-1].argmax()[None, None]
-        logits = torch.stack(rows).numpy()
-        return logits.argmax(-1), logits
-
 
 def _rows(value) -> np.ndarray:
     tensor = value[0] if isinstance(value, tuple) else value

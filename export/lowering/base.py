@@ -103,6 +103,10 @@ class Lowering(ABC):
         """What the manifest tells of the choices made."""
         return {}
 
+    def limits(self, config: DeepseekV2Config) -> Limits:
+        """What the target will take."""
+        return Limits(self.request.max_context or config.max_position_embeddings)
+
     @abstractmethod
     def weight_format(self, config: DeepseekV2Config) -> WeightFormat:
         """How weights are stored."""

@@ -15,7 +15,7 @@ import torch
 
 from export.config import DeepseekV2Config
 from export.errors import BuildError
-from export.lowering.base import Limits, Lowered, Lowering, Request, Stage
+from export.lowering.base import Lowered, Lowering, Request, Stage
 from export.models.weights import Weight
 from export.quantization import Float32, Int8, WeightFormat
 from export.weight_set import StoredWeight
@@ -90,8 +90,7 @@ class OnnxruntimeLowering(Lowering):
             proto = lower(model, config, weights, located, self.weight_format(config), self.choices)
             graph = scratch / "graph.onnx"
             graph.write_bytes(proto.SerializeToString())
-        limits = Limits(self.request.max_context or config.max_position_embeddings)
-        return Lowered(graph, inputs, outputs, limits)
+        return Lowered(graph, inputs, outputs, self.limits(config))
 
 
 def weight_format(config: DeepseekV2Config, options: CpuOptions) -> WeightFormat:

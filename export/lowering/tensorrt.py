@@ -67,7 +67,7 @@ class TensorrtLowering(Lowering):
         self, model: ir.Model, config: DeepseekV2Config, weights: list[Weight], located: Mapping[str, StoredWeight],
         scratch: Path, stage: Stage,
     ) -> Lowered:
-        name, limits = self.request.target.name, self._limits(config)
+        name, limits = self.request.target.name, self.limits(config)
         with stage(f"{name}: network"):
             prepare(model, weights, self.weight_format(config))
             onnx = scratch / "network.onnx"
@@ -85,9 +85,6 @@ class TensorrtLowering(Lowering):
             limits=limits, onnx=onnx, network=network, kernels=kernels,
             weight_inputs=[v.name for v in model.graph.inputs if v.name in stored], profiles=shapes,
         )  # fmt: skip
-
-    def _limits(self, config: DeepseekV2Config) -> Limits:
-        return Limits(self.request.max_context or config.max_position_embeddings)
 
 
 def prepare(

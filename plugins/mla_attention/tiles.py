@@ -28,13 +28,15 @@ _HOPPER_SPILLS = (
 _BLACKWELL_SPILLS = (
     "49 of the loop's 2719 instructions are spills; 16 heads a tile spill none but read the cache twice as often"
 )
+_RTX_SPILLS = "8 bytes where the output is direct, reloaded twice outside the loop"
 _SMALL = {"few": Tile(16, 32, 4, 5, 0), "many": Tile(32, 16, 8, 5, 0)}  # 99 KiB of shared memory
+_RTX_BLACKWELL = _SMALL | {"few": Tile(16, 32, 4, 5, 0, _RTX_SPILLS)}
 TILES: dict[int, dict[str, Tile]] = {
     80: {"few": Tile(16, 32, 4, 7, 0), "many": Tile(32, 32, 8, 5, 0)},
     86: _SMALL,
     89: _SMALL,
     90: {"few": Tile(16, 64, 8, 2, 1), "many": Tile(64, 64, 8, 2, 0, _HOPPER_SPILLS)},
     100: {"few": Tile(16, 64, 8, 2, 1), "many": Tile(32, 64, 8, 2, 1, _BLACKWELL_SPILLS)},
-    120: _SMALL,
-    121: _SMALL,
+    120: _RTX_BLACKWELL,
+    121: _RTX_BLACKWELL,
 }

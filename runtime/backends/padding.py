@@ -6,6 +6,7 @@ from itertools import accumulate
 import numpy as np
 
 from runtime.backends.base import StepBatch
+from runtime.errors import RequestError
 
 SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # sequences of captured decode steps
 ALIGNMENT = 4  # int32 elements: kernels assume 16-byte aligned tensors
@@ -53,6 +54,21 @@ def decode_shape(batch: StepBatch, sizes: tuple[int, ...] = SIZES, max_pages: in
     size = next(s for s in sorted(sizes) if s >= shape.rows)
     width = max(shape.max_pages, min(1 << (shape.max_pages - 1).bit_length(), max_pages))
     return StepShape(size, size, size, width)
+
+
+def prefill_shape(batch: StepBatch, limits: StepShape) -> StepShape:
+    """The shape that any step is padded to where an engine should see few shapes: powers of two, 16 rows at least.
+
+    RequestError if a dimension is larger than `limits`.
+    """
+    shape = StepShape.of(batch)
+    found = []
+    for name, smallest in (("rows", 16), ("sequences", 1), ("logit_rows", 1), ("max_pages", 1)):
+        size, largest = getattr(shape, name), getattr(limits, name)
+        if size > largest:
+            raise RequestError(f"a step has {size} {name}, the engine was built for {largest}")
+        found.append(min(largest, max(smallest, 1 << max(size - 1, 0).bit_length())))
+    return StepShape(*found)
 
 
 def fill(batch: StepBatch, shape: StepShape, buffer: np.ndarray) -> None:

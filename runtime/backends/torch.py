@@ -61,8 +61,7 @@ def resolve_device(device: str) -> torch.device:
 
 def onnx_file(bundle: Bundle, name: str, target: Target) -> FileRef:
     """The target's ONNX step graph: its `graph`, or for a plan the ONNX file kept beside it."""
-    candidates = [target.graph, getattr(target, "onnx", None), *target.kernels]
-    for ref in candidates:
+    for ref in (target.graph, target.onnx):
         if ref is not None and ref.file.endswith(".onnx"):
             return ref
     raise BundleError(f"{bundle.path}: target {name} has no ONNX graph, which backend torch interprets; build it again")

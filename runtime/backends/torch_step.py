@@ -34,11 +34,8 @@ class StepRunner:
     def step(self, batch: StepBatch) -> np.ndarray:
         """Logits [N, vocab_size] float32 on the host; appends to the caches."""
         shape = decode_shape(batch, self.sizes, self.max_pages) if self.capture else None
-        if shape is None:
-            logits = self._eager(batch)[LOGITS]
-        else:
-            logits = self.captured(shape).replay(batch)[: len(batch.logit_rows)]
-        return logits.cpu().numpy()
+        logits = self._eager(batch)[LOGITS] if shape is None else self.captured(shape).replay(batch)
+        return logits[: len(batch.logit_rows)].cpu().numpy()
 
     def captured(self, shape: StepShape) -> "CapturedStep":
         """The CUDA graph of a shape, captured when first asked for."""

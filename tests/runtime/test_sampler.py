@@ -82,6 +82,10 @@ def test_ties_go_to_the_lowest_index():
     assert ids.tolist() == [1, 2, 4]
 
 
+def test_the_smallest_nucleus_is_one_token():
+    assert distribution(np.array([1, 3, 2], np.float32), SamplingParams(temperature=1, top_p=1e-17))[0].tolist() == [1]
+
+
 def test_a_large_vocabulary_is_cut_to_the_nucleus_exactly():
     logits = np.random.default_rng(0).normal(scale=2, size=102400).astype(np.float32)
     for top_p in (0.01, 0.5, 0.95, 0.999):

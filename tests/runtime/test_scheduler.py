@@ -110,6 +110,53 @@ def test_a_kept_sequence_is_taken_over_as_far_as_it_agrees():
     assert engine.scheduler.cache.free_tokens == engine.scheduler.cache.capacity
 
 
+def keep(engine, prompt: list[int], new: int):
+    """A finished sequence whose pages stay."""
+    sequence = engine.sequence(prompt, SamplingParams(max_new_tokens=new), deque(), keep=True)
+    list(engine.run([sequence]))
+    return sequence
+
+
+def test_pages_given_back_by_a_take_over_may_go_to_others_at_once():
+    engine = fake_engine(page_size=4, cache_tokens=40)
+    first = keep(engine, [1, 2, 3], 14)
+    prompt = [*first.tokens[:9], 49]
+    other = engine.stream([[7] * 20], SamplingParams(max_new_tokens=3))  # queued before, so served before
+    again = engine.sequence(prompt, SamplingParams(max_new_tokens=4), deque())
+    result = list(engine.run([again], after=first))[-1].result
+    assert (result.token_ids, result.reused_tokens) == (greedy(prompt, 4), 9)
+    assert tuple(event.token for event in other) == greedy([7] * 20, 3)
+
+
+def test_a_prompt_that_is_cached_entirely_computes_its_last_token_again():
+    engine = fake_engine()
+    first = keep(engine, [1, 2, 3], 6)
+    prompt = first.tokens[: first.cached]
+    again = engine.sequence(prompt, SamplingParams(max_new_tokens=3), deque())
+    result = list(engine.run([again], after=first))[-1].result
+    assert (result.token_ids, result.reused_tokens) == (greedy(prompt, 3), len(prompt) - 1)
+
+
+def test_a_waiting_sequence_does_not_give_up_its_own_prefix():
+    engine = fake_engine(page_size=4, cache_tokens=32)
+    first = keep(engine, [1, 2, 3], 6)
+    other = engine.stream([[7] * 19], SamplingParams(max_new_tokens=1))  # leaves too little for the second turn
+    prompt = [*first.tokens[:8], *[5] * 8]
+    again = engine.sequence(prompt, SamplingParams(max_new_tokens=2), deque())
+    result = list(engine.run([again], after=first))[-1].result
+    assert (result.token_ids, result.reused_tokens) == (greedy(prompt, 2), 8)
+    assert next(other).token == greedy([7] * 19, 1)[0]
+
+
+def test_who_had_to_wait_goes_on_before_those_who_came_later():
+    engine = fake_engine(cache_tokens=32, page_size=4)
+    prompts = [[n] * 10 for n in range(3)]
+    ended = []
+    results = engine.generate(prompts, SamplingParams(max_new_tokens=15), lambda e: ended.append(e.index) if e.result else None)
+    assert ended == [0, 1, 2]
+    assert [r.token_ids for r in results] == [greedy(p, 15) for p in prompts]
+
+
 def test_a_kept_sequence_yields_to_running_ones():
     engine = fake_engine(cache_tokens=16, page_size=4)
     kept = engine.sequence([1, 2, 3], SamplingParams(max_new_tokens=8), deque(), keep=True)

@@ -143,19 +143,62 @@ def float32_logits(tiny_bundle):
     return ragged.run(ragged.engine_step(backend), sequences(320), SCHEDULE, ragged.Pages(LENGTHS, 64))
 
 
-@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
-def test_bfloat16_graph(bfloat16_graph, float32_logits, fuse):
-    proto, weights, c = bfloat16_graph
-    caches = {
-        f"latent_cache.{i}": torch.full((12, 64, c.kv_lora_rank + c.qk_rope_head_dim), float("nan"), dtype=torch.bfloat16)
-        for i in range(c.num_hidden_layers)
+@pytest.fixture(scope="module")
+def float8_graph(tiny_checkpoint, bfloat16_graph):
+    """The FP8 graph as the TensorRT lowering writes it, and its weights with their scales."""
+    import onnx_ir as ir
+
+    from export.checkpoint import Checkpoint
+    from export.lowering.tensorrt import prepare
+    from export.models import deepseek_v2
+    from export.quantization import Fp8
+
+    source, scheme = Checkpoint(tiny_checkpoint), Fp8()
+    weights = deepseek_v2.weights(source.config)
+    model = ir.from_proto(bfloat16_graph[0])
+    prepare(model, weights, scheme)
+    stored = {
+        w.name + kind.suffix: tensor.contiguous()
+        for w in weights
+        for kind, tensor in zip(scheme.stored(w), scheme.encode(w, w.read(source.read)), strict=True)
     }
+    return ir.to_proto(model), stored, source.config
+
+
+def row_errors(graph, expected: list[np.ndarray], fuse: bool) -> np.ndarray:
+    """Relative error of every row of logits, of a graph run by the plain torch ops."""
+    proto, weights, c = graph
+    width = c.kv_lora_rank + c.qk_rope_head_dim
+    names = [f"latent_cache.{i}" for i in range(c.num_hidden_layers)]
+    caches = {name: torch.full((12, 64, width), float("nan"), dtype=torch.bfloat16) for name in names}
     runner = StepRunner(StepProgram(proto, weights, "cpu", "reference", fuse), caches)
     found = ragged.run(lambda i: runner.step(StepBatch(**i)), sequences(320), SCHEDULE, ragged.Pages(LENGTHS, 64))
-    expected, found = np.concatenate(float32_logits), np.concatenate(found)
-    errors = np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
+    expected, found = np.concatenate(expected), np.concatenate(found)
+    return np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+def test_bfloat16_graph(bfloat16_graph, float32_logits, fuse):
+    errors = row_errors(bfloat16_graph, float32_logits, fuse)
     # three layers of bfloat16: 8 bits, some dozen roundings; a router's near tie may fall to the other side
     assert np.median(errors) <= 0.03 and np.quantile(errors, 0.9) <= 0.1
+
+
+@pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
+def test_float8_graph(float8_graph, float32_logits, fuse):
+    errors = row_errors(float8_graph, float32_logits, fuse)
+    # e4m3 has 4 bits: 2 to 4 % a product of rows and weights, about a dozen in a row
+    assert np.median(errors) <= 0.2
+
+
+def test_float8_products_are_fused(float8_graph):
+    from runtime.backends import torch_fusion, torch_graph
+
+    proto, *_ = float8_graph
+    nodes = [torch_graph._node(n) for n in proto.graph.node]
+    fused = torch_fusion.fuse(nodes, torch_graph._constants(proto, nodes), [o.name for o in proto.graph.output])
+    kinds = {n.op_type for n in fused}
+    assert {"Float8Linear", "QuantizeRows"} <= kinds and not kinds & {"QuantizeLinear", "DequantizeLinear"}
 
 
 def test_fusing_changes_nothing_in_float32(tiny_bundle, float32_logits):
@@ -178,7 +221,8 @@ def test_fusing_changes_nothing_in_float32(tiny_bundle, float32_logits):
 def test_fused_ops_take_slices():
     """Inputs of fused ops are parts of wider products."""
     wide = torch.randn(5, 40)
-    assert torch.allclose(torch_fused_ops.swiglu(wide[:, :8], wide[:, 8:16]), torch.nn.functional.silu(wide[:, :8]) * wide[:, 8:16])
+    expected = torch.nn.functional.silu(wide[:, :8]) * wide[:, 8:16]
+    assert torch.allclose(torch_fused_ops.swiglu(wide[:, :8], wide[:, 8:16]), expected)
     total, normed = torch_fused_ops.sum_norm(1e-6)(torch.ones(8), wide[:, :8], wide[:, 8:16], wide[:, 16:24])
     assert torch.allclose(total, wide[:, :8] + wide[:, 8:16] + wide[:, 16:24], atol=1e-6)
     assert torch.allclose(normed.square().mean(-1), torch.ones(5), atol=1e-4)

@@ -1,0 +1,123 @@
+"""mla_attention: checked against float64 on real shapes, and decode measured against both roofline terms."""
+
+import torch
+
+from benchmarks.gpu.run import BF16_FLOPS, HBM, Run, relative_error, timed
+from plugins.mla_attention.kernel import mla_attention_
+from plugins.mla_attention.reference import mla_attention
+
+SCALE = 0.1147  # V2's softmax scale with mscale^2
+PAGE = 64
+LIMIT = {torch.bfloat16: 8e-3, torch.float16: 1e-3}  # |error| / |reference|: weights and result are rounded once each
+CASES = {  # new tokens, cached tokens of every sequence
+    "mixed": ([7, 1, 0, 33, 1, 200, 64], [5, 0, 3, 130, 4097, 1000, 64]),
+    "decode": ([1] * 9, [0, 1, 62, 63, 64, 65, 1000, 4095, 8191]),
+    "long": ([1], [50001]),
+    "prompt": ([777, 300], [0, 512]),
+    "nothing": ([0, 0], [10, 0]),
+}
+DRY_CASES = {"mixed": ([7, 1, 0, 3], [5, 0, 3, 130]), "decode": ([1, 1], [64, 65])}
+
+
+def batch(run: Run, new: list[int], past: list[int], heads: int, dtype: torch.dtype, rank=512, rope=64, padding=3) -> list:
+    """Arguments of the op: shuffled pages, NaN in every cache cell that holds no token, padding rows, wild table entries."""
+    counts = [-(-(n + p) // PAGE) for n, p in zip(new, past, strict=True)]
+    free = iter((torch.randperm(sum(counts), generator=torch.Generator().manual_seed(sum(past))) + 1).tolist())
+    table = torch.full((len(new), max(*counts, 1) + 2), 2**30, dtype=torch.int32)
+    cache = torch.full((sum(counts) + 2, PAGE, rank + rope), float("nan"), dtype=dtype, device=run.device)
+    for b, count in enumerate(counts):
+        pages = torch.tensor([next(free) for _ in range(count)], dtype=torch.int32)
+        table[b, :count] = pages
+        at = torch.arange(past[b])
+        cache[pages.long()[at // PAGE], at % PAGE] = run.randn(past[b], rank + rope, dtype=dtype)
+    rows = sum(new) + padding
+    starts = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()], dtype=torch.int32)
+    shapes = (rows, heads, rank), (rows, heads, rope), (rows, rank), (rows, rope)
+    lengths, count = torch.tensor(past, dtype=torch.int32), torch.tensor([sum(new)], dtype=torch.int32)
+    integers = [t.to(run.device) for t in (table, lengths, starts, count)]
+    return [*(run.randn(*s, dtype=dtype) for s in shapes), cache, *integers]
+
+
+def check(run: Run) -> None:
+    """Both head counts, both dtypes, every case; the cache must come out bit for bit."""
+    sizes = dict(rank=64, rope=16) if run.dry else {}
+    for heads in (16,) if run.dry else (16, 128):
+        for dtype in (torch.bfloat16,) if run.dry else (torch.bfloat16, torch.float16):
+            for name, (new, past) in (DRY_CASES if run.dry else CASES).items():
+                _check_case(run, f"{name}, {heads} heads, {dtype}", batch(run, new, past, heads, dtype, **sizes))
+
+
+def _check_case(run: Run, name: str, arguments: list) -> None:
+    dtype, count = arguments[0].dtype, int(arguments[8])
+    cache_format = str(dtype).removeprefix("torch.")
+    mine = [a.clone() if i == 4 else a for i, a in enumerate(arguments)]
+    attended = mla_attention_(*mine, SCALE, cache_format)
+    wide = [a.double() if i < 2 else a for i, a in enumerate(arguments)]
+    expected, cache = mla_attention(*wide, SCALE, cache_format)
+    same = torch.equal(mine[4].view(torch.int16), cache.view(torch.int16))
+    run.check(f"{name}: cache", 0.0 if same else float("nan"), 0)
+    run.check(f"{name}: padding rows", attended[count:].float().abs().sum().item(), 0)
+    if count:
+        run.check(name, relative_error(attended[:count], expected[:count]), LIMIT[dtype])
+
+
+def measure(run: Run) -> None:
+    """Decode: batch x context x heads. Several launches in a row read different pages where one set would fit in the L2."""
+    heads = (16,) if run.dry else (16, 128)
+    contexts = (128,) if run.dry else (1024, 4096, 16384, 65536)
+    batches = (2,) if run.dry else (1, 16, 64, 128)
+    rank, rope = (64, 16) if run.dry else (512, 64)
+    pages = 1 + max(batches) * (max(contexts) // PAGE + 1)
+    cache = run.randn(pages, PAGE, rank + rope)
+    for h in heads:
+        for length in contexts:
+            for b in batches:
+                if not run.late(f"{h} heads, batch {b}, context {length}"):
+                    _measure_one(run, cache, h, b, length, rank, rope)
+
+
+def _measure_one(run: Run, cache: torch.Tensor, heads: int, sequences: int, length: int, rank: int, rope: int) -> None:
+    sets = _input_sets(run, cache, heads, sequences, length, rank, rope)
+
+    def ours() -> None:
+        for arguments in sets:
+            mla_attention_(*arguments, SCALE, "bfloat16")
+
+    candidates = {"latentrt": ours} | _baselines(run, sets, length)
+    found = timed(run, candidates, len(sets))
+    tokens = sequences * length
+    read = tokens * 2 * (rank + rope) + sequences * heads * 2 * (2 * rank + rope)
+    operations = 2 * tokens * heads * (2 * rank + rope)
+    seconds, memory = found["latentrt"], read / HBM
+    bound = max(memory, operations / BF16_FLOPS)
+    others = {f"{name}_us": s * 1e6 for name, s in found.items() if name != "latentrt"}
+    run.measure(
+        f"decode {heads} heads, batch {sequences}, context {length}", us=seconds * 1e6, GBps=read / seconds / 1e9,
+        TFLOPS=operations / seconds / 1e12, of_roofline=bound / seconds, of_copy=read / seconds / run.ceilings["copy"],
+        bound="memory" if bound == memory else "compute", **others,
+        **{f"{n}_ratio": s / seconds for n, s in found.items() if n != "latentrt"},
+    )  # fmt: skip
+
+
+def _input_sets(run: Run, cache: torch.Tensor, heads: int, sequences: int, length: int, rank: int, rope: int) -> list[list]:
+    """Arguments that read disjoint pages, together more than the L2 holds, as far as the cache has room."""
+    width = (length + PAGE - 1) // PAGE
+    per_set = sequences * width
+    count = max(1, min(8, (cache.shape[0] - 1) // per_set, -(-(256 << 20) // (per_set * PAGE * 2 * (rank + rope)))))
+    order = torch.randperm(cache.shape[0] - 1, device=run.device).int() + 1
+    integers = dict(dtype=torch.int32, device=run.device)
+    lengths = torch.full((sequences,), length - 1, **integers)
+    starts, number = torch.arange(sequences + 1, **integers), torch.tensor([sequences], **integers)
+    shapes = (sequences, heads, rank), (sequences, heads, rope), (sequences, rank), (sequences, rope)
+    sets = []
+    for i in range(count):
+        table = order[i * per_set : (i + 1) * per_set].view(sequences, width).contiguous()
+        sets.append([*(run.randn(*s) for s in shapes), cache, table, lengths, starts, number])
+    return sets
+
+
+def _baselines(run: Run, sets: list[list], length: int) -> dict:
+    """torch's attention over keys that lie together (no paging, no append), and MLA kernels of others where importable."""
+    from benchmarks.gpu import attention_baselines
+
+    return attention_baselines.candidates(run, sets, length, SCALE)

@@ -1,0 +1,56 @@
+"""TensorRT engines end to end: the example model built for this GPU, loaded by the runtime, against the reference."""
+
+import tempfile
+from pathlib import Path
+
+import torch
+
+from benchmarks.gpu import model
+from benchmarks.gpu.run import Run
+
+
+def check(run: Run) -> None:
+    """Builds the example for this GPU in every precision it has, and compares every position's logits. Needs a GPU."""
+    from export.checkpoint import Checkpoint
+    from export.errors import BuildError
+    from export.targets import TARGETS
+
+    if run.device.type != "cuda":
+        run.skip("engines", "no GPU")
+        return
+    major, minor = torch.cuda.get_device_capability(run.device)
+    name = f"sm{major}{minor}"
+    if name not in TARGETS:
+        run.skip("engines", f"no target {name}, only {', '.join(TARGETS)}")
+        return
+    checkpoint = Checkpoint(model.EXAMPLE)
+    texts = model._texts(checkpoint.config.vocab_size, model.LENGTHS)
+    reference, expected = model.reference(run, checkpoint, texts)
+    for precision in TARGETS[name].precisions:
+        if run.late(f"engine {name} {precision}"):
+            return
+        with tempfile.TemporaryDirectory() as folder:
+            try:
+                _check_engine(run, Path(folder) / "bundle", name, precision, texts, reference, expected)
+            except BuildError as error:  # the package is not there
+                run.skip(f"engine {name} {precision}", error)
+
+
+def _check_engine(run: Run, out: Path, name: str, precision: str, texts, reference: str, expected) -> None:
+    import build
+    from runtime import backends
+    from runtime.bundle import Bundle
+
+    summary = build.build(model.EXAMPLE, out, name, precision)
+    run.measure(f"engine {name} {precision} built", seconds=float(sum(summary["seconds"].values())))
+    tokens = sum(map(len, texts)) + 64 * len(texts)
+    for attempt in ("first", "second"):
+        backend = backends.load(Bundle(out), name, cache_tokens=tokens)
+        label = f"engine {name} {precision}, {attempt} load"
+        found = model.teacher_forced(backend.step, texts)
+        model.compare(run, f"{label} against {reference}", found, expected, model.LIMITS[precision])
+        run.measure(label, **{k: v for k, v in backend.load_seconds.items()})
+        backend.close()
+    interpreted = backends.load(Bundle(out), name, backend="torch", cache_tokens=tokens)
+    found = model.teacher_forced(interpreted.step, texts)
+    model.compare(run, f"torch backend on {name} {precision} bundle", found, expected, model.LIMITS[precision])

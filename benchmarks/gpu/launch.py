@@ -1,0 +1,166 @@
+"""The plugins' launch path: plans made as a plugin's enqueue makes them, cubins launched through cuda.bindings.
+
+Results must equal, bit for bit, what the same kernels give through Triton's own launcher; in a captured stream too.
+"""
+
+import torch
+
+from benchmarks.gpu import attention, experts
+from benchmarks.gpu.run import Run
+from plugins import trt
+from plugins.architecture import Target
+from plugins.compile import CompiledKernel, compile_kernel
+from plugins.cuda_launch import CudaLauncher
+from plugins.trt_base import PluginOp, sizes
+
+ATTENTION = dict(softmax_scale=attention.SCALE, cache_format="bfloat16")
+
+
+def check(run: Run) -> None:
+    """Every op on V2-Lite's and V2's shapes. Without a GPU: a stand-in driver counts launches."""
+    launcher = _launcher(run)
+    by_name = {op.contract.name: op for op in trt.OPS}
+    for name, calls in _cases(run).items():
+        for op_name, tensors, attributes in calls:
+            _check_one(run, launcher, by_name[op_name], f"{name} {op_name}", tensors, attributes)
+
+
+def _launcher(run: Run) -> CudaLauncher:
+    if run.device.type != "cuda":
+        return CudaLauncher(Target.of(90), {}, driver=_StandIn())
+    properties = torch.cuda.get_device_properties(run.device)
+    return CudaLauncher(Target.of(properties.major * 10 + properties.minor, properties.multi_processor_count), {})
+
+
+def _cases(run: Run) -> dict[str, list[tuple[str, list, dict]]]:
+    """Per model: (op, tensors, attributes)."""
+    found = {}
+    for name, (count, hidden, inner, top_k, routing) in (experts.DRY_SHAPES if run.dry else experts.SHAPES).items():
+        heads, narrow = (128 if name == "V2" else 16), (dict(rank=64, rope=16) if run.dry else {})
+        mixed = attention.batch(run, [7, 1, 0, 33], [5, 300, 3, 130], heads, torch.bfloat16, **narrow)
+        decode = attention.batch(run, [1] * 4, [0, 63, 64, 5000 if not run.dry else 100], heads, torch.bfloat16, **narrow)
+        calls = [("mla_attention", batch, ATTENTION) for batch in (mixed, decode)]
+        logits = torch.randn(9, count, device=run.device)
+        tokens = torch.tensor([8], dtype=torch.int32, device=run.device)
+        options = dict(scoring_func="softmax", group_score="max", top_k=top_k, norm_topk_prob=0) | routing
+        calls.append(("moe_route", [logits, tokens, None], options))
+        for float8 in (False, True):
+            gate_up = experts._weights(run, (count, 2 * inner, hidden), float8)
+            down = experts._weights(run, (count, hidden, inner), float8)
+            ids, weights = experts._routing(run, "random", 9, count, top_k)
+            tensors = [run.randn(9, hidden), ids, weights, gate_up[0], down[0], gate_up[1], down[1]]
+            calls.append(("moe_experts", tensors, dict(first_expert=0, gate_up_layout="concatenated")))
+        found[name] = calls
+    return found
+
+
+def _check_one(run: Run, launcher: CudaLauncher, op: PluginOp, label: str, tensors: list, attributes: dict) -> None:
+    present = [t for t in tensors if t is not None]
+    named = {s.name: t for s, t in zip(op.contract.inputs, tensors, strict=False) if t is not None}
+    dims = sizes(op.contract, [t.shape for t in present])
+    config = op.configure(attributes, dims, {n: str(t.dtype).removeprefix("torch.") for n, t in named.items()})
+    plan = op.plan(config, dims, launcher.target)
+    for spec in plan.kernels:
+        if spec not in launcher.kernels:
+            launcher.kernels[spec] = _kernel(run, spec, launcher.target.capability)
+    launcher.prepare(plan.kernels)
+    allowed = op.workspace(config, dims, launcher.target)
+    run.check(f"{label}: workspace bytes over what the plugin asks for", max(0, plan.workspace_bytes - allowed), 0)
+    if run.device.type != "cuda":
+        launcher.run(plan, {n: 1 << 20 for n in (*named, *(o.name for o in op.contract.outputs))}, 1 << 20, 0)
+        run.check(f"{label}: launches that are missing", launcher._driver.left(len(plan.launches)), 0)
+        return
+    expected = _through_triton(op, tensors, attributes)
+    outputs = _poisoned(op, named, attributes, dims)
+    workspace = torch.empty(plan.workspace_bytes, dtype=torch.uint8, device=run.device)
+    addresses = {n: t.data_ptr() for n, t in (named | outputs).items()}
+    for how in ("", ", captured"):
+        kept = {n: t.clone() for n, t in outputs.items()}
+        _launch(launcher, plan, addresses, workspace, bool(how))
+        _compare(run, f"{label}{how}", outputs, expected)
+        for n, t in outputs.items():
+            t.copy_(kept[n])
+
+
+def _launch(launcher: CudaLauncher, plan, addresses: dict, workspace: torch.Tensor, capture: bool) -> None:
+    def go() -> None:
+        launcher.run(plan, addresses, workspace.data_ptr(), torch.cuda.current_stream().cuda_stream)
+
+    if capture:
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            go()
+        graph.replay()
+    else:
+        go()
+    torch.cuda.synchronize()
+
+
+def _kernel(run: Run, spec, capability: int) -> CompiledKernel:
+    if run.device.type == "cuda":
+        return compile_kernel(spec, capability)
+    metadata = dict(name=spec.function, architecture=capability, shared_bytes=1 << 16, num_warps=4, num_ctas=1,
+                    global_scratch_bytes=0, profile_scratch_bytes=0)  # fmt: skip
+    return _NoKernel(None, metadata)
+
+
+class _NoKernel(CompiledKernel):
+    cubin = b""
+
+
+def _through_triton(op: PluginOp, tensors: list, attributes: dict) -> dict[str, torch.Tensor]:
+    """The op's outputs by name, through Triton's own launcher, on a copy of the cache."""
+    import importlib
+
+    contract = op.contract
+    name = contract.name + ("_" if contract.aliases else "")
+    written = {[s.name for s in contract.inputs].index(i): o for o, i in contract.aliases}
+    copies = [t.clone() if i in written else t for i, t in enumerate(tensors)]
+    results = getattr(importlib.import_module(f"plugins.{contract.name}.kernel"), name)(*copies, **attributes)
+    results = results if isinstance(results, tuple) else (results,)
+    kept = [o.name for o in contract.outputs if o.name not in written.values()]
+    return dict(zip(kept, results, strict=True)) | {o: copies[i] for i, o in written.items()}
+
+
+def _poisoned(op: PluginOp, named: dict, attributes: dict, dims: dict) -> dict[str, torch.Tensor]:
+    """Output tensors by name, of NaN or -7; an aliased one is its input."""
+    aliases, found = dict(op.contract.aliases), {}
+    known = dims | {k: v for k, v in attributes.items() if isinstance(v, int)}
+    for spec in op.contract.outputs:
+        if spec.name in aliases:
+            found[spec.name] = named[aliases[spec.name]]
+            continue
+        dtype = named[spec.like].dtype if spec.like else spec.dtype
+        fill = float("nan") if dtype.is_floating_point else -7
+        device = next(iter(named.values())).device
+        found[spec.name] = torch.full([known[d] for d in spec.dims], fill, dtype=dtype, device=device)
+    return found
+
+
+def _compare(run: Run, label: str, outputs: dict, expected: dict) -> None:
+    for name, tensor in outputs.items():
+        different = (tensor.view(torch.uint8) != expected[name].view(torch.uint8)).sum().item()
+        run.check(f"{label}: bytes of {name} that differ", different, 0)
+
+
+class _StandIn:
+    """Takes the driver's calls and counts launches."""
+
+    class CUresult:
+        CUDA_SUCCESS = 0
+
+    class CUfunction_attribute:  # noqa: N801 - the driver's name
+        CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES = 8
+
+    launched = 0
+
+    def __getattr__(self, name: str):
+        def call(*arguments):
+            self.launched += name == "cuLaunchKernel"
+            return (0, len(arguments))
+
+        return call
+
+    def left(self, expected: int) -> int:
+        missing, self.launched = expected - self.launched, 0
+        return abs(missing)

@@ -1,0 +1,118 @@
+"""One GPU through the CUDA driver: memory, copies, streams and graphs. Needs cuda-bindings, not torch."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+
+class NoGpuError(RuntimeError):
+    """There is no driver, or no GPU that it can use."""
+
+
+class CudaError(RuntimeError):
+    """A driver call failed."""
+
+
+class Device:
+    """A GPU and its primary context, made current in the thread that opens it. Addresses, streams, graphs are integers
+    or handles of the driver. Memory is given back when the device is closed."""
+
+    def __init__(self, driver, index: int):
+        self._driver = driver
+        attribute = driver.CUdevice_attribute
+        self._device = self._call("cuDeviceGet", index)
+        self.name = self._call("cuDeviceGetName", 128, self._device).split(b"\0")[0].decode()
+        self.driver_version = self._call("cuDriverGetVersion")  # 13000 for CUDA 13.0
+        major = self._call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR, self._device)
+        minor = self._call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, self._device)
+        self.capability = major * 10 + minor
+        self.num_sms = self._call("cuDeviceGetAttribute", attribute.CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT, self._device)
+        context = self._call("cuDevicePrimaryCtxRetain", self._device)
+        self._call("cuCtxSetCurrent", context)
+        self._memory: list = []
+
+    def allocate(self, size: int) -> int:
+        """Address of `size` bytes, aligned to 256 or more."""
+        self._memory.append(self._call("cuMemAlloc", max(size, 1)))
+        return int(self._memory[-1])
+
+    def zero(self, address: int, size: int) -> None:
+        self._call("cuMemsetD8", address, 0, size)
+
+    def upload(self, address: int, array: np.ndarray) -> None:
+        """Copies a contiguous host array, and waits."""
+        self._call("cuMemcpyHtoD", address, array.ctypes.data, array.nbytes)
+
+    def upload_async(self, address: int, array: np.ndarray, stream) -> None:
+        """Copies pinned host memory in stream order; the memory must stay as it is until the copy is done."""
+        self._call("cuMemcpyHtoDAsync", address, array.ctypes.data, array.nbytes, stream)
+
+    def download(self, array: np.ndarray, address: int, stream) -> None:
+        """Copies to a contiguous host array after what `stream` holds, and waits."""
+        self._call("cuMemcpyDtoHAsync", array.ctypes.data, address, array.nbytes, stream)
+        self._call("cuStreamSynchronize", stream)
+
+    def pinned(self, elements: int) -> np.ndarray:
+        """int32 host memory that copies need not wait for."""
+        import ctypes
+
+        address = self._call("cuMemHostAlloc", elements * 4, 0)
+        return np.ctypeslib.as_array((ctypes.c_int32 * elements).from_address(int(address)))
+
+    def stream(self):
+        """A new stream that does not wait for the default one."""
+        return self._call("cuStreamCreate", self._driver.CUstream_flags.CU_STREAM_NON_BLOCKING)
+
+    def synchronize(self, stream) -> None:
+        self._call("cuStreamSynchronize", stream)
+
+    def capture(self, stream, enqueue: Callable[[], None]):
+        """What `enqueue` puts into `stream`, as an executable graph."""
+        mode = self._driver.CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_THREAD_LOCAL
+        self._call("cuStreamBeginCapture", stream, mode)
+        try:
+            enqueue()
+        except BaseException:
+            self._driver.cuStreamEndCapture(stream)
+            raise
+        return self._call("cuGraphInstantiate", self._call("cuStreamEndCapture", stream), 0)
+
+    def launch(self, graph, stream) -> None:
+        self._call("cuGraphLaunch", graph, stream)
+
+    def close(self) -> None:
+        """Frees what was allocated."""
+        while self._memory:
+            self._call("cuMemFree", self._memory.pop())
+
+    def _call(self, name: str, *arguments):
+        code, *results = getattr(self._driver, name)(*arguments)
+        if code != self._driver.CUresult.CUDA_SUCCESS:
+            raise CudaError(f"{name}: {getattr(code, 'name', code)}")
+        return results[0] if results else None
+
+
+def open_device(index: int = 0) -> Device:
+    """The GPU with this number. NoGpuError says why there is none."""
+    try:
+        from cuda.bindings import driver
+    except ImportError as error:
+        raise NoGpuError(f"{error.name} is not installed; pip install cuda-bindings") from None
+    try:
+        (code,) = driver.cuInit(0)
+    except RuntimeError as error:  # libcuda is not there
+        raise NoGpuError(f"no CUDA driver ({str(error).splitlines()[0]})") from None
+    if code != driver.CUresult.CUDA_SUCCESS:
+        raise NoGpuError(f"the CUDA driver finds no GPU ({code.name})")
+    return Device(driver, index)
+
+
+def upload_files(device: Device, files: list[Path]) -> dict[str, int]:
+    """Copies whole files from mapped memory to the device; their names -> addresses. Offsets within a file stay."""
+    addresses = {}
+    for path in files:
+        content = np.memmap(path, np.uint8, mode="r")
+        addresses[path.name] = device.allocate(content.nbytes)
+        device.upload(addresses[path.name], content)
+    return addresses

@@ -1,0 +1,233 @@
+"""TensorRT and TensorRT-RTX plans on a GPU. The manifest's backend names the package; torch is not needed.
+
+Everything that can be wrong is refused before the plan is loaded: no GPU or another one than the plan is for, the package
+missing or of another version, files missing or cut short. Weights are copied from mapped files once, the cache lies in one
+block, and its updated outputs are bound to the inputs' memory. TensorRT-RTX compiles kernels on the GPU that it runs on:
+what it compiled is kept in $LATENTRT_CACHE/tensorrt_rtx, per GPU, driver, package and plan.
+"""
+
+import hashlib
+import importlib
+import json
+import time
+from contextlib import contextmanager
+
+import numpy as np
+
+from plugins.architecture import Target as GpuTarget
+from plugins.compile import CompiledKernel, spec_from_json
+from plugins.launch import KernelSpec
+from runtime.backends import cuda_device
+from runtime.backends.base import Backend, StepBatch, pages_for
+from runtime.backends.cuda_device import Device, NoGpuError
+from runtime.backends.padding import FIELDS, StepShape
+from runtime.backends.tensorrt_cache import RuntimeCache
+from runtime.backends.tensorrt_engine import Bindings, EngineRunner
+from runtime.bundle import Bundle, BundleError, Target
+
+DISTRIBUTIONS = {"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"}
+_BYTES = {"float32": 4, "float": 4, "float16": 2, "bfloat16": 2, "int32": 4}
+_registered: dict[tuple[str, int], tuple] = {}  # (package, capability) -> creators and launcher: engines need them alive
+
+
+class TensorRtBackend(Backend):
+    """Runs a GPU target. `load_seconds` tells how long each part of loading took; "runtime_cache" in it is "cold", "warm"
+    or "none". `threads` is accepted and means nothing here.
+
+    BundleError for everything that does not fit; EngineError where the engine refuses a step.
+    """
+
+    def __init__(
+        self, bundle: Bundle, name: str, target: Target, cache_tokens: int | None = None, threads: int = 0,
+        capture: bool = True, gpu: int = 0,
+    ):  # fmt: skip
+        self.name, self.target, self.load_seconds = name, target, {}
+        self.device = _device(bundle, name, target, gpu)
+        trt = package(bundle, name, target)
+        with self._timed("kernels"):
+            self._plugins = _plugins(trt, self.device, kernels(bundle, target))
+        with self._timed("plan"):
+            self._logger = trt.Logger(trt.Logger.WARNING)
+            self._runtime = trt.Runtime(self._logger)
+            self.engine = _engine(self._runtime, bundle, target)
+        with self._timed("weights"):
+            self._weights = _upload(self.device, bundle, target)
+        limits = _limits(target)
+        self.num_pages = _pages(target, cache_tokens)
+        bindings = self._bind(limits)
+        self.runtime_cache = RuntimeCache(trt, self.engine, self.device, bundle.file(target.graph))
+        with self._timed("contexts"):
+            contexts = {profile: self.runtime_cache.context() for profile in target.profiles}
+            self.runner = EngineRunner(self.device, bindings, list(target.profiles), limits, contexts, capture)
+        self.load_seconds["runtime_cache"] = self.runtime_cache.state
+
+    def step(self, batch: StepBatch) -> np.ndarray:
+        first = "first_step" not in self.load_seconds
+        with self._timed("first_step") if first else _nothing():
+            logits = self.runner.step(batch)
+        if first:
+            self.runtime_cache.save()
+        return logits
+
+    def close(self) -> None:
+        """Keeps what was compiled, and frees the GPU's memory."""
+        self.runtime_cache.save()
+        self.device.close()
+
+    def _bind(self, limits: StepShape) -> Bindings:
+        spec = self.target.cache
+        page = spec.page_size * spec.width * _BYTES[spec.dtype]
+        size = self.num_pages * page
+        self.caches = [self.device.allocate(size) for _ in range(spec.layers)]
+        for address in self.caches:
+            self.device.zero(address, size)
+        fixed, shapes, outputs = dict(self._weights), {}, {o.name: o for o in self.target.outputs}
+        for layer, address in enumerate(self.caches):
+            fixed[f"latent_cache.{layer}"] = fixed[f"latent_cache.{layer}.updated"] = address
+            shapes[f"latent_cache.{layer}"] = (self.num_pages, spec.page_size, spec.width)
+        vocab_size = outputs["logits"].shape[-1]
+        for output in self.target.outputs:
+            if output.name not in fixed:
+                fixed[output.name] = self.device.allocate(limits.logit_rows * output.shape[-1] * _BYTES[output.dtype])
+        _complete(self.engine, fixed, self.name)
+        return Bindings(fixed, shapes, fixed["logits"], vocab_size)
+
+    @contextmanager
+    def _timed(self, name: str):
+        start = time.monotonic()
+        yield
+        self.load_seconds[name] = round(time.monotonic() - start, 3)
+
+
+@contextmanager
+def _nothing():
+    yield
+
+
+def _device(bundle: Bundle, name: str, target: Target, gpu: int) -> Device:
+    """The GPU, if it is the one that the target was built for."""
+    try:
+        device = cuda_device.open_device(gpu)
+    except NoGpuError as error:
+        raise BundleError(
+            f"{bundle.path}: target {name} needs a GPU of compute capability {target.compute_capability}: {error}; "
+            "build and use target cpu, or backend 'torch' with device 'cpu'"
+        ) from None
+    found = f"sm{device.capability}"
+    if found != target.compute_capability:
+        raise BundleError(
+            f"{bundle.path}: target {name} was built for {target.compute_capability}, this GPU ({device.name}) is {found}; "
+            f"build target {found}, or use backend 'torch'"
+        )
+    return device
+
+
+def package(bundle: Bundle, name: str, target: Target):
+    """The module that the target's backend names, in the version that built it."""
+    module, distribution = target.backend, DISTRIBUTIONS[target.backend]
+    try:
+        trt = importlib.import_module(module)
+    except ImportError as error:
+        raise BundleError(
+            f"{bundle.path}: target {name} needs {module}, which is not installed ({error}); "
+            f"pip install {distribution}=={target.backend_version}"
+        ) from None
+    if _release(trt.__version__) != _release(target.backend_version):
+        raise BundleError(
+            f"{bundle.path}: target {name} was built with {module} {target.backend_version}, installed is {trt.__version__}; "
+            f"pip install {distribution}=={target.backend_version}, or build the target again"
+        )
+    return trt
+
+
+def _release(version: str) -> tuple[str, ...]:
+    return tuple(version.split(".")[:3])
+
+
+def kernels(bundle: Bundle, target: Target) -> dict[KernelSpec, CompiledKernel]:
+    """The target's compiled kernels by what the plugins will ask for. BundleError if a manifest or a cubin is damaged."""
+    found = {}
+    for kernel in target.kernels:
+        manifest, cubin = bundle.file(kernel.manifest), bundle.file(kernel.cubin)
+        try:
+            metadata = json.loads(manifest.read_text())
+            found[spec_from_json(metadata["spec"])] = CompiledKernel(cubin, metadata)
+            digest = hashlib.sha256(cubin.read_bytes()).hexdigest()
+        except (ValueError, KeyError, TypeError) as error:
+            raise BundleError(f"{manifest}: not a kernel's manifest ({error}); build the bundle again") from None
+        if digest != metadata.get("sha256"):
+            name = f"{kernel.op}.{kernel.function}"
+            raise BundleError(f"{cubin}: kernel {name} does not fit its manifest; build the bundle again")
+    return found
+
+
+def _plugins(trt, device: Device, compiled: dict[KernelSpec, CompiledKernel]):
+    """Registers the plugins, once in a process; later targets add their kernels to the same launcher."""
+    from plugins import trt_base
+    from plugins.trt import OPS
+
+    key = (trt.__name__, device.capability)
+    if key not in _registered:
+        launcher = _launcher(GpuTarget.of(device.capability, device.num_sms))
+        _registered[key] = trt_base.register(trt, OPS, device.capability, launcher), launcher
+    _registered[key][1].kernels.update(compiled)
+    return _registered[key]
+
+
+def _launcher(gpu: GpuTarget):
+    """What runs the plugins' launch plans: kernels by spec, none yet."""
+    from plugins.cuda_launch import CudaLauncher
+
+    return CudaLauncher(gpu, {})
+
+
+def _engine(runtime, bundle: Bundle, target: Target):
+    path = bundle.file(target.graph)
+    engine = runtime.deserialize_cuda_engine(path.read_bytes())
+    if engine is None:
+        raise BundleError(f"{path}: {target.backend} {target.backend_version} refuses this plan, see its messages above")
+    if engine.num_optimization_profiles != len(target.profiles):
+        found = engine.num_optimization_profiles
+        raise BundleError(f"{path}: the plan has {found} profiles, the manifest names {len(target.profiles)}; build it again")
+    return engine
+
+
+def _upload(device: Device, bundle: Bundle, target: Target) -> dict[str, int]:
+    """Addresses of the weight inputs by name, checked against the files' sizes before anything is copied."""
+    weights = bundle.manifest.weight_sets[target.weight_set]
+    sizes = {ref.file: ref.size for ref in weights.files}
+    wanted = {}
+    for name in target.weight_inputs:
+        stored = weights.tensors.get(name)
+        if stored is None or stored.offset >= sizes.get(stored.file, 0):
+            raise BundleError(f"{bundle.path}: weight set {target.weight_set} lacks {name}; build the bundle again")
+        wanted[name] = stored
+    used = {stored.file for stored in wanted.values()}
+    files = [bundle.file(ref) for ref in weights.files if ref.file in used]
+    addresses = cuda_device.upload_files(device, files)
+    return {name: addresses[stored.file] + stored.offset for name, stored in wanted.items()}
+
+
+def _limits(target: Target) -> StepShape:
+    """The largest T, B, N and max_pages over all profiles."""
+    def largest(name: str, axis: int) -> int:
+        return max(profile[name][2][axis] for profile in target.profiles.values())
+
+    return StepShape(
+        largest("input_ids", 0), largest("cached_lengths", 0), largest("logit_rows", 0), largest("block_table", 1)
+    )
+
+
+def _pages(target: Target, cache_tokens: int | None) -> int:
+    """Pages of the cache: what is asked for, within what the profiles take."""
+    shapes = [profile["latent_cache.0"] for profile in target.profiles.values()]
+    return min(max(pages_for(target, cache_tokens), shapes[0][0][0]), min(s[2][0] for s in shapes))
+
+
+def _complete(engine, fixed: dict[str, int], name: str) -> None:
+    """Every tensor of the engine is bound, and nothing else."""
+    tensors = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
+    bound = {*fixed, *FIELDS}
+    if tensors != bound:
+        extra, missing = sorted(tensors - bound), sorted(bound - tensors)
+        raise BundleError(f"target {name}: the plan is not the manifest's: only in the plan {extra}, not in it {missing}")

@@ -1,0 +1,108 @@
+"""A TensorRT or TensorRT-RTX engine with all its tensors bound: contexts per profile, CUDA graphs per decode shape."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from runtime.backends.base import StepBatch
+from runtime.backends.cuda_device import Device
+from runtime.backends.padding import SIZES, StepShape, decode_shape, fill, prefill_shape
+from runtime.errors import EngineError
+
+DECODE, PREFILL = "decode", "prefill"
+_WARM_UP = 2  # runs before a capture: the engine's kernels of this shape are compiled or chosen
+
+
+@dataclass(frozen=True)
+class Bindings:
+    """Device memory of an engine. `fixed` holds addresses by tensor name that never change: weights, caches and their
+    updated outputs (the same memory), other outputs. `shapes` holds the shapes of dynamic inputs that never change."""
+
+    fixed: Mapping[str, int]
+    shapes: Mapping[str, tuple[int, ...]]
+    logits: int
+    vocab_size: int
+
+
+class EngineRunner:
+    """Runs steps. `profiles` are names in the order they were built in, `limits` the largest T, B, N and max_pages.
+
+    Steps of one token a sequence are padded, captured once per shape and replayed; others are padded to a few shapes and
+    enqueued, so that an engine that compiles per shape sees few of them.
+    """
+
+    def __init__(
+        self, device: Device, bindings: Bindings, profiles: list[str], limits: StepShape, contexts: dict,
+        capture: bool = True,
+    ):  # fmt: skip
+        self.device, self.bindings = device, bindings
+        self.limits, self.capture = limits, capture
+        self.stream = device.stream()
+        self.contexts = contexts
+        for index, name in enumerate(profiles):
+            self._prepare(self.contexts[name], index, name)
+        length = StepShape(limits.rows, limits.sequences, limits.logit_rows, limits.max_pages).offsets()[1]
+        self._host, self._inputs = device.pinned(length), device.allocate(length * 4)
+        self._graphs: dict[StepShape, object] = {}
+
+    def step(self, batch: StepBatch) -> np.ndarray:
+        """Logits [N, vocab_size] float32."""
+        shape = decode_shape(batch, self._sizes(), self.limits.max_pages) if DECODE in self.contexts else None
+        if shape is not None and self.capture:
+            self._replay(batch, shape)
+        else:
+            name = DECODE if shape is not None else PREFILL
+            shape = shape or prefill_shape(batch, self.limits)
+            self._upload(batch, shape)
+            self._enqueue(self.contexts[name], shape)
+        logits = np.empty((len(batch.logit_rows), self.bindings.vocab_size), np.float32)
+        self.device.download(logits, self.bindings.logits, self.stream)
+        return logits
+
+    def _sizes(self) -> tuple[int, ...]:
+        return tuple(s for s in SIZES if s <= min(self.limits.sequences, self.limits.logit_rows))
+
+    def _prepare(self, context, index: int, name: str) -> None:
+        """Profile and everything that no step changes."""
+        if not context.set_optimization_profile_async(index, int(self.stream)):
+            raise EngineError(f"the engine refuses profile {index} ({name})")
+        self.device.synchronize(self.stream)
+        for tensor, shape in self.bindings.shapes.items():
+            self._accepted(context.set_input_shape(tensor, tuple(shape)), f"shape {shape} of {tensor}")
+        for tensor, address in self.bindings.fixed.items():
+            self._accepted(context.set_tensor_address(tensor, address), f"the address of {tensor}")
+
+    def _upload(self, batch: StepBatch, shape: StepShape) -> None:
+        length = shape.offsets()[1]
+        fill(batch, shape, self._host)
+        self.device.upload_async(self._inputs, self._host[:length], self.stream)
+
+    def _enqueue(self, context, shape: StepShape) -> None:
+        offsets, sizes = shape.offsets()[0], shape.sizes()
+        for name, offset in offsets.items():
+            self._accepted(context.set_input_shape(name, sizes[name]), f"shape {sizes[name]} of {name}")
+            self._accepted(context.set_tensor_address(name, self._inputs + 4 * offset), f"the address of {name}")
+        self._run(context)
+
+    def _run(self, context) -> None:
+        self._accepted(context.execute_async_v3(int(self.stream)), "to run a step")
+
+    def _replay(self, batch: StepBatch, shape: StepShape) -> None:
+        if shape not in self._graphs:
+            self._graphs[shape] = self._captured(shape)
+        self._upload(batch, shape)
+        self.device.launch(self._graphs[shape], self.stream)
+
+    def _captured(self, shape: StepShape):
+        """Captured on padding alone: num_tokens is 0, so that nothing is written to the cache."""
+        context = self.contexts[DECODE]
+        self.device.zero(self._inputs, 4 * shape.offsets()[1])
+        for _ in range(_WARM_UP):
+            self._enqueue(context, shape)
+        self.device.synchronize(self.stream)
+        return self.device.capture(self.stream, lambda: self._run(context))
+
+    def _accepted(self, answer: bool, what: str) -> None:
+        if not answer:
+            raise EngineError(f"the engine refuses {what}; its messages are on standard error")

@@ -1,0 +1,204 @@
+"""What the TensorRT plugins launch, seen by a stand-in for libcuda, is what the kernels' own launchers pass to Triton."""
+
+import importlib
+import json
+import os
+import shutil
+import struct
+import subprocess
+import sys
+from dataclasses import asdict
+from math import prod
+from pathlib import Path
+
+import pytest
+import torch
+
+from plugins.architecture import Target
+from plugins.mla_attention import plan as attention
+from plugins.moe_experts import plan as experts
+from plugins.moe_route import plan as route
+
+pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13: the plugins are its classes")
+pytest.importorskip("cuda.bindings", reason="pip install cuda-bindings")
+if shutil.which("gcc") is None:
+    pytest.skip("needs gcc to compile the stand-in for libcuda", allow_module_level=True)
+
+HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
+WORKSPACE, STREAM = 1 << 40, 0x5EED
+BF16, FP8, I32 = torch.bfloat16, torch.float8_e4m3fn, torch.int32
+
+
+def ints(*shape):
+    return torch.zeros(shape, dtype=I32)
+
+
+def attend(tokens, sequences, max_pages, heads=16):
+    inputs = dict(
+        q_latent=torch.zeros(tokens, heads, 512, dtype=BF16), q_pe=torch.zeros(tokens, heads, 64, dtype=BF16),
+        latent=torch.zeros(tokens, 512, dtype=BF16), k_pe=torch.zeros(tokens, 64, dtype=BF16),
+        cache=torch.zeros(4, 64, 576, dtype=BF16), block_table=ints(sequences, max_pages), cached_lengths=ints(sequences),
+        query_starts=ints(sequences + 1), num_tokens=ints(1),
+    )  # fmt: skip
+    attributes = dict(softmax_scale=0.1147, cache_format="bfloat16")
+    config = attention.Attention(heads, 512, 64, 64, "bfloat16", "bfloat16", struct.unpack("f", struct.pack("f", 0.1147))[0])
+    return "mla_attention", inputs, attributes, attention.kernels, config
+
+
+def choose(tokens, **overrides):
+    attributes = dict(scoring_func="softmax", topk_method="group_limited_greedy", group_score="max", n_group=8, topk_group=3,
+                      top_k=6, norm_topk_prob=0, routed_scaling_factor=16.0) | overrides  # fmt: skip
+    inputs = dict(router_logits=torch.zeros(tokens, 160), num_tokens=ints(1))
+    return "moe_route", inputs, attributes, route.kernels, route.Routing(160, has_bias=False, **attributes)
+
+
+def compute(tokens, weights=BF16):
+    scales = dict(gate_up_scale=torch.zeros(8, 128), down_scale=torch.zeros(8, 192)) if weights == FP8 else {}
+    inputs = dict(
+        x=torch.zeros(tokens, 192, dtype=BF16), topk_ids=ints(tokens, 4), topk_weights=torch.zeros(tokens, 4),
+        gate_up_proj=torch.zeros(8, 128, 192).to(weights), down_proj=torch.zeros(8, 192, 64).to(weights), **scales,
+    )  # fmt: skip
+    attributes = dict(first_expert=0, gate_up_layout="concatenated")
+    word = str(weights).removeprefix("torch.")
+    return "moe_experts", inputs, attributes, experts.kernels, experts.Experts(8, 192, 64, 4, "bfloat16", word, **attributes)
+
+
+CASES = {
+    "one token, split over the cache": attend(1, 1, 64),
+    "a decode batch": attend(16, 16, 8),
+    "a prompt": attend(300, 2, 8),
+    "128 heads": attend(5, 5, 32, heads=128),
+    "group-limited routing": choose(37),
+    "greedy sigmoid routing": choose(3, scoring_func="sigmoid", topk_method="greedy", n_group=1, topk_group=1),
+    "one token's experts": compute(1),
+    "experts of a prompt": compute(400),
+    "FP8 experts of one token": compute(1, FP8),
+    "FP8 experts of some tokens": compute(90, FP8),
+    "FP8 experts of a prompt": compute(400, FP8),
+}
+
+
+class Recorder:
+    """Stands for a Triton function: notes grid and arguments."""
+
+    def __init__(self, name: str, calls: list):
+        self.name, self.calls = name, calls
+
+    def __getitem__(self, grid):
+        return lambda **values: self.calls.append((self.name, grid, values))
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory) -> dict[str, dict]:
+    """Every case run by its plugin in one child process on the stand-in."""
+    folder = tmp_path_factory.mktemp("standin")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-w", "-o", folder / "libcuda.so.1", HERE / "libcuda_standin.c"], check=True)
+    (folder / "cases.json").write_text(json.dumps([described(*case) for case in CASES.values()]))
+    environment = os.environ | {"LD_LIBRARY_PATH": str(folder), "CUDA_STANDIN_LOG": str(folder / "log"), "TRITON_INTERPRET": "0"}
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.plugins.recorded_launches", str(folder / "cases.json")],
+        env=environment, cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr[-3000:]
+    return dict(zip(CASES, json.loads(child.stdout.splitlines()[-1]), strict=True))
+
+
+def described(op, inputs, attributes, kernels, config) -> dict:
+    """A case as JSON. Output tensors lie where `outputs_of` says."""
+    target = Target.of(89)
+
+    def tensor(value, address):
+        return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch."), "address": address}
+
+    specs = kernels(config, target)
+    return {
+        "op": op, "attributes": attributes, "capability": 89, "num_sms": target.num_sms, "workspace": WORKSPACE,
+        "stream": STREAM, "kernels": [manifest(s, number) for number, s in enumerate(specs)],
+        "inputs": [tensor(v, v.data_ptr()) for v in inputs.values()],
+        "outputs": [{"shape": [1], "dtype": "float32", "address": a} for a in outputs_of(op, inputs)],
+    }  # fmt: skip
+
+
+def manifest(spec, number: int) -> dict:
+    """As plugins/compile.py writes it, but for what only a compiler knows: shared memory is made up, below and over 48 KiB."""
+    return {"spec": asdict(spec), "name": f"{spec.function}_{number}", "architecture": 89, "num_warps": spec.num_warps,
+            "num_ctas": 1, "shared_bytes": 40_000 + 10_000 * (number % 3), "global_scratch_bytes": 0,
+            "profile_scratch_bytes": 0, "parameters": [list(a) for a in spec.arguments]}  # fmt: skip
+
+
+def outputs_of(op, inputs) -> list[int]:
+    """Addresses of the outputs in the contract's order; the cache's output is the cache."""
+    return {"mla_attention": [0xA0000, inputs["cache"].data_ptr()] if op == "mla_attention" else [],
+            "moe_route": [0xB0000, 0xC0000], "moe_experts": [0xD0000]}[op]  # fmt: skip
+
+
+def passed_to_triton(monkeypatch, op, inputs, attributes) -> list[tuple]:
+    """(function, grid, arguments by name) of every launch that the op's own launcher makes."""
+    calls, module = [], importlib.import_module(f"plugins.{op}.kernel")
+    plan_module = importlib.import_module(f"plugins.{op}.plan")
+    names = {s.function for s in plan_module.kernels(next(c for c in CASES.values() if c[1] is inputs)[4], Target.of(89))}
+    for name in names:
+        monkeypatch.setattr(module, name, Recorder(name, calls))
+    optional = {"moe_route": {"correction_bias": None}, "moe_experts": {"gate_up_scale": None, "down_scale": None}}.get(op, {})
+    launch = getattr(module, "mla_attention_" if op == "mla_attention" else op)
+    # TensorRT hands float attributes over as float32
+    narrow = {k: struct.unpack("f", struct.pack("f", v))[0] if isinstance(v, float) else v for k, v in attributes.items()}
+    launch(**(optional | inputs | narrow), target=Target.of(89))
+    return calls
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_launches_are_those_of_the_kernels_own_launcher(recorded, monkeypatch, name):
+    op, inputs, attributes, kernels, config = CASES[name]
+    manifests = {spec: manifest(spec, i) for i, spec in enumerate(kernels(config, Target.of(89)))}
+    seen = [c for c in recorded[name]["calls"] if c["call"] == "cuLaunchKernel"]
+    expected = passed_to_triton(monkeypatch, op, inputs, attributes)
+    assert len(seen) == len(expected) > 0
+    labels, ranges = {v.data_ptr(): k for k, v in inputs.items()}, {}
+    for launch, (function, grid, values) in zip(seen, expected, strict=True):
+        kernel = next(m for m in manifests.values() if m["name"] == launch["kernel"])
+        spec = kernel["spec"]
+        assert spec["function"] == function and dict(spec["constexprs"]).items() <= values.items()
+        assert launch["grid"] == list(grid)
+        assert launch["block"] == [32 * values["num_warps"], 1, 1]
+        assert launch["shared"] == kernel["shared_bytes"] and launch["stream"] == STREAM
+        *arguments, global_scratch, profile_scratch = launch["arguments"]
+        assert (global_scratch, profile_scratch) == (0, 0)
+        for (argument, kind), bits in zip(spec["arguments"], arguments, strict=True):
+            check_value(values[argument], kind, bits, labels, ranges)
+    check_memory(op, inputs, ranges, recorded[name]["workspace"])
+
+
+def check_value(value, kind: str, bits: int, labels: dict, ranges: dict) -> None:
+    """Numbers are equal bit by bit; an address stands for one tensor of the launcher, always the same."""
+    if not isinstance(value, torch.Tensor):
+        assert bits == struct.unpack("I", struct.pack("f" if kind == "fp32" else "i", value))[0]
+    elif value.data_ptr() in labels:
+        assert bits == value.data_ptr(), labels[value.data_ptr()]
+    else:
+        size = prod(value.shape) * value.element_size()
+        assert ranges.setdefault(value.data_ptr(), (bits, size)) == (bits, size)
+
+
+def check_memory(op, inputs, ranges: dict, workspace: int) -> None:
+    """What is not an input is an output, or lies in the workspace without overlap, 256-byte aligned."""
+    inside = sorted(r for r in ranges.values() if r[0] not in outputs_of(op, inputs))
+    assert {r[0] for r in ranges.values()} - {r[0] for r in inside} <= set(outputs_of(op, inputs))
+    assert len(ranges) - len(inside) == len(outputs_of(op, inputs)) - (op == "mla_attention")
+    assert all(address % 256 == 0 for address, _ in inside)
+    ends = [WORKSPACE, *[address + size for address, size in inside]]
+    assert all(end <= address for end, (address, _) in zip(ends, inside, strict=False))
+    assert ends[-1] <= WORKSPACE + workspace
+
+
+def test_kernels_are_loaded_before_the_first_launch_and_nothing_else_is_called(recorded):
+    for case in recorded.values():
+        assert {c["call"] for c in case["loading"]} <= {"cuModuleLoadData", "cuFuncSetAttribute"}
+        assert {c["call"] for c in case["calls"]} == {"cuLaunchKernel"}  # any other driver call fails on the stand-in
+
+
+def test_shared_memory_over_48_kib_is_asked_for(recorded):
+    for case, (_, _, _, kernels, config) in zip(recorded.values(), CASES.values(), strict=True):
+        asked = {c["kernel"]: c["value"] for c in case["loading"] if c["call"] == "cuFuncSetAttribute"}
+        manifests = [manifest(s, i) for i, s in enumerate(kernels(config, Target.of(89)))]
+        assert asked == {m["name"]: m["shared_bytes"] for m in manifests if m["shared_bytes"] > 48 * 1024}

@@ -1,0 +1,189 @@
+"""Stand-ins that record: a TensorRT package, a GPU, and a bundle with a target for them."""
+
+import hashlib
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+
+from runtime import bundle as records
+
+LAYERS, PAGE, WIDTH, VOCAB, HIDDEN, VERSION = 2, 64, 80, 32, 16, "1.7.1.116"
+BATCH = {"input_ids": 1, "positions": 1, "query_starts": 1, "cached_lengths": 1, "block_table": 2, "num_tokens": 1,
+         "logit_rows": 1}  # fmt: skip
+WEIGHTS = ["a.weight", "b.weight"]
+CACHES = [f"latent_cache.{i}" for i in range(LAYERS)]
+
+
+class FakeDevice:
+    """A GPU whose memory is numbers. `log` holds what was asked for, in order."""
+
+    name, driver_version, num_sms, capability = "Fake GPU", 13000, 100, 89
+
+    def __init__(self):
+        self.log, self.blocks, self.next, self.uploaded = [], {}, 1 << 20, {}
+
+    def allocate(self, size):
+        address = self.next
+        self.blocks[address] = size
+        self.next += -(-max(size, 1) // 256) * 256 + 256
+        return address
+
+    def zero(self, address, size):
+        self.log.append(("zero", address, size))
+
+    def upload(self, address, array):
+        self.uploaded[address] = bytes(array)
+
+    def upload_async(self, address, array, stream):
+        self.log.append(("upload", address, array.copy()))
+
+    def download(self, array, address, stream):
+        array[...] = 1.5
+        self.log.append(("download", address, array.shape))
+
+    def pinned(self, elements):
+        return np.full(elements, -1, np.int32)
+
+    def stream(self):
+        return 7
+
+    def synchronize(self, stream):
+        self.log.append(("synchronize", stream))
+
+    def capture(self, stream, enqueue):
+        self.log.append(("begin capture",))
+        enqueue()
+        self.log.append(("end capture",))
+        return f"graph {len(self.log)}"
+
+    def launch(self, graph, stream):
+        self.log.append(("launch", graph))
+
+    def close(self):
+        self.blocks.clear()
+
+
+class FakeContext:
+    def __init__(self, device, config):
+        self.device, self.config = device, config
+        self.addresses, self.shapes, self.profile = {}, {}, None
+
+    def set_optimization_profile_async(self, index, stream):
+        self.profile = index
+        return True
+
+    def set_input_shape(self, name, shape):
+        self.shapes[name] = tuple(shape)
+        return True
+
+    def set_tensor_address(self, name, address):
+        self.addresses[name] = address
+        return True
+
+    def execute_async_v3(self, stream):
+        self.device.log.append(("execute", self.profile, dict(self.shapes), dict(self.addresses), stream))
+        return True
+
+
+class FakeEngine:
+    num_optimization_profiles = 2
+
+    def __init__(self, device, extra=()):
+        self.device = device
+        self.tensors = [*BATCH, *CACHES, *(f"{c}.updated" for c in CACHES), *WEIGHTS, "logits", "last_hidden", *extra]
+        self.num_io_tensors = len(self.tensors)
+
+    def get_tensor_name(self, index):
+        return self.tensors[index]
+
+    def create_execution_context(self, config=None):
+        return FakeContext(self.device, config)
+
+
+class FakeCache:
+    def __init__(self, content=b"compiled"):
+        self.content, self.given = content, None
+
+    def serialize(self):
+        return self.content
+
+    def deserialize(self, content):
+        self.given = content
+        return True
+
+
+def with_runtime_cache(engine: FakeEngine) -> FakeEngine:
+    """The same engine of TensorRT-RTX, which compiles where it runs."""
+    engine.cache = FakeCache()
+    config = SimpleNamespace(create_runtime_cache=lambda: engine.cache, set_runtime_cache=lambda cache: True)
+    engine.create_runtime_config = lambda: config
+    return engine
+
+
+def package(engine, version=VERSION):
+    """A module such as tensorrt_rtx; `engine` None: it refuses every plan."""
+    logger = type("Logger", (), {"WARNING": 2, "__init__": lambda self, level: None})
+    runtime = type("Runtime", (), {
+        "__init__": lambda self, logger: None, "deserialize_cuda_engine": lambda self, plan: engine,
+    })  # fmt: skip
+    strategy = SimpleNamespace(EAGER="eager")
+    return SimpleNamespace(
+        __name__="fake_rtx", __version__=version, Logger=logger, Runtime=runtime,
+        DynamicShapesKernelSpecializationStrategy=strategy,
+    )  # fmt: skip
+
+
+class Builder:
+    """Writes a bundle whose target sm89 holds a plan, a kernel and a shard of weights; nothing in them is real."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        (folder / records.FILES).mkdir(parents=True)
+
+    def add(self, suffix: str, content: bytes) -> records.FileRef:
+        digest = hashlib.sha256(content).hexdigest()
+        (self.folder / records.FILES / f"{digest[:40]}{suffix}").write_bytes(content)
+        return records.FileRef(file=f"{digest[:40]}{suffix}", size=len(content), sha256=digest)
+
+    def write(self, backend: str = "tensorrt_rtx") -> records.Bundle:
+        shard = self.add(".safetensors", bytes(range(256)) * 4)
+        stored = {n: records.WeightTensor(file=shard.file, offset=64 + 128 * i, dtype="bfloat16", shape=[8, 8])
+                  for i, n in enumerate(WEIGHTS)}  # fmt: skip
+        target = self.target(backend)
+        weights = records.WeightSet(
+            precision="bf16", layout="step_graph", cache_transform="none", files=[shard], tensors=stored
+        )
+        manifest = records.Manifest(
+            format_version=1, producer="test", created="now", architecture="DeepseekV2ForCausalLM",
+            config={"vocab_size": VOCAB}, checkpoint=records.CheckpointInfo(path="/", digest="0", files={}), tokenizer={},
+            weight_sets={"w": weights}, targets={"sm89": target},
+        )  # fmt: skip
+        (self.folder / records.MANIFEST).write_text(manifest.model_dump_json())
+        return records.Bundle(self.folder)
+
+    def target(self, backend: str) -> records.Target:
+        cubin = self.add(".cubin", b"machine code")
+        spec = dict(op="moe_route", function="route", arguments=[["x", "*fp32"]], constexprs=[["K", 6]], num_warps=4,
+                    num_stages=1, grid="(1,)")  # fmt: skip
+        manifest = self.add(".json", json.dumps({"spec": spec, "sha256": cubin.sha256, "name": "route"}).encode())
+        shapes = {"cached_lengths": (1, 8), "logit_rows": (1, 8), "query_starts": (2, 9)}
+        cache = {c: [[2, PAGE, WIDTH], [9, PAGE, WIDTH], [100, PAGE, WIDTH]] for c in CACHES}
+        fixed = {n: [[a], [a], [b]] for n, (a, b) in shapes.items()} | {"block_table": [[1, 1], [4, 4], [8, 32]]} | cache
+        profiles = {
+            name: fixed | {n: [[1], [1], [rows]] for n in ("input_ids", "positions")}
+            for name, rows in (("decode", 8), ("prefill", 128))
+        }
+        outputs = [("logits", "float", VOCAB), ("last_hidden", "bfloat16", HIDDEN)]
+        return records.Target(
+            backend=backend, backend_version=VERSION, compute_capability="sm89", precision="bf16", options={},
+            graph=self.add(".plan", b"plan"), weight_set="w", request="r", executed=None,
+            kernels=[records.Kernel(op="moe_route", function="route", cubin=cubin, manifest=manifest)],
+            inputs=[], outputs=[records.TensorInfo(name=n, dtype=d, shape=["N", w]) for n, d, w in outputs]
+            + [records.TensorInfo(name=f"{c}.updated", dtype="bfloat16", shape=["num_pages", PAGE, WIDTH]) for c in CACHES],
+            weight_inputs=WEIGHTS, profiles=profiles,
+            cache=records.CacheSpec(format="bfloat16", dtype="bfloat16", page_size=PAGE, width=WIDTH, layers=LAYERS,
+                                    bytes_per_token=2 * WIDTH * LAYERS),
+            limits=records.Limits(max_context=2048, max_batch_tokens=128, max_sequences=8),
+        )  # fmt: skip
