@@ -5,13 +5,16 @@ BIN := $(VENV)/bin
 EXAMPLE := examples/tiny-deepseek-v2
 DEMO := demo
 
-.PHONY: demo test lint clean
+.PHONY: demo test gpu-check lint clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python examples/demo.py --checkpoint $(EXAMPLE) --out $(DEMO)
 
 test: $(VENV)/installed
 	$(BIN)/python -m pytest
+
+gpu-check: $(VENV)/installed
+	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
 
 lint: $(VENV)/installed
 	$(BIN)/ruff check .

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 import sys
 import tempfile
 from collections.abc import Iterable, Mapping
@@ -118,7 +117,8 @@ class _Builder:
             lowered = lowering.lower(model, config, weights, located, Path(scratch), self.report.stage)
             target = self._target(lowering, lowered, set_key, key)
         with self.report.stage("tokenizer"):
-            tokenizer = _copy_tokenizer(self.writer, self.checkpoint.path)
+            files = [f for f in (self.checkpoint.path / n for n in TOKENIZER_FILES) if f.is_file()]
+            tokenizer = {f.name: self.writer.copy(f) for f in files}
         if lowering.executes:
             with self.report.stage("first step"):
                 target = target.model_copy(update={"executed": execute(self.writer, name, target)})
@@ -154,21 +154,17 @@ class _Builder:
         return self.traced[tuple(kind.values())].clone()
 
     def _target(self, lowering: Lowering, lowered: Lowered, set_key: str, key: str) -> Target:
-        row, add = lowering.request.target, self._add
-        kernels = [
-            records.Kernel(op=k.op, function=k.function, cubin=add(k.cubin), manifest=add(k.manifest)) for k in lowered.kernels
-        ]
+        row, copy = lowering.request.target, self.writer.copy
+        kernels = [{"op": k.op, "function": k.function, "cubin": copy(k.cubin), "manifest": copy(k.manifest)}
+                   for k in lowered.kernels]  # fmt: skip
         return Target(
             backend=row.backend, backend_version=lowering.backend_version, compute_capability=row.compute_capability,
-            precision=lowering.request.precision, options=lowering.options(), graph=add(lowered.graph), weight_set=set_key,
+            precision=lowering.request.precision, options=lowering.options(), graph=copy(lowered.graph), weight_set=set_key,
             kernels=kernels, inputs=_tensors(lowered.inputs), outputs=_tensors(lowered.outputs),
-            onnx=add(lowered.onnx), network=add(lowered.network), weight_inputs=lowered.weight_inputs,
-            profiles=lowered.profiles, cache=_cache_spec(self.checkpoint.config, lowering),
-            limits=records.Limits(**vars(lowered.limits)), request=key, executed=None,
+            onnx=lowered.onnx and copy(lowered.onnx), network=lowered.network and copy(lowered.network),
+            weight_inputs=lowered.weight_inputs, profiles=lowered.profiles,
+            cache=_cache_spec(self.checkpoint.config, lowering), limits=vars(lowered.limits), request=key, executed=None,
         )  # fmt: skip
-
-    def _add(self, file: Path | None) -> FileRef | None:
-        return file and self.writer.add(file.suffix, lambda draft: shutil.copyfile(file, draft))
 
     def _manifest(self, tokenizer, sets: dict[str, WeightSet], new: dict[str, Target]) -> Manifest:
         """The new manifest: targets and weight sets of the same checkpoint are kept beside the new ones."""
@@ -205,15 +201,6 @@ def _cache_spec(config, lowering: Lowering) -> records.CacheSpec:
         width=layout.width(*sizes), layers=config.num_hidden_layers,
         bytes_per_token=layout.bytes_per_token(*sizes) * config.num_hidden_layers,
     )  # fmt: skip
-
-
-def _copy_tokenizer(writer: BundleWriter, folder: Path) -> dict:
-    found = {}
-    for name in TOKENIZER_FILES:
-        source = folder / name
-        if source.is_file():
-            found[name] = writer.add(source.suffix, lambda path, source=source: shutil.copyfile(source, path))
-    return found
 
 
 def _summary(out: Path, manifest: Manifest, chosen: list[Lowering], built: list[Lowering], report: Report) -> dict:

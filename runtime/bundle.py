@@ -270,6 +270,10 @@ class BundleWriter:
         _sync(self.path / FILES)
         return ref
 
+    def copy(self, source: Path) -> FileRef:
+        """Keeps a copy of `source` under its content's name."""
+        return self.add(source.suffix, lambda draft: shutil.copyfile(source, draft))
+
     def ref(self, file: str) -> FileRef:
         """The reference of a file noted by `write`, in this build or in one before."""
         return next(r for r in self._journal.values() if r.file == file)

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 from export.checkpoint import Checkpoint, combined_digest
@@ -83,7 +84,7 @@ def main(
     except (*USER_ERRORS, OSError) as error:
         if as_json:
             print(json.dumps({"error": str(error), "kind": type(error).__name__}))
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True, markup=True)
+        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(UNUSABLE)
     if as_json:
         print(json.dumps(evidence))
@@ -96,7 +97,10 @@ def _write(evidence: dict, comparison: Comparison, folder: Path | None) -> list[
     """Evidence into the bundle (if it is this checkpoint's), report into `folder`."""
     subject, files = comparison.s, []
     if evidence["checkpoint"]["sha256"] == subject.bundle.manifest.checkpoint.digest:
-        files.append(report.write_evidence(subject.bundle, subject.target_name, evidence))
+        try:
+            files.append(report.write_evidence(subject.bundle, subject.target_name, evidence))
+        except OSError as error:
+            comparison.findings.notes.append(f"the evidence could not be recorded in the bundle: {error}")
     if folder:
         files.append(report.write_report(folder, evidence, comparison.findings, subject.tolerances.layer.limit))
     return files

@@ -147,7 +147,7 @@ def _randomize(model, config: DeepseekV2Config, moe: bool, latent_gain: float, t
         for name, p in parameters.items():
             values = torch.randn(p.shape, generator=generator)
             gain = next((g for part, g in gains.items() if part in name), 1.0)
-            p.copy_(1 + 0.3 * values if "norm" in name else values * gain * (p.shape[-1] ** -0.5 if p.dim() > 1 else 0.3 * gain))
+            p.copy_(1 + 0.3 * values if "norm" in name else values * gain * (max(p.shape[-1], 1) ** -0.5 if p.dim() > 1 else 0.3))
         if tied_router:
             gate = parameters["model.layers.0.mlp.gate.weight"]
             gate.copy_(gate[: max(1, len(gate) // 4)].repeat(5, 1)[: len(gate)])

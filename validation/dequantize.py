@@ -15,6 +15,7 @@ from typing import Annotated
 import torch
 import typer
 from rich.console import Console
+from rich.markup import escape
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -159,7 +160,7 @@ def main(
     try:
         count = write_checkpoint(Bundle(bundle), target, reference, out)
     except (ValidationError, ValueError, OSError) as error:
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     print(f"{out}: {count} tensors, float32")
 

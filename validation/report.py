@@ -10,6 +10,7 @@ from pathlib import Path
 import jinja2
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from runtime.bundle import Bundle
@@ -118,16 +119,16 @@ def summarize(console: Console, content: dict, findings: Findings, files: list[P
         table.add_row(c.stage, c.name, number(c.value), accepted, mark)
     console.print(table)
     for note in findings.notes:
-        console.print(f"note: {note}", highlight=False, soft_wrap=True)
+        console.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
     p = findings.perplexity
     if findings.text.get("is_text") and p:
         console.print(f"perplexity on {findings.text['tokens']} tokens: reference {p['reference']:.3f}, engine {p['engine']:.3f}")
     if findings.passed:
         console.print(f"[bold green]PASS[/]  {content['bundle']['target']}, {findings.tolerances}", highlight=False)
     else:
-        console.print(f"[bold red]FAIL[/]  {content['first_failure']}", highlight=False, soft_wrap=True)
+        console.print(f"[bold red]FAIL[/]  {escape(content['first_failure'])}", highlight=False, soft_wrap=True)
     for file in files:
-        console.print(f"report: {file}", highlight=False, soft_wrap=True)
+        console.print(f"report: {escape(str(file))}", highlight=False, soft_wrap=True)
 
 
 def _version(package: str) -> str:

@@ -12,7 +12,7 @@ from benchmarks.gpu.run import HBM, Run, timed
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "tiny-deepseek-v2"
 LIMITS = {"bf16": 0.05, "fp8": 0.15}  # median relative error of a row of logits, five layers
-LENGTHS = (97, 5, 64, 130)
+LENGTHS, DRY_LENGTHS = (97, 5, 64, 130), (9, 6)
 CONTEXT = 1024
 
 
@@ -59,7 +59,7 @@ def check(run: Run) -> None:
     from export.quantization import BFloat16, Fp8
 
     checkpoint = Checkpoint(EXAMPLE)
-    texts = _texts(checkpoint.config.vocab_size, LENGTHS[:2] if run.dry else LENGTHS)
+    texts = _texts(checkpoint.config.vocab_size, DRY_LENGTHS if run.dry else LENGTHS)
     name, expected = reference(run, checkpoint, texts)
     for precision in precisions(run)[: 1 if run.dry else None]:
         scheme, weights = (Fp8() if precision == "fp8" else BFloat16()), deepseek_v2.weights(checkpoint.config)
@@ -141,9 +141,10 @@ def compare(run: Run, name: str, found: list[np.ndarray], expected: list[np.ndar
 
 def measure(run: Run) -> None:
     """Decode at 1 to 128 sequences of 1K tokens, random weights made on the device; transformers in the same section."""
-    from export.config import load_config
+    from export.config import parse
 
-    config = load_config(EXAMPLE) if run.dry else load_config(ROOT / "tests" / "configs" / "v2_lite.json")
+    raw = _raw_config(run)
+    config = parse(raw)
     sizes = (2,) if run.dry else (1, 2, 4, 8, 16, 32, 64, 128)
     for precision in precisions(run)[: 1 if run.dry else None]:
         start = time.monotonic()
@@ -160,7 +161,7 @@ def measure(run: Run) -> None:
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
     if not run.late("transformers"):
-        _transformers(run, config)
+        _transformers(run, raw)
 
 
 def random_weights(run: Run, model) -> dict[str, torch.Tensor]:
@@ -226,12 +227,16 @@ def touched(config, weights: dict, tokens: int) -> float:
     return rest + share * routed
 
 
-def _transformers(run: Run, config) -> None:
+def _raw_config(run: Run) -> dict:
+    path = EXAMPLE / "config.json" if run.dry else ROOT / "tests" / "configs" / "v2_lite.json"
+    return json.loads(path.read_text())
+
+
+def _transformers(run: Run, config: dict) -> None:
     """transformers' model of the same shape with random bf16 weights: time of a decode step with its own cache."""
     import transformers
 
-    path = EXAMPLE / "config.json" if run.dry else ROOT / "tests" / "configs" / "v2_lite.json"
-    raw = {k: v for k, v in json.loads(path.read_text()).items() if k not in ("architectures", "auto_map", "torch_dtype")}
+    raw = {k: v for k, v in config.items() if k not in ("architectures", "auto_map", "torch_dtype")}
     with torch.device("meta"):
         model = transformers.DeepseekV2ForCausalLM(transformers.DeepseekV2Config(**raw)).to(torch.bfloat16)
     model = model.to_empty(device=run.device).eval()

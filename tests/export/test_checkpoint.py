@@ -178,7 +178,7 @@ def test_index_forgets_a_tensor(sharded):
     refuses(sharded, module.INDEX, NORM)
 
 
-@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors", "pytorch_model.bin", 7, None])
+@pytest.mark.parametrize("name", ["../secret.safetensors", "/etc/passwd", "sub/model.safetensors", "model.bin", 7, None])
 def test_index_leaves_the_folder(sharded, name):
     (sharded.parent / "secret.safetensors").write_bytes(b"")
     edit_index(sharded, lambda m: m.update({NORM: name}))

@@ -82,7 +82,8 @@ def test_every_name_of_a_layer_tells_the_layer(stamped, opened):
         prefix = ".".join(node.name.split(".")[:3])
         assert prefix in layers or node.name.split(".")[0] in ("embed", "head"), node.name
     names = [v.name for n in stamped.graph for v in n.outputs]
-    assert len(names) == len(set(names)) and None not in names and len({n.name for n in stamped.graph}) == len(list(stamped.graph))
+    assert len(names) == len(set(names)) and None not in names
+    assert len({n.name for n in stamped.graph}) == len(list(stamped.graph))
     ops = Counter(n.op_type for n in stamped.graph if n.domain == DOMAIN)
     assert ops == {"MlaAttention": 3, "MoeRoute": 2, "MoeExperts": 2}
 
@@ -124,7 +125,8 @@ def test_stamped_equals_whole_trace(stamped, whole, opened, tmp_path):
         np.testing.assert_allclose(one, other, rtol=0, atol=1e-6, err_msg=name)  # same nodes: equal but for fusions
     model = DeepseekV2Step(opened.config).load_weights(opened.read)
     with torch.no_grad():
-        logits, hidden, updated = model(*(torch.from_numpy(inputs[n]) for n in ragged.BATCH), list(map(torch.from_numpy, caches)))
+        arguments = [torch.from_numpy(inputs[n]) for n in ragged.BATCH]
+        logits, hidden, updated = model(*arguments, [torch.from_numpy(c) for c in caches])
     for one, other in zip(found[0], [logits, hidden, *updated], strict=True):
         rows = slice(1, None) if one.ndim == 3 else slice(None)  # page 0 is scratch
         np.testing.assert_allclose(one[rows], other[rows], rtol=0, atol=2e-5)  # two codes: float32 sums in another order
@@ -168,7 +170,8 @@ def test_real_models_export():
 
 def polygraphy(*arguments) -> str:
     command = [sys.executable, "-c", "import sys; from polygraphy.tools import main; sys.exit(main())", *map(str, arguments)]
-    child = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"POLYGRAPHY_AUTOINSTALL_DEPS": "0"})
+    env = os.environ | {"POLYGRAPHY_AUTOINSTALL_DEPS": "0"}
+    child = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=env)
     assert child.returncode == 0, child.stdout + child.stderr
     return child.stdout + child.stderr
 

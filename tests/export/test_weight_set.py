@@ -255,6 +255,6 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
         [sys.executable, "-c", CHILD, folder, tmp_path], capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
     assert result.returncode == 0, result.stderr
-    # ru_maxrss cannot be used: a child starts with its parent's. A slab of the embedding (16 MB in bf16) is widened to float32 (32 MB) and written; nothing else may be kept. The
-    # files' pages, mapped and written through the page cache, are the kernel's and not counted as anonymous.
+    # A slab of the embedding (16 MB in bf16) is widened to float32 (32 MB) and written; nothing else may be kept. Mapped and
+    # written files are pages of the kernel's, not counted as anonymous. ru_maxrss would start with the parent's peak.
     assert 16 < float(result.stdout) < 80

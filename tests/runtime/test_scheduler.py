@@ -151,9 +151,11 @@ def test_a_waiting_sequence_does_not_give_up_its_own_prefix():
 def test_who_had_to_wait_goes_on_before_those_who_came_later():
     engine = fake_engine(cache_tokens=32, page_size=4)
     prompts = [[n] * 10 for n in range(3)]
-    ended = []
-    results = engine.generate(prompts, SamplingParams(max_new_tokens=15), lambda e: ended.append(e.index) if e.result else None)
-    assert ended == [0, 1, 2]
+    events = []
+    results = engine.generate(prompts, SamplingParams(max_new_tokens=15), events.append)
+    first_ended = next(n for n, event in enumerate(events) if event.result)
+    last_began = next(n for n, event in enumerate(events) if event.index == 2)
+    assert events[first_ended].index == 0 and last_began > first_ended  # pages for it were free before, but not its turn
     assert [r.token_ids for r in results] == [greedy(p, 15) for p in prompts]
 
 

@@ -1,0 +1,221 @@
+"""build.py: exit codes, what it refuses, interruption and death at any point, and that errors leave nothing behind."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import typer
+from typer.testing import CliRunner
+
+import build
+from export import config, weight_set
+from export.errors import BuildError, CheckpointError
+from runtime.bundle import Bundle, BundleError, open_writer
+from tests import checkpoints
+from tests.export.conftest import fast_trace, shared, traced  # noqa: F401 (fixtures)
+
+pytestmark = pytest.mark.usefixtures("fast_trace")
+ROOT = Path(__file__).parents[1]
+FIRST_STEP = build.execute
+SMALL = {"num_hidden_layers": 2, "vocab_size": 40}
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory) -> Path:
+    return checkpoints.write(tmp_path_factory.mktemp("build"), seed=1, **SMALL)
+
+
+@pytest.fixture(autouse=True)
+def no_first_step(monkeypatch):
+    """Loading the engine takes most of a build's time, and is no part of what these tests are about."""
+    monkeypatch.setattr(build, "execute", lambda *args: None)
+
+
+def command(*arguments) -> tuple[int, str]:
+    """Exit code and standard output of the command line, without a process of its own."""
+    app = typer.Typer()
+    app.command()(build.main)
+    result = CliRunner().invoke(app, [str(a) for a in arguments])
+    return result.exit_code, result.stdout
+
+
+def snapshot(folder: Path) -> dict[str, bytes]:
+    return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
+
+
+def test_json_and_up_to_date(checkpoint, tmp_path):
+    out = tmp_path / "bundle"
+    code, text = command(checkpoint, "--out", out, "--precision", "fp32", "--json")
+    summary = json.loads(text)
+    assert code == 0 and summary["built"] and (summary["target"], summary["precision"]) == ("cpu", "fp32")
+    assert summary["bytes"] == sum(p.stat().st_size for p in (out / "files").iterdir())
+    before = snapshot(out)
+    code, text = command(checkpoint, "--out", out, "--precision", "fp32", "--json")
+    assert code == 0 and not json.loads(text)["built"] and snapshot(out) == before
+    assert Bundle(out).verify() == []
+    code, text = command(checkpoint, "--out", out, "--precision", "fp32")
+    assert code == 0 and "up to date" in text
+
+
+def test_a_bundle_that_is_there_is_kept_without_force(checkpoint, tmp_path):
+    out = tmp_path / "bundle"
+    assert command(checkpoint, "--out", out, "--precision", "fp32", "--json")[0] == 0
+    before = snapshot(out)
+    code, text = command(checkpoint, "--out", out, "--precision", "int8", "--json")
+    assert code == 2 and "--force" in json.loads(text)["error"] and snapshot(out) == before
+    other = checkpoints.write(tmp_path / "other", seed=2, **SMALL)
+    code, text = command(other, "--out", out, "--precision", "fp32", "--json")
+    assert code == 2 and "another checkpoint" in json.loads(text)["error"] and snapshot(out) == before
+    assert command(other, "--out", out, "--precision", "int8", "--force", "--json")[0] == 0
+    assert Bundle(out).manifest.checkpoint.digest != json.loads(before["manifest.json"])["checkpoint"]["digest"]
+    assert Bundle(out).verify() == [] and len(snapshot(out)) == 1 + len(set(Bundle(out).manifest.refs()))
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    (("--target", "sm999"), ["sm999", "accepted", "cpu"]), (("--precision", "fp4"), ["fp4", "accepted", "int8", "fp32"]),
+    (("--precision", "fp8"), ["fp8", "cpu"]), (("--accuracy", "wild", "--precision", "int8"), ["wild", "exact", "fast"]),
+    (("--cache-format", "int3"), ["int3", "float32", "float16"]), (("--max-context", "0"), ["max_context is 0", "256"]),
+    (("--max-context", "257"), ["257", "1 to 256"]),
+])  # fmt: skip
+def test_unknown_choices(checkpoint, tmp_path, arguments, words):
+    code, text = command(checkpoint, "--out", tmp_path / "bundle", "--json", *arguments)
+    error = json.loads(text)
+    assert code == 2 and error["kind"] == "BuildError" and not (tmp_path / "bundle").exists()
+    for word in words:
+        assert word in error["error"]
+
+
+def test_a_folder_that_is_no_bundle_is_left_alone(checkpoint, tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    for extra in ((), ("--force",)):
+        code, text = command(checkpoint, "--out", tmp_path, "--json", *extra)
+        assert code == 2 and "thesis.txt" in json.loads(text)["error"]
+        assert snapshot(tmp_path) == {"thesis.txt": b"years of work"} and not (tmp_path / "files").exists()
+    code, text = command(checkpoint, "--out", tmp_path / "thesis.txt", "--json")
+    assert code == 2 and "is a file" in json.loads(text)["error"] and (tmp_path / "thesis.txt").read_text() == "years of work"
+
+
+def test_two_builds_at_once(checkpoint, tmp_path):
+    out = tmp_path / "bundle"
+    with open_writer(out):
+        code, text = command(checkpoint, "--out", out, "--json")
+        assert code == 2 and "another build" in json.loads(text)["error"]
+    assert command(checkpoint, "--out", out, "--precision", "fp32", "--json")[0] == 0
+
+
+def test_real_command_line(tmp_path):
+    """As a user starts it: the error goes to standard error in one line, the exit code is 2, no traceback."""
+    child = subprocess.run(
+        [sys.executable, "build.py", tmp_path / "nothing", "--out", tmp_path / "out"], capture_output=True, text=True, cwd=ROOT
+    )
+    assert child.returncode == 2 and not (tmp_path / "out").exists()
+    assert "nothing: not a folder" in child.stderr and "Traceback" not in child.stderr and child.stdout == ""
+
+
+def poison(folder: Path) -> str:
+    name = "model.layers.1.mlp.experts.5.down_proj.weight"
+    checkpoints.edit_tensors(folder, lambda t: t[name].__setitem__((2, 3), float("nan")))
+    return name
+
+
+def test_an_error_leaves_nothing_behind(checkpoint, tmp_path):
+    damaged, out = checkpoints.write(tmp_path / "damaged", seed=1, **SMALL), tmp_path / "bundle"
+    name = poison(damaged)
+    with pytest.raises(CheckpointError, match=name):
+        build.build(damaged, out, "cpu", "fp32")
+    assert not out.exists()
+    build.build(checkpoint, out, "cpu", "fp32")
+    before = snapshot(out)
+    with pytest.raises(CheckpointError, match=name):
+        build.build(damaged, out, "cpu", "int8", force=True)
+    assert snapshot(out) == before
+
+
+def test_a_damaged_manifest_is_replaced_with_force_only(checkpoint, tmp_path):
+    out = tmp_path / "bundle"
+    build.build(checkpoint, out, "cpu", "fp32")
+    (out / "manifest.json").write_text("{")
+    with pytest.raises(BundleError, match="manifest"):
+        build.build(checkpoint, out, "cpu", "fp32")
+    assert (out / "manifest.json").read_text() == "{"
+    build.build(checkpoint, out, "cpu", "fp32", force=True)
+    assert Bundle(out).verify() == []
+
+
+@pytest.mark.parametrize("there_before", [False, True])
+def test_interruption_goes_on_behind_finished_shards(checkpoint, tmp_path, monkeypatch, there_before):
+    """Ctrl-C in the third of four shards: the next build fills that one and the last one only."""
+    out, filled, real = tmp_path / "bundle", [], weight_set._fill
+    if there_before:
+        build.build(checkpoint, out, "cpu", "fp32")
+        before = snapshot(out)
+
+    def fill(path, *args, **kwargs):
+        filled.append(path)
+        if len(filled) == 3:
+            path.write_bytes(b"half a shard")
+            raise KeyboardInterrupt
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(weight_set, "_fill", fill)
+    code, _ = command(checkpoint, "--out", out, "--precision", "int8", "--force", "--json")
+    assert code == 130 and len(filled) == 3
+    if there_before:
+        assert before.items() <= snapshot(out).items() and Bundle(out).verify() == []
+    code, _ = command(checkpoint, "--out", out, "--precision", "int8", "--force", "--json")
+    assert code == 0 and len(filled) == 5  # the third again, and the fourth
+    assert Bundle(out).verify() == [] and len(snapshot(out)) == 1 + len(set(Bundle(out).manifest.refs()))
+    fresh = tmp_path / "fresh"
+    build.build(checkpoint, fresh, "cpu", "int8")
+    assert sorted(os.listdir(fresh / "files")) == sorted(os.listdir(out / "files"))  # content-named: the same bytes
+
+
+def test_an_interrupted_shard_of_another_checkpoint_is_not_taken(checkpoint, tmp_path, monkeypatch):
+    out, filled, real = tmp_path / "bundle", [], weight_set._fill
+
+    def fill(path, *args, **kwargs):
+        filled.append(path)
+        if len(filled) == 3:
+            raise KeyboardInterrupt
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(weight_set, "_fill", fill)
+    assert command(checkpoint, "--out", out, "--precision", "fp32", "--json")[0] == 130
+    other = checkpoints.write(tmp_path / "other", seed=7, **SMALL)
+    assert command(other, "--out", out, "--precision", "fp32", "--json")[0] == 0
+    fresh = tmp_path / "fresh"
+    build.build(other, fresh, "cpu", "fp32")
+    assert sorted(os.listdir(fresh / "files")) == sorted(os.listdir(out / "files"))
+
+
+def test_killed_anywhere(checkpoint, traced, tmp_path):  # noqa: F811 (a fixture)
+    """kill -9 before every rename and removal of a build that replaces fp32 by int8: a reader sees the old bundle until the
+    manifest's rename and the new one from then on, and the next build makes the new one and leaves no garbage."""
+    graph = tmp_path / "graph.onnx"
+    graph.write_bytes(ir.to_proto(traced(config.load(checkpoint))).SerializeToString())
+    child = subprocess.run(
+        [sys.executable, "-m", "tests.killed_builds", checkpoint, graph, tmp_path], capture_output=True, text=True, cwd=ROOT,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert child.returncode == 0, child.stderr
+    points = [json.loads(line) for line in child.stdout.splitlines()]
+    # 4 shards and 4 journals, graph, tokenizer file, manifest; then the removal of old files
+    assert len(points) > 12 and [p["code"] for p in points] == [-9] * (len(points) - 1) + [0]
+    reads = [p["reads"] for p in points]
+    assert set(reads) == {"fp32", "int8"} and reads == sorted(reads)  # old, ..., old, new, ..., new
+    assert all(p["next"] and p["clean"] for p in points)
+    assert any(p["garbage"] for p in points)  # there was something to clean up
+
+
+def test_a_checkpoint_whose_logits_overflow_is_not_committed(tmp_path, monkeypatch):
+    """Finite weights, infinite logits: the first step finds out, and nothing is left."""
+    monkeypatch.setattr(build, "execute", FIRST_STEP)
+    huge, out = checkpoints.write(tmp_path / "huge", seed=1, **SMALL), tmp_path / "bundle"
+    checkpoints.edit_tensors(huge, lambda t: (t["lm_head.weight"].fill_(3e38), t["model.norm.weight"].fill_(1e3)))
+    with pytest.raises((BuildError, BundleError), match="not finite"):
+        build.build(huge, out, "cpu", "fp32")
+    assert not out.exists()

@@ -1,0 +1,105 @@
+"""What the validation tests share: one validated tiny bundle, and bundles damaged on purpose."""
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import onnx
+import pytest
+
+from runtime.bundle import Bundle
+from tests import checkpoints
+from validation import exported_graph
+
+TOKENS = 300
+
+
+@pytest.fixture(scope="session", autouse=True)
+def export_once(tmp_path_factory):
+    """The graph of a checkpoint is exported once for all tests (10 s each); the temporary folders outlive their users."""
+    real, kept = exported_graph.export, {}
+
+    def export(checkpoint, folder, page_size, threads):
+        key = checkpoint.path
+        if key not in kept:
+            kept[key] = real(checkpoint, tmp_path_factory.mktemp("graph"), page_size, threads)
+        return kept[key]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(exported_graph, "export", export)
+        yield
+
+
+@pytest.fixture(scope="session")
+def validated(tiny_bundle, tiny_checkpoint):
+    """Evidence and comparison of the tiny fp32 bundle."""
+    from validation.__main__ import validate
+
+    return validate(tiny_bundle, tiny_checkpoint, count=TOKENS)
+
+
+@pytest.fixture(scope="session")
+def int8_pair(tmp_path_factory):
+    """(bundle, checkpoint): int8 at the exact level, tied embeddings, no q_lora_rank."""
+    import build
+
+    folder = tmp_path_factory.mktemp("int8")
+    checkpoint = checkpoints.write(
+        folder / "checkpoint", hidden_size=64, kv_lora_rank=32, num_attention_heads=2, q_lora_rank=None,
+        tie_word_embeddings=True, num_hidden_layers=2,
+    )  # fmt: skip
+    build.build(checkpoint, folder / "bundle", "cpu", "int8", "exact")
+    return folder / "bundle", checkpoint
+
+
+@pytest.fixture
+def copied(tiny_bundle, tmp_path) -> Path:
+    """A copy of the tiny bundle, to be damaged."""
+    shutil.copytree(tiny_bundle, tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def edit_graph(bundle_path: Path, change) -> None:
+    """Changes the target's graph and gives it its proper name and digest in the manifest."""
+    bundle = Bundle(bundle_path)
+    ref = next(iter(bundle.manifest.targets.values())).graph
+    model = onnx.load(str(bundle.file(ref)), load_external_data=False)
+    change(model)
+    content = model.SerializeToString()
+    digest = hashlib.sha256(content).hexdigest()
+    name = f"{digest[:40]}.onnx"
+    (bundle_path / "files" / name).write_bytes(content)
+    _edit_manifest(bundle_path, {ref.file: name, ref.sha256: digest}, {name: len(content)})
+
+
+def edit_weight(bundle_path: Path, name: str, change) -> None:
+    """Changes one stored float32 tensor in place; the manifest gets the new digest, so only numbers can tell."""
+    import numpy as np
+
+    for file in (bundle_path / "files").glob("*.safetensors"):
+        data = bytearray(file.read_bytes())
+        length = int.from_bytes(data[:8], "little")
+        header = json.loads(data[8 : 8 + length])
+        if name in header:
+            begin, end = (8 + length + o for o in header[name]["data_offsets"])
+            values = change(np.frombuffer(bytes(data[begin:end]), np.float32))
+            data[begin:end] = values.astype(np.float32).tobytes()
+            old = hashlib.sha256(file.read_bytes()).hexdigest()
+            file.write_bytes(data)
+            _edit_manifest(bundle_path, {old: hashlib.sha256(data).hexdigest()}, {})
+            return
+    raise KeyError(name)
+
+
+def _edit_manifest(bundle_path: Path, renamed: dict[str, str], sizes: dict[str, int]) -> None:
+    def walk(value):
+        if isinstance(value, dict):
+            value = {k: walk(v) for k, v in value.items()}
+            return value | {"size": sizes[value["file"]]} if value.get("file") in sizes else value
+        if isinstance(value, list):
+            return [walk(v) for v in value]
+        return renamed.get(value, value) if isinstance(value, str) else value
+
+    file = bundle_path / "manifest.json"
+    file.write_text(json.dumps(walk(json.loads(file.read_text()))))

@@ -1,0 +1,165 @@
+"""The whole comparison on tiny bundles: a pass where all is well, and the first bad stage and layer where it is not."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+
+from runtime.bundle import Bundle
+from tests.validation.conftest import TOKENS, edit_graph, edit_weight
+from validation import report, tolerances
+from validation.__main__ import main, validate
+from validation.dequantize import dequantized_state_dict
+from validation.tolerances import Tolerance
+
+
+def run(capsys, *, bundle, reference, **options) -> tuple[int, dict]:
+    """The command in this process: exit status and what --json prints."""
+    options = {"report_dir": None, "target": None, "text": None, "count": TOKENS} | options
+    with pytest.raises(SystemExit) as stop:
+        main(bundle, reference, as_json=True, **options)
+    return stop.value.code, json.loads(capsys.readouterr().out)
+
+
+def test_fp32_passes_every_check(validated):
+    evidence, comparison = validated
+    assert evidence["verdict"] == "pass", evidence["first_failure"]
+    stages = {c.stage for c in comparison.findings.checks}
+    assert stages == {"bundle", "weights", "torch model", "exported graph", "engine"}
+    for stage in ("torch model", "exported graph", "engine"):
+        assert set(evidence["logits"][stage]) == {"prefill", "chunked", "decode"}
+        assert len(evidence["layers"][stage]) == 3
+        assert [r["layer"] for r in evidence["routing"][stage]] == [1, 2]
+    assert evidence["logits"]["engine"]["decode"]["max_abs_error"] < 1e-4
+    assert evidence["perplexity"]["ratio"] == pytest.approx(1, abs=1e-5)
+    assert "pseudo-random" in evidence["text"]["source"] and not evidence["text"]["is_text"]
+
+
+def test_report_is_one_self_contained_page(validated, tmp_path):
+    evidence, comparison = validated
+    page = report.write_report(tmp_path / "report", evidence, comparison.findings, 2e-5).read_text()
+    assert json.loads((tmp_path / "report" / report.JSON_NAME).read_text()) == evidence
+    assert page.count("data:image/png;base64,") == 4
+    assert not re.search(r'(src|href)="(?!data:)|https?://|@import', page)
+    for check in comparison.findings.checks:
+        assert check.name.replace("'", "&#39;") in page
+    assert evidence["bundle"]["manifest_sha256"] in page
+    assert [p.name for p in (tmp_path / "report").iterdir() if p.name.startswith(".")] == []
+
+
+def test_text_option_and_evidence(tiny_bundle, tiny_checkpoint, tmp_path, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text("def main():\n    return 1\n" * 40)
+    status, evidence = run(capsys, bundle=tiny_bundle, reference=tiny_checkpoint, text=text, report_dir=tmp_path / "r")
+    assert status == 0, evidence["first_failure"]
+    assert str(text) in evidence["text"]["source"] and evidence["text"]["tokens"] == TOKENS
+    bundle = Bundle(tiny_bundle)
+    assert json.loads(bundle.evidence_file("cpu").read_text()) == evidence
+    assert evidence["bundle"]["manifest_sha256"] == bundle.digest
+    assert evidence["checkpoint"]["sha256"] == bundle.manifest.checkpoint.digest
+
+
+def test_a_perturbed_weight_is_found_by_name_and_layer(copied, tiny_checkpoint, capsys):
+    name = "model.layers.1.mlp.shared_experts.down_proj.weight"
+    edit_weight(copied, name, lambda w: w * 1.05)
+    status, evidence = run(capsys, bundle=copied, reference=tiny_checkpoint)
+    assert status == 1
+    assert evidence["first_failure"].startswith("weights:") and name in evidence["first_failure"]
+    failed = {(c["stage"], c["name"]): c["detail"] for c in evidence["checks"] if not c["passed"]}
+    assert "layer 1 is the first that is off: its MoE block" in failed["engine", "each layer alone: largest relative error"]
+    assert not any(stage in ("torch model", "exported graph", "bundle") for stage, _ in failed)
+
+
+def test_a_wrong_softmax_scale_in_the_graph_is_found(copied, tiny_checkpoint, capsys):
+    def change(model):
+        node = [n for n in model.graph.node if n.op_type == "MlaAttention"][2]
+        next(a for a in node.attribute if a.name == "softmax_scale").f *= 0.8
+
+    edit_graph(copied, change)
+    status, evidence = run(capsys, bundle=copied, reference=tiny_checkpoint)
+    assert status == 1
+    failed = {(c["stage"], c["name"]): c["detail"] for c in evidence["checks"] if not c["passed"]}
+    assert {stage for stage, _ in failed} == {"engine"}
+    assert "layer 2 is the first that is off: its attention" in failed["engine", "each layer alone: largest relative error"]
+
+
+def test_a_wrong_router_is_found(copied, tiny_checkpoint, capsys):
+    def change(model):
+        function = next(f for f in model.functions if f.name == "MoeRoute")
+        top = [n for n in function.node if n.op_type == "TopK"][-1]
+        top.attribute.append(__import__("onnx").helper.make_attribute("largest", 0))
+
+    edit_graph(copied, change)
+    status, evidence = run(capsys, bundle=copied, reference=tiny_checkpoint)
+    failed = {(c["stage"], c["name"]): c["detail"] for c in evidence["checks"] if not c["passed"]}
+    assert status == 1
+    assert "layer 1" in failed["engine", "routing flips without a near tie"]
+    assert ("engine", "each layer alone: largest relative error") not in failed  # with the routing given, all is well
+
+
+def test_a_file_with_another_content_fails(copied, tiny_checkpoint, capsys):
+    file = next((copied / "files").glob("*.json"))
+    file.write_bytes(file.read_bytes()[:-1] + b" ")
+    status, evidence = run(capsys, bundle=copied, reference=tiny_checkpoint)
+    assert status == 1 and evidence["first_failure"].startswith("bundle: files with a wrong digest")
+
+
+def test_int8_exact_equals_transformers_with_decoded_weights(int8_pair):
+    evidence, comparison = validate(*int8_pair, count=TOKENS)
+    assert evidence["tolerances"] == "int8, exact"
+    checks = {(c.stage, c.name): c for c in comparison.findings.checks}
+    for (stage, name), check in checks.items():
+        if "original" not in name:  # what 8 bits cost a random model is no concern here
+            assert check.passed, (stage, name, check)
+    assert max(m["judged_max_abs_error"] for m in evidence["logits"]["engine"].values()) < 1e-3
+
+
+def test_dequantized_checkpoint_loads_in_transformers(int8_pair, tmp_path):
+    import torch
+
+    from tests import checkpoints
+    from validation.dequantize import write_checkpoint
+
+    bundle, checkpoint = int8_pair
+    count = write_checkpoint(Bundle(bundle), None, checkpoint, tmp_path / "out")
+    state = dequantized_state_dict(Bundle(bundle))
+    assert count == len(state) and all(t.dtype == torch.float32 for t in state.values())
+    tokens = np.random.default_rng(1).integers(0, 101, 40)
+    from runtime import backends
+    from runtime.backends.base import SequenceRows, StepBatch
+
+    engine = backends.load(Bundle(bundle), cache_tokens=64)
+    found = engine.step(StepBatch.of([SequenceRows(tokens.tolist(), 0, range(40))], np.array([[1]])))
+    expected = checkpoints.reference_logits(checkpoints.reference(tmp_path / "out"), tokens.tolist())
+    assert np.abs(found - expected.numpy()).max() < 1e-3
+
+
+def test_user_errors(tiny_bundle, tiny_checkpoint, int8_pair, tmp_path, capsys):
+    cases = [
+        (dict(bundle=tmp_path / "none", reference=tiny_checkpoint), "not a bundle"),
+        (dict(bundle=tiny_bundle, reference=tmp_path / "none"), "not a folder"),
+        (dict(bundle=tiny_bundle, reference=int8_pair[1]), "the bundle's model has"),
+        (dict(bundle=tiny_bundle, reference=tiny_checkpoint, target="sm89"), "no target 'sm89'"),
+        (dict(bundle=tiny_bundle, reference=tiny_checkpoint, text=tmp_path / "none.txt"), "none.txt"),
+        (dict(bundle=int8_pair[0], reference=int8_pair[1], text=tiny_checkpoint / "config.json"), "tokenizer.json"),
+        (dict(bundle=tiny_bundle, reference=tiny_checkpoint, count=3), "--tokens"),
+    ]
+    for arguments, message in cases:
+        status, output = run(capsys, **arguments)
+        assert status == 2 and message in output["error"], output
+        assert "\n" not in output["error"].strip()
+
+
+def test_a_limit_never_passes_nan():
+    assert not Tolerance(1.0, "").passes(float("nan"))
+    assert not Tolerance(1.0, "", ">=").passes(float("nan"))
+
+
+def test_every_tolerance_has_a_reason():
+    for row in (("fp32", "exact"), ("int8", "exact"), ("int8", "fast")):
+        for cache in ("float32", "float16"):
+            found = tolerances.find(*row, cache)
+            assert all(t.reason for t in vars(found).values() if isinstance(t, Tolerance))
+    with pytest.raises(KeyError, match="known: fp32"):
+        tolerances.find("fp8", "exact", "float32")
