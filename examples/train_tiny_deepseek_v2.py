@@ -26,7 +26,7 @@ import re
 import sysconfig
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Annotated
@@ -43,11 +43,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, DeepseekV2Config, 
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 
 SEED = 20261121
-BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # noqa: RUF001
 BATCH_TOKENS, SHORT, LONG, LONG_FROM = 4096, 256, 1024, 0.7
 JUDGED_WINDOW = 512
 PEAK_LR, WARMUP_STEPS, WEIGHT_DECAY, CLIP = 3e-3, 100, 0.1, 1.0
 SAVE_EVERY_S = 180
+WORK = Path(tempfile.gettempdir()) / "train-tiny-deepseek-v2"
 console = Console()
 
 CONFIG = {
@@ -696,8 +697,8 @@ Loads with `AutoModelForCausalLM.from_pretrained` and `AutoTokenizer.from_pretra
 | perplexity by window length | {windows} |
 
 The perplexities are those of the saved bf16 weights, loaded by transformers and computed in float32, over the
-{held_out_tokens:,} tokens of `held_out.txt` in windows of {window} tokens. The unigram baseline counts the training tokens,
-plus one each. `training.json` has these numbers and the share of tokens that each expert takes.
+{held_out_tokens:,} tokens of `held_out.txt` in windows of {window} tokens. The unigram baseline counts the training
+tokens, plus one each. `training.json` has these numbers and the share of tokens that each expert takes.
 
 ## Where the text comes from
 
@@ -749,8 +750,7 @@ def prepare(work: Path) -> tuple[Tokenizer, list[np.ndarray], str]:
 def main(
     out: Annotated[Path, typer.Option(help="Folder of the finished checkpoint.")],
     minutes: Annotated[float, typer.Option(help="Training time; the schedule ends with it.")] = 30.0,
-    work: Annotated[Path, typer.Option(help="Folder of the state to resume from.")] = Path(tempfile.gettempdir())
-    / "train-tiny-deepseek-v2",
+    work: Annotated[Path, typer.Option(help="Folder of the state to resume from.")] = WORK,
     first: Annotated[float, typer.Option(help="Minutes after which a first checkpoint is written; 0: none.")] = 0.0,
     bf16: Annotated[bool, typer.Option(help="Matrix products in bf16 (fast on CPUs with AMX).")] = True,
     fused: Annotated[bool, typer.Option(help="torch.compile the layers; needs a C++ compiler.")] = True,

@@ -104,6 +104,7 @@ class DeepseekV2Config(BaseModel):
     attention_bias: bool = False
     mlp_bias: Literal[False] = False
     tie_word_embeddings: bool = False
+    eos_token_id: int | list[int] | None = None
     rope: RopeConfig
 
     @property

@@ -14,7 +14,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 FORMAT_VERSION = 1
 MANIFEST, FILES, EVIDENCE = "manifest.json", "files", "evidence"
@@ -157,6 +157,13 @@ class Manifest(_Record):
     weight_sets: dict[str, WeightSet]
     targets: dict[str, Target]
 
+    @model_validator(mode="after")
+    def _check(self) -> "Manifest":
+        for name, target in self.targets.items():
+            if target.weight_set not in self.weight_sets:
+                raise ValueError(f"target {name} names the weight set {target.weight_set!r}, which is missing")
+        return self
+
     def refs(self) -> Iterator[FileRef]:
         """Every file of the bundle, some more than once."""
         yield from self.tokenizer.values()
@@ -230,7 +237,7 @@ def _read_manifest(path: Path) -> tuple[Manifest, str]:
         return Manifest.model_validate(parsed), hashlib.sha256(raw).hexdigest()
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(map(str, first["loc"]))
+        where = ".".join(map(str, first["loc"])) or MANIFEST
         raise BundleError(f"{file}: {where}: {first['msg']}; build the bundle again") from None
 
 

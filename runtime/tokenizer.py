@@ -95,14 +95,16 @@ def load(bundle: Bundle) -> Tokenizer | None:
 
 
 def eos_ids(bundle: Bundle, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """Ids that end an answer: eos_token_id of generation_config.json, else the tokenizer's eos_token, else none."""
+    """Ids that end an answer: eos_token_id of generation_config.json, else of config.json, else the tokenizer's, else none."""
     files = {n: bundle.file(r) for n, r in bundle.manifest.tokenizer.items() if n == GENERATION}
     found = _read_json(files, GENERATION).get("eos_token_id")
+    if found is None:
+        found = bundle.manifest.config.get("eos_token_id")
     if found is None:
         found = tokenizer.eos_id if tokenizer and tokenizer.eos_id is not None else []
     ids = found if isinstance(found, list) else [found]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise BundleError(f"{files[GENERATION]}: eos_token_id is {found!r}, accepted: a token id or a list of them")
+        raise BundleError(f"{bundle.path}: eos_token_id is {found!r}, accepted: a token id or a list of them")
     return frozenset(ids)
 
 

@@ -1,1 +1,1 @@
-"""Proof that an engine computes the checkpoint's model: an audited transformers reference, stage by stage comparison, report."""
+"""Proof that an engine computes the checkpoint's model: an audited reference, a stage by stage comparison, a report."""

@@ -47,8 +47,8 @@ def validate(
     digest = combined_digest(checkpoint.file_digests(known))
     if digest != bundle.manifest.checkpoint.digest:
         comparison.findings.notes.append(
-            f"the bundle was built from another checkpoint (sha256 {bundle.manifest.checkpoint.digest[:16]}…) than {checkpoint.path} "
-            f"({digest[:16]}…), so nothing is recorded in the bundle"
+            f"the bundle was built from another checkpoint (sha256 {bundle.manifest.checkpoint.digest[:16]}…) than "
+            f"{checkpoint.path} ({digest[:16]}…), so nothing is recorded in the bundle"
         )
     findings = comparison.run()
     return report.evidence(findings, bundle, name, digest), comparison
@@ -70,7 +70,7 @@ def _check_pair(bundle: Bundle, checkpoint: Checkpoint) -> None:
 def main(
     bundle: Annotated[Path, typer.Argument(help="Folder of the bundle.")],
     reference: Annotated[Path, typer.Option(help="Checkpoint that the bundle was built from.")],
-    report_dir: Annotated[Path | None, typer.Option("--report", help="Folder for validation.html and validation.json.")] = None,
+    report_dir: Annotated[Path | None, typer.Option("--report", help="Folder for the report.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the evidence as one JSON object, no progress.")] = False,
     target: Annotated[str | None, typer.Option(help="Target of the bundle; the only one by default.")] = None,
     text: Annotated[Path | None, typer.Option(help="UTF-8 text to compare on; the checkpoint's held_out.txt by default.")] = None,

@@ -35,9 +35,9 @@ _ATTENTION_CHECKS = {
 }
 _ADVICE = {
     "mscale_squared": "transformers has it since pull request 47435: install transformers 5.23.0 or newer",
-    "norm_topk_prob": "transformers ignores norm_topk_prob up to 5.23.0: no release computes this config, so it cannot be validated",
-    "scoring_func": "transformers knows softmax only (5.23.0): no release computes this config, so it cannot be validated",
-    "moe_layer_freq": "transformers ignores moe_layer_freq (5.23.0): no release computes this config, so it cannot be validated",
+    "norm_topk_prob": "transformers ignores norm_topk_prob (5.23.0): no release computes this config",
+    "scoring_func": "transformers knows softmax only (5.23.0): no release computes this config",
+    "moe_layer_freq": "transformers ignores moe_layer_freq (5.23.0): no release computes this config",
 }  # fmt: skip
 _DEFAULT_ADVICE = "install transformers 5.23.0, which passes this audit"
 
@@ -147,7 +147,8 @@ def _randomize(model, config: DeepseekV2Config, moe: bool, latent_gain: float, t
         for name, p in parameters.items():
             values = torch.randn(p.shape, generator=generator)
             gain = next((g for part, g in gains.items() if part in name), 1.0)
-            p.copy_(1 + 0.3 * values if "norm" in name else values * gain * (max(p.shape[-1], 1) ** -0.5 if p.dim() > 1 else 0.3))
+            fan_in = max(p.shape[-1], 1) if p.dim() > 1 else 10
+            p.copy_(1 + 0.3 * values if "norm" in name else values * gain * fan_in**-0.5)
         if tied_router:
             gate = parameters["model.layers.0.mlp.gate.weight"]
             gate.copy_(gate[: max(1, len(gate) // 4)].repeat(5, 1)[: len(gate)])
@@ -228,7 +229,7 @@ def _audit_routing(c: DeepseekV2Config, probe: _Probe) -> list[AuditCheck]:
     if error > TOLERANCE:
         fits = next((n for n, (rules, _) in variants.items() if _routing_error(c, probe, rules) <= TOLERANCE), None)
         if fits is None:
-            _refuse(f"routing contract: weights [T, E] differ from the float64 formula by {error:.2g} (accepted {TOLERANCE:g})", "")
+            _refuse(f"routing contract: weights differ from the float64 formula by {error:.2g} (accepted {TOLERANCE:g})", "")
         found = variants[fits][0]
         _refuse(f"{fits}: the routing is that of {found}, expected {right} (config.json)", variants[fits][1])
     moved: dict[str, float] = {}
@@ -295,7 +296,8 @@ def _audit_ties(c: DeepseekV2Config, raw: dict) -> AuditCheck:
     if error > TOLERANCE:
         _refuse(f"ties: the chosen weights differ from those of any valid choice by {error:.2g}", "")
     same = float((np.sort(probe.topk[0], -1) == np.sort(ids, -1)).all(-1).mean())
-    return AuditCheck("ties", error, None, f"the lowest index wins in {same:.0%} of tied tokens; any choice among equals is valid")
+    detail = f"the lowest index wins in {same:.0%} of tied tokens; any choice among equals is valid"
+    return AuditCheck("ties", error, None, detail)
 
 
 def _distance(found: np.ndarray, expected: np.ndarray) -> float:

@@ -116,7 +116,7 @@ class Comparison:
             cache = target.cache
             debug = DebugGraph(load_onnx(graph), graph.parent, cache.page_size, cache.width, cache.dtype, self.s.threads)
         else:
-            self.findings.notes.append(f"backend {target.backend} cannot be looked into: no layer by layer comparison of the engine")
+            self.findings.notes.append(f"backend {target.backend} cannot be looked into: the engine was not compared by layer")
         return EngineStage(backend, debug)
 
     def _early_stages(self) -> None:
@@ -136,7 +136,7 @@ class Comparison:
         cut = [w[:EARLY_TOKENS] for w in self.windows[:EARLY_WINDOWS]]
         expected = [self.reference.logits(w) for w in cut]
         runs = {"prefill": [stage.prefill(w) for w in cut], "chunked": stage.chunked(cut),
-                "decode": stage.decode(cut, max(1, len(cut[0]) - EARLY_STEPS))}  # fmt: skip
+                "decode": stage.decode(cut, EARLY_STEPS)}  # fmt: skip
         self._judge_runs(stage, cut, expected, runs, limit, Tolerance(None, "follows from the logits"))
         errors = trace_stage(stage, self.windows[0], self.trace, self.reference, self.findings)
         judge_layers(stage.name, errors, self.s.tolerances.float_layer, self.findings, self.s.tolerances.flips)
@@ -180,14 +180,13 @@ class Comparison:
         t = self.s.tolerances
         if self.quantized:
             with self._timed("decode the bundle's weights into the reference"):
-                self.reference.use_weights(dequantized_tensors(self.s.bundle, self.s.target_name), "the bundle's decoded weights")
+                decoded = dequantized_tensors(self.s.bundle, self.s.target_name)
+                self.reference.use_weights(decoded, "the bundle's decoded weights")
             self.trace = self.reference.trace(self.windows[0])
         windows = self.windows[:MODE_WINDOWS]
         with self._timed(f"engine against {self.reference.weights}"):
-            length = min(map(len, windows))
-            steps = min(DECODE_STEPS, length // 2)
             runs = {"prefill": [self.engine.prefill(w) for w in windows], "chunked": self.engine.chunked(windows),
-                    "decode": self.engine.decode([w[:length] for w in windows], length - steps)}  # fmt: skip
+                    "decode": self.engine.decode(windows, DECODE_STEPS)}  # fmt: skip
             expected = [self.reference.logits(w) for w in windows]
             self._judge_runs(self.engine, windows, expected, runs, t.exact_logits, t.exact_kl)
         if self.engine.debug:

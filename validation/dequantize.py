@@ -45,7 +45,7 @@ class StoredWeights:
         self.format = _format(self.config, target)
         self.weights = cpu.stored_weights(deepseek_v2.weights(self.config))
         self._handles = [safe_open(bundle.file(ref), framework="pt") for ref in weight_set.files]
-        self._where = {name: handle for handle in self._handles for name in handle.keys()}
+        self._where = {name: handle for handle in self._handles for name in list(handle.keys())}
 
     def decode(self, weight: Weight) -> torch.Tensor:
         """`weight` as the engine uses it, float32, in the graph's shape and row order."""
@@ -105,7 +105,7 @@ def _format(config: DeepseekV2Config, target) -> WeightFormat:
     weight_format = cpu.weight_format(config, options)
     if not target.weight_set.startswith(f"{weight_format.key}."):
         raise ValidationError(
-            f"weight set {target.weight_set!r} does not fit the format {weight_format.key!r} of this version; build the bundle again"
+            f"weight set {target.weight_set!r} does not fit format {weight_format.key!r} here; build the bundle again"
         )
     return weight_format
 

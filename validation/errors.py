@@ -5,5 +5,5 @@ class ValidationError(ValueError):
     """The bundle, the checkpoint and the text do not make a comparison (exit status 2)."""
 
 
-class ReferenceRefused(ValidationError):
+class ReferenceRefused(ValidationError):  # noqa: N818 (it says what happens)
     """transformers does not compute what the checkpoint's config.json says; nothing may be compared with it."""

@@ -21,7 +21,8 @@ def trace_stage(stage: Stage, window: np.ndarray, reference: Trace, model: Refer
         LayerErrors(
             i, i in reference.routing, relative_error(reference.attention[i], free.attention[i]),
             relative_error(reference.hidden[i], free.hidden[i]), relative_error(reference.hidden[i], routed.hidden[i]),
-            relative_error(reference.attention[i], isolated.attention[i]), relative_error(reference.hidden[i], isolated.hidden[i]),
+            relative_error(reference.attention[i], isolated.attention[i]),
+            relative_error(reference.hidden[i], isolated.hidden[i]),
         )
         for i in range(len(reference.hidden))
     ]  # fmt: skip

@@ -79,7 +79,7 @@ class LogitComparison:
         return self.errors[-1]
 
     def summary(self) -> dict[str, float | int]:
-        """tokens; max_abs_error and its mean over tokens; relative_error; cosine_min; kl_mean, kl_p99, kl_max; top1_agreement."""
+        """Over all tokens: largest error and its mean, relative error, lowest cosine, KL (mean, p99, max), top-1 agreement."""
         errors, kl = np.concatenate(self.errors), np.concatenate(self.kl)
         difference, size = np.array(self.squares).sum(0)
         return {

@@ -8,10 +8,10 @@ import matplotlib
 
 matplotlib.use("Agg")
 
-import matplotlib.pyplot as plt  # noqa: E402
-import numpy as np  # noqa: E402
+import matplotlib.pyplot as plt
+import numpy as np
 
-from validation.findings import Findings  # noqa: E402
+from validation.findings import Findings
 
 _INK, _MUTED = "#1d2733", "#8a94a0"
 _COLORS = {"torch model": "#7a8b99", "exported graph": "#d9902f", "engine": "#2166ac", "flip": "#c0392b"}
@@ -88,7 +88,9 @@ def _margins(findings: Findings, axes) -> None:
     layers = findings.series["routing"]["engine"]
     same = [(c.logit_changes[~c.flipped], c.score_margins[~c.flipped]) for c in layers]
     x, y = (np.concatenate(v) for v in zip(*same, strict=True))
-    axes[0].scatter(np.maximum(x, _FLOOR), np.maximum(y, _FLOOR), s=3, color=_COLORS["engine"], alpha=0.25, lw=0, label="same experts")
+    axes[0].scatter(
+        np.maximum(x, _FLOOR), np.maximum(y, _FLOOR), s=3, color=_COLORS["engine"], alpha=0.25, lw=0, label="same experts"
+    )
     flips = [f for c in layers for f in c.flips]
     for explained, marker, label in ((True, "o", "flip, explained"), (False, "X", "flip, not explained")):
         chosen = [f for f in flips if f.explained is explained]

@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from export.checkpoint import Checkpoint
-from validation.audit import AuditCheck, audit, build, topk_of
+from validation.audit import AuditCheck, audit, topk_of
 from validation.errors import ReferenceRefused
 from validation.reference_weights import differing, fill
 

@@ -122,7 +122,8 @@ def summarize(console: Console, content: dict, findings: Findings, files: list[P
         console.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
     p = findings.perplexity
     if findings.text.get("is_text") and p:
-        console.print(f"perplexity on {findings.text['tokens']} tokens: reference {p['reference']:.3f}, engine {p['engine']:.3f}")
+        count = findings.text["tokens"]
+        console.print(f"perplexity on {count} tokens: reference {p['reference']:.3f}, engine {p['engine']:.3f}")
     if findings.passed:
         console.print(f"[bold green]PASS[/]  {content['bundle']['target']}, {findings.tolerances}", highlight=False)
     else:

@@ -71,14 +71,18 @@ def margins(router_logits: np.ndarray, config: DeepseekV2Config) -> tuple[np.nda
     logits = router_logits.astype(np.float64)
     scores = formulas.softmax(logits) if config.scoring_func == "softmax" else 1 / (1 + np.exp(-logits))
     pairs = []
+
+    def score_of(value: np.ndarray) -> np.ndarray:
+        return np.take_along_axis(scores, (logits == value[:, None]).argmax(-1)[:, None], 1)[:, 0]
+
     if config.topk_method == "group_limited_greedy" and config.topk_group < config.n_group:
         best = logits.reshape(len(logits), config.n_group, -1).max(-1)
         size = config.n_routed_experts // config.n_group
-        pairs.append(_edge(best, config.topk_group, lambda v: np.take_along_axis(scores, _position(logits, v), 1)[:, 0]))
+        pairs.append(_edge(best, config.topk_group, score_of))
         kept = best >= np.sort(best, -1)[:, [-config.topk_group]]
         logits = np.where(np.repeat(kept, size, -1), logits, -np.inf)
     if config.num_experts_per_tok < config.n_routed_experts:
-        pairs.append(_edge(logits, config.num_experts_per_tok, lambda v: np.take_along_axis(scores, _position(logits, v), 1)[:, 0]))
+        pairs.append(_edge(logits, config.num_experts_per_tok, score_of))
     if not pairs:
         return np.full(len(logits), np.inf), np.full(len(logits), np.inf)
     score, logit = np.array([p[0] for p in pairs]), np.array([p[1] for p in pairs])
@@ -94,10 +98,6 @@ def _edge(values: np.ndarray, count: int, score_of) -> tuple[np.ndarray, np.ndar
     finite = np.isfinite(following)
     score = score_of(last) - np.where(finite, score_of(np.where(finite, following, last)), 0.0)
     return score, np.where(finite, last - following, np.inf)
-
-
-def _position(logits: np.ndarray, values: np.ndarray) -> np.ndarray:
-    return (logits == values[:, None]).argmax(-1)[:, None]
 
 
 def _weight_error(reference: Routing, found: Routing) -> float:

@@ -56,9 +56,9 @@ class Stage:
         rng = np.random.default_rng(seed)
         return list(self._run(windows, lambda done, length: min(length - done, int(rng.choice([1, 2, 7, 33, 64, 129])))))
 
-    def decode(self, windows: list[np.ndarray], prompt: int) -> list[np.ndarray]:
-        """A prompt of `prompt` tokens in one step, then token by token over the cache, all sequences side by side."""
-        return list(self._run(windows, lambda done, length: prompt if done == 0 else 1))
+    def decode(self, windows: list[np.ndarray], steps: int) -> list[np.ndarray]:
+        """All but the last `steps` tokens in one step, those token by token over the cache, all sequences side by side."""
+        return list(self._run(windows, lambda done, length: max(1, length - steps) if done == 0 else 1))
 
     def _run(self, windows: list[np.ndarray], take: Callable[[int, int], int]) -> Iterator[np.ndarray]:
         cache = LatentCache(self.num_pages, self.page_size)
@@ -167,7 +167,8 @@ class ModelStage(Stage):
                 handles.append(layer.mlp.register_forward_pre_hook(lambda m, a, i=index: routed.append((i, a[0].numpy()))))
         with mock.patch.object(deepseek_v2, "moe_route", self._tap(trace, routed, force)):
             try:
-                trace.logits = self.module(**_tensors(batch), caches=self._empty_caches(1 + batch.block_table.shape[1]))[0].numpy()
+                caches = self._empty_caches(1 + batch.block_table.shape[1])
+                trace.logits = self.module(**_tensors(batch), caches=caches)[0].numpy()
             finally:
                 for handle in handles:
                     handle.remove()

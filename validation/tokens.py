@@ -23,7 +23,7 @@ class Tokens:
 
 
 def load(checkpoint: Checkpoint, text: Path | None, count: int, longest: int) -> Tokens:
-    """About `count` tokens in windows of at most `longest`: from `text`, the checkpoint's held_out.txt, or a seeded generator.
+    """About `count` tokens in windows of at most `longest`: of `text`, the checkpoint's held_out.txt, or pseudo-random.
 
     Raises ValidationError if the text cannot be read or is too short, or there is no tokenizer for it.
     """
@@ -33,7 +33,8 @@ def load(checkpoint: Checkpoint, text: Path | None, count: int, longest: int) ->
     path = text or (checkpoint.path / HELD_OUT if (checkpoint.path / HELD_OUT).is_file() else None)
     if path is None or (text is None and not (checkpoint.path / "tokenizer.json").is_file()):
         ids = np.random.default_rng(SEED).integers(0, checkpoint.config.vocab_size, count)
-        return Tokens(_cut(ids, length), f"{count} pseudo-random token ids, seed {SEED} (the checkpoint has no {HELD_OUT})", False)
+        source = f"{count} pseudo-random token ids, seed {SEED} (the checkpoint has no {HELD_OUT})"
+        return Tokens(_cut(ids, length), source, False)
     ids = _encode(checkpoint, path)[:count]
     if len(ids) < 16:
         raise ValidationError(f"{path}: has {len(ids)} tokens, 16 or more are needed")
@@ -50,7 +51,7 @@ def _encode(checkpoint: Checkpoint, path: Path) -> np.ndarray:
     except (OSError, UnicodeDecodeError) as error:
         raise ValidationError(f"{path}: cannot be read as UTF-8 text ({error})") from None
     if not file.is_file():
-        raise ValidationError(f"{file}: missing, so {path} cannot be turned into tokens; leave --text out for pseudo-random ids")
+        raise ValidationError(f"{file}: missing, so {path} cannot be tokenized; leave --text out for pseudo-random ids")
     try:
         tokenizer = Tokenizer.from_file(str(file))
     except Exception as error:  # tokenizers raises plain Exception

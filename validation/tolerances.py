@@ -44,15 +44,15 @@ class Tolerances:
 
 
 _FLOAT_LAYER = Tolerance(
-    2e-5, "float32 sums in another order: 1e-6 here (eps 6e-8 times the root of the sum's length, times the 5 products of a layer)"
+    2e-5, "float32 sums in another order: measured 1e-6 (6e-8 times the root of a sum's length, over a layer's five products)"
 )
-_UNEXPLAINED = Tolerance(0, "a flip must have a gate margin within what the router's input error can move; any other is an error")
+_UNEXPLAINED = Tolerance(0, "a flip must have a gate margin that the error of the router's input can bridge; else the router is wrong")
 
 FP32 = Tolerances(
     name="fp32",
     weights=Tolerance(0.0, "float32 holds every bf16, f16 and f32 value exactly"),
     model_logits=Tolerance(1e-4, "same arithmetic as transformers, other order of sums (absorbed kv_b_proj); measured 2e-5"),
-    graph_logits=Tolerance(1e-3, "same arithmetic, ONNX Runtime's order of sums; measured 2e-5, the limit is the project's promise"),
+    graph_logits=Tolerance(1e-3, "same arithmetic, ONNX Runtime's order of sums; measured 2e-5; the limit is the project's promise"),
     float_layer=_FLOAT_LAYER,
     exact_logits=Tolerance(1e-3, "the project's promise for fp32; measured 2e-5 to 5e-5 over 5 layers, growing with depth"),
     exact_kl=Tolerance(1e-6, "KL goes with the square of the logit error: 1e-3 squared"),
@@ -68,9 +68,9 @@ INT8_EXACT = replace(
     FP32,
     name="int8, exact",
     weights=Tolerance(
-        1.01 / 254, "8 bits, symmetric: at most half a step, and a step is the block's largest element / 127; 1 % for rounding of scales"
+        1.01 / 254, "symmetric 8 bits: off by half a step at most, a step is a block's largest element / 127; 1 % for rounding"
     ),
-    exact_logits=Tolerance(1e-3, "products decode the weights and sum in float32, so only the order of sums differs from transformers"),
+    exact_logits=Tolerance(1e-3, "weights are decoded and summed in float32, so only the order of sums differs from transformers"),
     kl_mean=Tolerance(0.01, "8-bit weights cost about 0.003 nats on the example model; 0.01 is the project's promise"),
     top1=Tolerance(0.97, "the project's promise; near ties of the best two tokens fall the other way", ">="),
     perplexity=Tolerance(0.02, "mean KL of 0.01 nats bounds the expected change of log-perplexity to about 1 %; twice that"),
@@ -78,16 +78,16 @@ INT8_EXACT = replace(
 INT8_FAST = replace(
     INT8_EXACT,
     name="int8, fast",
-    exact_logits=Tolerance(None, "activations are rounded to int8 in every product: single logits move, the distribution is judged"),
+    exact_logits=Tolerance(None, "products round activations to int8: single logits move; the distribution is judged"),
     exact_kl=Tolerance(0.01, "what int8 activations add on top of int8 weights must stay within the promise for both"),
     layer=Tolerance(
-        0.05, "int8 activations per block: 1/254 of the block's largest element, some 0.7 % a product and 1 to 2 % over a layer's"
+        0.05, "int8 activations: off by 1/254 of a block's largest element, some 0.7 % a product, measured 1.5 % a layer"
     ),
     routed_logits=Tolerance(None, "as exact logits"),
     greedy=Tolerance(None, "greedy text parts at the first near tie; reported only"),
 )
 _FLOAT16_CACHE = {
-    "exact_logits": Tolerance(None, "the cache rounds latents to 11 bits: single logits move by 1e-2, the distribution is judged"),
+    "exact_logits": Tolerance(None, "the cache rounds latents to 11 bits: single logits move by 1e-2; the distribution is judged"),
     "exact_kl": Tolerance(1e-3, "rounding to 11 bits moves logits by about 1e-2; measured 1e-5 nats with flips"),
     "layer": Tolerance(5e-3, "2^-11 = 5e-4 on latents and keys, amplified up to tenfold by sharp softmax rows"),
     "routed_logits": Tolerance(0.1, "11-bit latents in every layer; measured 1e-2"),

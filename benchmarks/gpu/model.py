@@ -70,7 +70,8 @@ def check(run: Run) -> None:
         }
         model = graph(checkpoint.config, precision, weights)
         steps = runner(run, model, stored, checkpoint.config, 2 + sum(-(-len(t) // 64) for t in texts))
-        compare(run, f"torch backend {precision} against {name}", teacher_forced(steps.step, texts), expected, LIMITS[precision])
+        found = teacher_forced(steps.step, texts)
+        compare(run, f"torch backend {precision} against {name}", found, expected, LIMITS[precision])
 
 
 def _texts(vocab_size: int, lengths) -> list[list[int]]:

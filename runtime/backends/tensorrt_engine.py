@@ -49,7 +49,7 @@ class EngineRunner:
     def step(self, batch: StepBatch) -> np.ndarray:
         """Logits [N, vocab_size] float32."""
         shape = decode_shape(batch, self._sizes(), self.limits.max_pages) if DECODE in self.contexts else None
-        if shape is not None and self.capture:
+        if shape is not None and self.capture and self._capturable():
             self._replay(batch, shape)
         else:
             name = DECODE if shape is not None else PREFILL
@@ -59,6 +59,11 @@ class EngineRunner:
         logits = np.empty((len(batch.logit_rows), self.bindings.vocab_size), np.float32)
         self.device.download(logits, self.bindings.logits, self.stream)
         return logits
+
+    def _capturable(self) -> bool:
+        """TensorRT-RTX says whether an engine's step may be captured; full TensorRT does not ask."""
+        ask = getattr(self.contexts[DECODE], "is_stream_capturable", None)
+        return ask is None or bool(ask(int(self.stream)))
 
     def _sizes(self) -> tuple[int, ...]:
         return tuple(s for s in SIZES if s <= min(self.limits.sequences, self.limits.logit_rows))

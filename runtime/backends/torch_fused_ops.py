@@ -1,6 +1,7 @@
 """What fused nodes compute: one Triton kernel each on a GPU (torch_kernels.py), a few torch calls on the CPU."""
 
 from collections.abc import Callable
+from functools import cache
 
 import torch
 import torch.nn.functional as F
@@ -75,10 +76,22 @@ def quantize_rows(smallest: float) -> Callable:
     return call
 
 
+@cache
+def _has_row_scaled_products(device: torch.device) -> bool:
+    """Whether this PyTorch multiplies e4m3 with a scale per row on this GPU: it does not on every architecture."""
+    ones = torch.ones(16, 16, device=device).to(torch.float8_e4m3fn)
+    scale = torch.ones(16, 1, device=device)
+    try:
+        torch._scaled_mm(ones, ones.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
+    except (RuntimeError, NotImplementedError, ValueError):
+        return False
+    return True
+
+
 def float8_linear(q: Tensor, row: Tensor, weight: Tensor, channel: Tensor) -> Tensor:
     """q [T, in] e4m3, row [T, 1] (or a scalar), weight [out, in] e4m3, channel [out] -> [T, out] bfloat16."""
     aligned = q.shape[1] % 16 == 0 and weight.shape[0] % 16 == 0
-    if q.device.type == "cuda" and row.dim() == 2 and aligned and q.shape[0]:
+    if q.device.type == "cuda" and row.dim() == 2 and aligned and q.shape[0] and _has_row_scaled_products(q.device):
         return torch._scaled_mm(q, weight.t(), scale_a=row, scale_b=channel[None, :], out_dtype=torch.bfloat16)
     wide = torch.float32 if q.device.type == "cpu" else torch.bfloat16  # e4m3 is exact in both
     return (F.linear(q.to(wide), weight.to(wide)).float() * row * channel).to(torch.bfloat16)

@@ -61,13 +61,13 @@ def test_equals_the_cpu(bfloat16_graph, eager):  # noqa: F811
 def test_bundle_on_the_gpu(tiny_bundle):
     """The float32 graph of the cpu target needs the plain ops: kernels take bf16 and f16."""
     from runtime import backends
+    from runtime.backends.base import StepBatch
     from runtime.bundle import Bundle
 
     bundle = Bundle(tiny_bundle)
     reference = backends.load(bundle, "cpu", cache_tokens=1024)
-    mine = backends.load(bundle, "cpu", backend="torch", device="cuda", custom_ops="reference", capture=False, cache_tokens=1024)
+    options = dict(device="cuda", custom_ops="reference", capture=False, cache_tokens=1024)
+    mine = backends.load(bundle, "cpu", backend="torch", **options)
     expected = ragged.run(ragged.engine_step(reference), sequences(320), SCHEDULE, _pages())
-    from runtime.backends.base import StepBatch
-
     found = ragged.run(lambda i: mine.step(StepBatch(**i)), sequences(320), SCHEDULE, _pages())
     assert np.median(errors(np.concatenate(found), np.concatenate(expected))) <= 1e-3

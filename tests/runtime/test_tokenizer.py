@@ -22,7 +22,7 @@ BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # noq
 def stub_bundle(folder: Path):
     """A bundle as far as a tokenizer looks at it: the files of a folder."""
     files = {f.name: f for f in folder.iterdir() if f.suffix in (".json", ".jinja")}
-    return SimpleNamespace(path=folder, manifest=SimpleNamespace(tokenizer=files), file=lambda ref: ref)
+    return SimpleNamespace(path=folder, manifest=SimpleNamespace(tokenizer=files, config={}), file=lambda ref: ref)
 
 
 @pytest.fixture
@@ -100,6 +100,13 @@ def test_eos_ids_come_from_the_generation_config_first(folder, value, expected):
     (folder / "generation_config.json").write_text(json.dumps(content))
     bundle = stub_bundle(folder)
     assert runtime_tokenizer.eos_ids(bundle, Tokenizer(bundle)) == expected
+
+
+def test_eos_ids_come_from_the_model_config_next(folder):
+    (folder / "generation_config.json").write_text("{}")
+    bundle = stub_bundle(folder)
+    bundle.manifest.config["eos_token_id"] = [2, 3]
+    assert runtime_tokenizer.eos_ids(bundle, Tokenizer(bundle)) == {2, 3}
 
 
 @pytest.mark.parametrize("value", ["1", [1.5], -1, True])

@@ -1,0 +1,182 @@
+"""The very ONNX file that TensorRT parses, run on ONNX Runtime: bf16 and FP8 graphs against the reference and emulations."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import onnxruntime as ort
+import pytest
+import torch
+import torch.nn.functional as F
+
+from export.checkpoint import Checkpoint
+from export.lowering import fp8_graph, tensorrt
+from export.lowering.onnx_on_cpu import runnable
+from export.models import deepseek_v2
+from export.quantization import BFloat16, Fp8
+from plugins.contract import DOMAIN
+from tests import checkpoints, ragged
+from tests.conftest import EXAMPLE
+from tests.export.graph_on_cpu import CpuGraph, stored, value
+
+FORMATS = {"bf16": BFloat16(), "fp8": Fp8()}
+LENGTHS, SCHEDULE = [200, 64, 1, 119], [[130, 0, 1, 60], [0, 63, 0, 1], [1, 1, 0, 57]]
+
+
+@pytest.fixture(scope="module")
+def example() -> SimpleNamespace:
+    """The example model's checkpoint, held-out sequences, and the reference's logits of all their tokens."""
+    from tokenizers import Tokenizer
+
+    text = (EXAMPLE / "held_out.txt").read_text()
+    ids = Tokenizer.from_file(str(EXAMPLE / "tokenizer.json")).encode(text).ids
+    starts = np.cumsum([0, *LENGTHS])
+    sequences = [ids[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    model = checkpoints.reference(EXAMPLE)
+    logits = torch.cat([checkpoints.reference_logits(model, s) for s in sequences])
+    return SimpleNamespace(checkpoint=Checkpoint(EXAMPLE), sequences=sequences, logits=logits)
+
+
+@pytest.fixture(scope="module")
+def graphs(traced, example, tmp_path_factory) -> dict[str, onnx.ModelProto]:
+    """The files as the lowering writes them, read again."""
+    config, folder, found = example.checkpoint.config, tmp_path_factory.mktemp("graphs"), {}
+    for name, weight_format in FORMATS.items():
+        model = traced(config, torch.bfloat16, "bfloat16", 64)
+        tensorrt.prepare(model, deepseek_v2.weights(config), weight_format)
+        ir.save(model, folder / f"{name}.onnx")
+        found[name] = onnx.load(folder / f"{name}.onnx")
+    return found
+
+
+@pytest.fixture(scope="module")
+def logits(graphs, example) -> dict[str, torch.Tensor]:
+    """What the graphs answer to the held-out sequences in four ragged steps with shuffled pages and padding rows."""
+    found = {}
+    for name, weight_format in FORMATS.items():
+        pages = ragged.Pages(LENGTHS, 64)
+        graph = CpuGraph(graphs[name], stored(example.checkpoint, weight_format), pages.num_pages)
+        answers = ragged.run(graph.step, example.sequences, SCHEDULE, pages, padding=(3, 0))
+        found[name] = torch.from_numpy(np.concatenate(answers))
+    return found
+
+
+def divergence(p: torch.Tensor, q: torch.Tensor) -> tuple[float, float]:
+    """Mean KL(p, q) of next-token distributions, and the share of tokens with the same first choice."""
+    p, q = p.log_softmax(-1), q.log_softmax(-1)
+    return float((p.exp() * (p - q)).sum(-1).mean()), float((p.argmax(-1) == q.argmax(-1)).float().mean())
+
+
+def fp8_emulation(example, monkeypatch) -> torch.Tensor:
+    """Our own torch model in float32 with FP8 weights, and the inputs of FP8 products rounded row by row."""
+    from plugins.moe_experts import reference as experts
+
+    def rounded(x):
+        scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-10) / 448
+        return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
+
+    linear = F.linear
+    monkeypatch.setattr(experts, "F", SimpleNamespace(silu=F.silu, linear=lambda x, w: linear(rounded(x), w)))
+    config, weight_format = example.checkpoint.config, Fp8()
+    parameters, tensors = {}, stored(example.checkpoint, weight_format)
+    for weight in deepseek_v2.weights(config):
+        names = [weight.name + plan.suffix for plan in weight_format.stored(weight)]
+        parameters[deepseek_v2._parameter_name(weight.name)] = weight_format.decode(weight, [tensors[n] for n in names])
+    model = deepseek_v2.DeepseekV2Step(config).eval()
+    model.load_state_dict(parameters, strict=False)
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear) and not name.endswith(("lm_head", "mlp.gate")):
+            module.register_forward_pre_hook(lambda module, inputs: rounded(inputs[0]))
+    pages = ragged.Pages(LENGTHS, 64)
+    answers = ragged.run(ragged.torch_step(model, pages, torch.float32), example.sequences, SCHEDULE, pages)
+    return torch.from_numpy(np.concatenate(answers))
+
+
+def test_bf16_graph_matches_the_reference(logits, example):
+    kl, same = divergence(example.logits, logits["bf16"])
+    assert kl < 1e-3 and same > 0.97, (kl, same)
+
+
+def test_fp8_graph_matches_the_reference_within_what_fp8_explains(logits, example, monkeypatch):
+    kl, same = divergence(example.logits, logits["fp8"])
+    assert kl < 1e-2 and same > 0.92, (kl, same)
+    emulated = fp8_emulation(example, monkeypatch)
+    explained, _ = divergence(example.logits, emulated)
+    bf16, _ = divergence(example.logits, logits["bf16"])
+    print(f"KL to the reference: bf16 graph {bf16:.2e}, FP8 graph {kl:.2e} (same first choice {same:.3f}), emulation {explained:.2e}")
+    assert 0.5 * explained < kl < 1.5 * explained + bf16  # rounding is chaotic: sizes of errors agree, errors do not
+
+
+def test_one_fp8_linear_is_the_formula():
+    """y = (x / row) e4m3 @ W e4m3 * row * channel + bias, with outliers, a row of zeros and rows of very different size."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(6, 32, generator=generator) * torch.tensor([1, 1e-3, 1e3, 0, 5, 1])[:, None]
+    x[4, 3] = 300.0
+    x, weight = x.bfloat16(), deepseek_v2.Weight("linear.weight", (24, 32), "linear", (("w",),))
+    quantized, channel = Fp8().encode(weight, torch.randn(24, 32, generator=generator))
+    bias = torch.randn(24, generator=generator).bfloat16()
+    model = _linear_model()
+    fp8_graph.quantize(model, [weight], Fp8())
+    session = ort.InferenceSession(runnable(ir.to_proto(model)).SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = {"x": x, "linear.weight": quantized, "linear.weight.scale": channel, "bias": bias}
+    (y,) = session.run_with_ort_values(["y"], {k: value(v) for k, v in feeds.items()})
+    row = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-10) / 448
+    product = (x.float() / row).to(torch.float8_e4m3fn).float() @ quantized.float().T
+    expected = (product.bfloat16().float() * row * channel + bias.float()).bfloat16()
+    found = torch.from_numpy(y.numpy()).view(torch.bfloat16)
+    torch.testing.assert_close(found.float(), expected.float(), rtol=2**-7, atol=1e-6)
+
+
+def _linear_model() -> ir.Model:
+    """x [T, 32] bf16 -> Gemm with a bias -> y [T, 24]."""
+    def tensor(name, *shape):
+        return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.BFLOAT16))
+
+    inputs = [tensor("x", "T", 32), tensor("linear.weight", 24, 32), tensor("bias", 24)]
+    gemm = ir.node("Gemm", inputs, {"transB": 1}, name="linear", outputs=[tensor("y", "T", 24)])
+    graph = ir.Graph(inputs, gemm.outputs, nodes=[gemm], opset_imports={"": 23}, name="linear")
+    return ir.Model(graph, ir_version=11)
+
+
+def test_static_activation_scales(traced, example):
+    """One constant per linear: no ReduceMax is left, and the scale divides and multiplies."""
+    config = example.checkpoint.config
+    weights = deepseek_v2.weights(config)
+    model = traced(config, torch.bfloat16, "bfloat16", 64)
+    scales = {w.name: 0.02 + 0.001 * k for k, w in enumerate(weights) if w.role == "linear"}
+    fp8_graph.quantize(model, weights, Fp8(), scales)
+    assert not [n for n in model.graph if n.op_type == "ReduceMax"]
+    constants = {k: v.const_value.numpy() for k, v in model.graph.initializers.items() if k.endswith(".x_scale")}
+    assert {k.removesuffix(".x_scale"): float(v) for k, v in constants.items()} == pytest.approx(scales)
+
+
+def test_what_is_quantized(graphs, example):
+    """FP8: linears and experts. bf16: absorbed products, embedding, norms, head. float32: router logits, scales."""
+    types = {i.name: i.type.tensor_type.elem_type for i in graphs["fp8"].graph.input}
+    for weight in deepseek_v2.weights(example.checkpoint.config):
+        quantized = weight.role in ("linear", "gate_up", "down")
+        assert types[weight.name] == (onnx.TensorProto.FLOAT8E4M3FN if quantized else onnx.TensorProto.BFLOAT16), weight.name
+        assert (f"{weight.name}.scale" in types) == quantized
+        assert types.get(f"{weight.name}.scale", onnx.TensorProto.FLOAT) == onnx.TensorProto.FLOAT
+    known = {v.name: v.type.tensor_type.elem_type for v in graphs["fp8"].graph.value_info}
+    routes = [n for n in graphs["fp8"].graph.node if n.op_type == "MoeRoute"]
+    assert routes and all(known[n.input[0]] == onnx.TensorProto.FLOAT for n in routes)
+
+
+def test_plugin_nodes_are_as_the_parser_wants_them(graphs):
+    for graph in graphs.values():
+        nodes = [n for n in graph.graph.node if n.domain == DOMAIN]
+        assert {n.op_type for n in nodes} == {"MlaAttention", "MoeRoute", "MoeExperts"}
+        for node in nodes:
+            attributes = {a.name: a.s for a in node.attribute}
+            assert attributes["plugin_namespace"] == DOMAIN.encode() and attributes["plugin_version"] == b"1"
+            assert all(node.input)
+
+
+def test_fp8_keeps_the_largest_values_and_rows_of_zeros():
+    weight = deepseek_v2.Weight("w", (3, 4), "linear", (("w",),))
+    values = torch.tensor([[448.0, -448, 1, 0], [0, 0, 0, 0], [1e30, -1e30, 1e29, 0]])
+    quantized, scale = Fp8().encode(weight, values)
+    assert torch.isfinite(quantized.float()).all() and scale.shape == (3,)
+    torch.testing.assert_close(Fp8().decode(weight, [quantized, scale]), values, rtol=0.0625, atol=0)
