@@ -1,4 +1,5 @@
-# make demo: the main job, end to end, on this machine's CPU.   make test: all tests.   Both set themselves up in .venv.
+# make demo: the main job, end to end, on this machine's CPU.   make test: all tests.
+# make gpu-check: everything that needs a GPU, checked and measured (docs/gpu.md). They set themselves up in .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin

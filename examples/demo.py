@@ -13,7 +13,7 @@ import typer
 from rich.console import Console
 
 ROOT = Path(__file__).resolve().parents[1]
-QUESTION = "What does textwrap.dedent do?"
+QUESTION = "Hello! Who are you?"
 console = Console(highlight=False)
 
 
@@ -37,7 +37,7 @@ def main(
     bundle, report = f"{out}/bundle", f"{out}/report"
     step("Build", "build.py", checkpoint, "--target", "cpu", "--precision", "int8", "--out", bundle)
     step("Bundle", "-m", "runtime", "info", bundle)
-    step("Generate", "-m", "runtime", "generate", bundle, "--prompt", "import os\n\ndef ", "--max-new-tokens", "64")
+    step("Generate", "-m", "runtime", "generate", bundle, "--prompt", "def read_file(path", "--max-new-tokens", "64")
     step("Chat", "-m", "runtime", "chat", bundle, typed=QUESTION)
     step("Validate", "-m", "validation", bundle, "--reference", checkpoint, "--report", report)
     console.rule()

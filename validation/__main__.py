@@ -73,7 +73,7 @@ def main(
     report_dir: Annotated[Path | None, typer.Option("--report", help="Folder for the report.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the evidence as one JSON object, no progress.")] = False,
     target: Annotated[str | None, typer.Option(help="Target of the bundle; the only one by default.")] = None,
-    text: Annotated[Path | None, typer.Option(help="UTF-8 text to compare on; the checkpoint's held_out.txt by default.")] = None,
+    text: Annotated[Path | None, typer.Option(help="Text to compare on; held_out.txt of the checkpoint by default.")] = None,
     count: Annotated[int, typer.Option("--tokens", help="How many tokens to compare on.")] = DEFAULT_TOKENS,
 ) -> None:
     """Compares an engine with transformers, stage by stage and layer by layer, and gives a verdict."""

@@ -46,20 +46,20 @@ class Tolerances:
 _FLOAT_LAYER = Tolerance(
     2e-5, "float32 sums in another order: measured 1e-6 (6e-8 times the root of a sum's length, over a layer's five products)"
 )
-_UNEXPLAINED = Tolerance(0, "a flip must have a gate margin that the error of the router's input can bridge; else the router is wrong")
+_UNEXPLAINED = Tolerance(0, "the gate margin of a flip must be one that the router's input error can bridge")
 
 FP32 = Tolerances(
     name="fp32",
     weights=Tolerance(0.0, "float32 holds every bf16, f16 and f32 value exactly"),
     model_logits=Tolerance(1e-4, "same arithmetic as transformers, other order of sums (absorbed kv_b_proj); measured 2e-5"),
-    graph_logits=Tolerance(1e-3, "same arithmetic, ONNX Runtime's order of sums; measured 2e-5; the limit is the project's promise"),
+    graph_logits=Tolerance(1e-3, "ONNX Runtime's order of sums; measured 2e-5; the limit is the project's promise"),
     float_layer=_FLOAT_LAYER,
     exact_logits=Tolerance(1e-3, "the project's promise for fp32; measured 2e-5 to 5e-5 over 5 layers, growing with depth"),
     exact_kl=Tolerance(1e-6, "KL goes with the square of the logit error: 1e-3 squared"),
     layer=_FLOAT_LAYER,
     routed_logits=Tolerance(1e-3, "as exact logits; with the routing given no near tie can excuse more"),
     flips=_UNEXPLAINED,
-    greedy=Tolerance(0, "float32 on both sides: greedy tokens may part only where the two best logits are within twice the limit"),
+    greedy=Tolerance(0, "greedy tokens may part only where the two best logits are within twice the logit limit"),
     kl_mean=Tolerance(1e-5, "no precision is given up; what remains is rounding and flips on near ties"),
     top1=Tolerance(0.999, "one near tie of the two best tokens in a thousand may fall either way", ">="),
     perplexity=Tolerance(1e-4, "rounding averages out over the text"),
@@ -70,7 +70,7 @@ INT8_EXACT = replace(
     weights=Tolerance(
         1.01 / 254, "symmetric 8 bits: off by half a step at most, a step is a block's largest element / 127; 1 % for rounding"
     ),
-    exact_logits=Tolerance(1e-3, "weights are decoded and summed in float32, so only the order of sums differs from transformers"),
+    exact_logits=Tolerance(1e-3, "decoded weights and float32 sums: only the order of sums differs from transformers"),
     kl_mean=Tolerance(0.01, "8-bit weights cost about 0.003 nats on the example model; 0.01 is the project's promise"),
     top1=Tolerance(0.97, "the project's promise; near ties of the best two tokens fall the other way", ">="),
     perplexity=Tolerance(0.02, "mean KL of 0.01 nats bounds the expected change of log-perplexity to about 1 %; twice that"),
@@ -87,7 +87,7 @@ INT8_FAST = replace(
     greedy=Tolerance(None, "greedy text parts at the first near tie; reported only"),
 )
 _FLOAT16_CACHE = {
-    "exact_logits": Tolerance(None, "the cache rounds latents to 11 bits: single logits move by 1e-2; the distribution is judged"),
+    "exact_logits": Tolerance(None, "the cache rounds latents to 11 bits: single logits move; the distribution is judged"),
     "exact_kl": Tolerance(1e-3, "rounding to 11 bits moves logits by about 1e-2; measured 1e-5 nats with flips"),
     "layer": Tolerance(5e-3, "2^-11 = 5e-4 on latents and keys, amplified up to tenfold by sharp softmax rows"),
     "routed_logits": Tolerance(0.1, "11-bit latents in every layer; measured 1e-2"),

@@ -158,6 +158,7 @@ def measure(run: Run) -> None:
         for size in sizes:
             if not run.late(f"V2-Lite {precision}, batch {size}"):
                 _measure_one(run, steps, config, weights, precision, size)
+        _measure_prefill(run, steps, precision)
         del steps, weights
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
@@ -218,6 +219,20 @@ def _measure_one(run: Run, steps, config, weights: dict, precision: str, size: i
         with_logits_tokens_per_s=size / wall, of_bandwidth=read / HBM / seconds,
         of_copy=read / seconds / run.ceilings["copy"], read_GB=read / 1e9,
     )  # fmt: skip
+
+
+def _measure_prefill(run: Run, steps, precision: str) -> None:
+    """One chunk of a prompt, not captured: launches from Python are part of the time."""
+    from runtime.backends.base import SequenceRows, StepBatch
+
+    rows = 16 if run.dry else 2048
+    batch = StepBatch.of([SequenceRows(range(rows), 0, [rows - 1])], np.arange(1, 2 + rows // 64)[None])
+    seconds = []
+    for _ in range(1 if run.dry else 5):
+        start = time.perf_counter()
+        steps.step(batch)
+        seconds.append(time.perf_counter() - start)
+    run.measure(f"V2-Lite {precision}, chunk of {rows}", tokens_per_s=rows / float(np.median(seconds)))
 
 
 def touched(config, weights: dict, tokens: int) -> float:

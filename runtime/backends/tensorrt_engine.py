@@ -49,21 +49,17 @@ class EngineRunner:
     def step(self, batch: StepBatch) -> np.ndarray:
         """Logits [N, vocab_size] float32."""
         shape = decode_shape(batch, self._sizes(), self.limits.max_pages) if DECODE in self.contexts else None
-        if shape is not None and self.capture and self._capturable():
-            self._replay(batch, shape)
+        graph = self._graph(shape) if shape is not None and self.capture else None
+        name = DECODE if shape is not None else PREFILL
+        shape = shape or prefill_shape(batch, self.limits)
+        self._upload(batch, shape)
+        if graph is not None:
+            self.device.launch(graph, self.stream)
         else:
-            name = DECODE if shape is not None else PREFILL
-            shape = shape or prefill_shape(batch, self.limits)
-            self._upload(batch, shape)
             self._enqueue(self.contexts[name], shape)
         logits = np.empty((len(batch.logit_rows), self.bindings.vocab_size), np.float32)
         self.device.download(logits, self.bindings.logits, self.stream)
         return logits
-
-    def _capturable(self) -> bool:
-        """TensorRT-RTX says whether an engine's step may be captured; full TensorRT does not ask."""
-        ask = getattr(self.contexts[DECODE], "is_stream_capturable", None)
-        return ask is None or bool(ask(int(self.stream)))
 
     def _sizes(self) -> tuple[int, ...]:
         return tuple(s for s in SIZES if s <= min(self.limits.sequences, self.limits.logit_rows))
@@ -93,11 +89,11 @@ class EngineRunner:
     def _run(self, context) -> None:
         self._accepted(context.execute_async_v3(int(self.stream)), "to run a step")
 
-    def _replay(self, batch: StepBatch, shape: StepShape) -> None:
+    def _graph(self, shape: StepShape):
+        """The captured step of a shape, None where the engine cannot be captured."""
         if shape not in self._graphs:
             self._graphs[shape] = self._captured(shape)
-        self._upload(batch, shape)
-        self.device.launch(self._graphs[shape], self.stream)
+        return self._graphs[shape]
 
     def _captured(self, shape: StepShape):
         """Captured on padding alone: num_tokens is 0, so that nothing is written to the cache."""
@@ -106,6 +102,9 @@ class EngineRunner:
         for _ in range(_WARM_UP):
             self._enqueue(context, shape)
         self.device.synchronize(self.stream)
+        ask = getattr(context, "is_stream_capturable", None)  # TensorRT-RTX has it; full TensorRT can always be captured
+        if ask is not None and not ask(int(self.stream)):
+            return None
         return self.device.capture(self.stream, lambda: self._run(context))
 
     def _accepted(self, answer: bool, what: str) -> None:

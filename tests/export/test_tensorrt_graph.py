@@ -124,18 +124,19 @@ def test_one_fp8_linear_is_the_formula():
     row = x.float().abs().amax(-1, keepdim=True).clamp_min(1e-10) / 448
     product = (x.float() / row).to(torch.float8_e4m3fn).float() @ quantized.float().T
     expected = (product.bfloat16().float() * row * channel + bias.float()).bfloat16()
-    found = torch.from_numpy(y.numpy()).view(torch.bfloat16)
-    torch.testing.assert_close(found.float(), expected.float(), rtol=2**-7, atol=1e-6)
+    torch.testing.assert_close(torch.from_numpy(y.numpy()), expected.float(), rtol=2**-7, atol=1e-6)
 
 
 def _linear_model() -> ir.Model:
-    """x [T, 32] bf16 -> Gemm with a bias -> y [T, 24]."""
+    """x [T, 32] bf16 -> Gemm with a bias -> y [T, 24], cast to float32, which numpy knows."""
     def tensor(name, *shape):
         return ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(ir.DataType.BFLOAT16))
 
     inputs = [tensor("x", "T", 32), tensor("linear.weight", 24, 32), tensor("bias", 24)]
-    gemm = ir.node("Gemm", inputs, {"transB": 1}, name="linear", outputs=[tensor("y", "T", 24)])
-    graph = ir.Graph(inputs, gemm.outputs, nodes=[gemm], opset_imports={"": 23}, name="linear")
+    gemm = ir.node("Gemm", inputs, {"transB": 1}, name="linear", outputs=[tensor("narrow", "T", 24)])
+    y = ir.Value(name="y", shape=ir.Shape(["T", 24]), type=ir.TensorType(ir.DataType.FLOAT))
+    cast = ir.node("Cast", gemm.outputs, {"to": int(ir.DataType.FLOAT)}, outputs=[y])
+    graph = ir.Graph(inputs, [y], nodes=[gemm, cast], opset_imports={"": 23}, name="linear")
     return ir.Model(graph, ir_version=11)
 
 

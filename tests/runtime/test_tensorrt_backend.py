@@ -183,6 +183,13 @@ def test_without_capture(bundle, device, monkeypatch):
     assert len(executed(device)) == 1 and ("begin capture",) not in device.log
 
 
+def test_engine_that_cannot_be_captured(backend, device):
+    backend.runner.contexts["decode"].is_stream_capturable = lambda stream: False
+    for _ in range(2):
+        backend.step(decode_batch(2))
+    assert ("begin capture",) not in device.log and len(executed(device)) == 2 + 2, "two to warm up, then every step"
+
+
 # TensorRT-RTX's runtime cache
 
 

@@ -201,6 +201,32 @@ def test_float8_products_are_fused(float8_graph):
     assert {"Float8Linear", "QuantizeRows"} <= kinds and not kinds & {"QuantizeLinear", "DequantizeLinear"}
 
 
+def test_bundle_of_a_gpu_target(bfloat16_graph, float32_logits, tmp_path):
+    """A plan's bundle keeps the ONNX graph beside it, with weights as inputs; torch runs that."""
+    from safetensors.torch import save
+
+    from runtime.bundle import MANIFEST, TensorInfo
+    from tests.runtime.tensorrt_fakes import Builder
+
+    proto, weights, c = bfloat16_graph
+    builder = Builder(tmp_path / "bundle")
+    width, names = c.kv_lora_rank + c.qk_rope_head_dim, [i.name for i in proto.graph.input]
+    manifest = builder.write().manifest
+    old = manifest.targets["sm89"]
+    cache = old.cache.model_copy(update=dict(width=width, layers=c.num_hidden_layers))
+    target = old.model_copy(update=dict(
+        onnx=builder.add(".onnx", proto.SerializeToString()), weight_inputs=list(weights), cache=cache,
+        inputs=[TensorInfo(name=n, dtype="", shape=[]) for n in names if n not in weights],
+    ))  # fmt: skip
+    sets = {"w": manifest.weight_sets["w"].model_copy(update=dict(files=[builder.add(".safetensors", save(weights))]))}
+    manifest = manifest.model_copy(update=dict(targets={"sm89": target}, weight_sets=sets))
+    (builder.folder / MANIFEST).write_text(manifest.model_dump_json())
+    backend = backends.load(Bundle(builder.folder), "sm89", backend="torch", device="cpu", cache_tokens=704)
+    found = ragged.run(step_of(backend), sequences(320), SCHEDULE, ragged.Pages(LENGTHS, 64))
+    expected, found = np.concatenate(float32_logits), np.concatenate(found)
+    assert np.median(np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)) <= 0.03
+
+
 def test_fusing_changes_nothing_in_float32(tiny_bundle, float32_logits):
     from runtime.backends import torch as torch_backend
     from runtime.backends import torch_graph

@@ -12,7 +12,7 @@ from runtime.bundle import Bundle
 from tests import checkpoints
 from validation import exported_graph
 
-TOKENS = 300
+TOKENS, FEW_TOKENS = 300, 100  # the first make two windows, of 256 and 44
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from runtime.bundle import Bundle
-from tests.validation.conftest import TOKENS, edit_graph, edit_weight
+from tests.validation.conftest import FEW_TOKENS, TOKENS, edit_graph, edit_weight
 from validation import report, tolerances
 from validation.__main__ import main, validate
 from validation.dequantize import dequantized_state_dict
@@ -16,7 +16,7 @@ from validation.tolerances import Tolerance
 
 def run(capsys, *, bundle, reference, **options) -> tuple[int, dict]:
     """The command in this process: exit status and what --json prints."""
-    options = {"report_dir": None, "target": None, "text": None, "count": TOKENS} | options
+    options = {"report_dir": None, "target": None, "text": None, "count": FEW_TOKENS} | options
     with pytest.raises(SystemExit) as stop:
         main(bundle, reference, as_json=True, **options)
     return stop.value.code, json.loads(capsys.readouterr().out)
@@ -53,7 +53,7 @@ def test_text_option_and_evidence(tiny_bundle, tiny_checkpoint, tmp_path, capsys
     text.write_text("def main():\n    return 1\n" * 40)
     status, evidence = run(capsys, bundle=tiny_bundle, reference=tiny_checkpoint, text=text, report_dir=tmp_path / "r")
     assert status == 0, evidence["first_failure"]
-    assert str(text) in evidence["text"]["source"] and evidence["text"]["tokens"] == TOKENS
+    assert str(text) in evidence["text"]["source"] and evidence["text"]["tokens"] == FEW_TOKENS
     bundle = Bundle(tiny_bundle)
     assert json.loads(bundle.evidence_file("cpu").read_text()) == evidence
     assert evidence["bundle"]["manifest_sha256"] == bundle.digest
