@@ -5,14 +5,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 EXAMPLE := examples/tiny-deepseek-v2
 DEMO := demo
+JOBS ?= 2
 
-.PHONY: demo test gpu-check lint clean
+.PHONY: demo test kernels gpu-check lint clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python examples/demo.py --checkpoint $(EXAMPLE) --out $(DEMO)
 
 test: $(VENV)/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(JOBS)
+
+kernels: $(VENV)/installed
+	$(BIN)/python -m plugins.compile --all
 
 gpu-check: $(VENV)/installed
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)

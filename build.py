@@ -33,14 +33,15 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config
 
 def build(
     checkpoint_path: Path, out: Path, target: str = "cpu", precision: str = "auto", accuracy: str = "fast",
-    cache_format: str = "auto", max_context: int | None = None, force: bool = False, quiet: bool = True,
+    cache_format: str = "auto", max_context: int | None = None, force: bool = False, quiet: bool = True, weights: str = "inputs",
 ) -> dict:
     """Builds targets ("cpu", or several: "sm86,sm89") into the bundle at `out`, new or old. Returns a summary for machines.
 
     Every target is committed as it is finished. Raises BuildError, ConfigError, CheckpointError or BundleError; what was
     committed before stays as it was. After an interruption the same call goes on behind the last finished shard.
     """
-    chosen = [_lowering(name, precision, accuracy, cache_format, max_context) for name in dict.fromkeys(target.split(","))]
+    names, choices = dict.fromkeys(target.split(",")), (accuracy, cache_format, max_context or 0, weights)
+    chosen = [_lowering(name.strip(), precision, *choices) for name in names]
     report = Report(quiet)
     with report.progress:
         with report.stage("read checkpoint headers"):
@@ -59,9 +60,9 @@ def build(
             return _summary(out, writer.previous, chosen, pending, report)
 
 
-def _lowering(name: str, precision: str, accuracy: str, cache_format: str, max_context: int | None) -> Lowering:
-    row = targets.find(name.strip())
-    return lowerings.find(Request(row, targets.precision(row, precision), accuracy, cache_format, max_context or 0))
+def _lowering(name: str, precision: str, *choices) -> Lowering:
+    row = targets.find(name)
+    return lowerings.find(Request(row, targets.precision(row, precision), *choices))
 
 
 def _is_current(previous: Manifest | None, target: str, keys: Mapping[str, str]) -> bool:
@@ -112,9 +113,9 @@ class _Builder:
         config, name = self.checkpoint.config, lowering.request.target.name
         weights = lowering.stored_weights(deepseek_v2.weights(config))
         set_key, located, weight_files = self._weights(lowering, weights)
-        model = self._trace(lowering)
+        model, stage = self._trace(lowering), self.report.stage
         with tempfile.TemporaryDirectory(dir=self.writer.building) as scratch:
-            lowered = lowering.lower(model, config, weights, located, Path(scratch), self.report.stage)
+            lowered = lowering.lower(model, config, weights, located, self.writer.folder, Path(scratch), stage)
             target = self._target(lowering, lowered, set_key, key)
         with self.report.stage("tokenizer"):
             files = [f for f in (self.checkpoint.path / n for n in TOKENIZER_FILES) if f.is_file()]
@@ -224,12 +225,13 @@ def main(
     accuracy: Annotated[str, typer.Option(help="int8 products: exact (float32 sums) or fast (int8 activations).")] = "fast",
     cache_format: Annotated[str, typer.Option(help="Latent cache: auto, float32 or float16 (cpu), bfloat16 (GPUs).")] = "auto",
     max_context: Annotated[int | None, typer.Option(help="Longest sequence; the model's own limit by default.")] = None,
+    weights: Annotated[str, typer.Option(help="GPUs: inputs (shared by targets) or embedded in the plan.")] = "inputs",
     force: Annotated[bool, typer.Option(help="Replace a target, or a bundle of another checkpoint.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, no progress.")] = False,
 ) -> None:
     """Builds an engine bundle for one or more targets from a DeepSeek-V2-family checkpoint."""
     try:
-        summary = build(checkpoint, out, target, precision, accuracy, cache_format, max_context, force, quiet=as_json)
+        summary = build(checkpoint, out, target, precision, accuracy, cache_format, max_context, force, as_json, weights)
     except (BuildError, ConfigError, CheckpointError, BundleError) as error:
         if as_json:
             print(json.dumps({"error": str(error), "kind": type(error).__name__}))

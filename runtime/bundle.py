@@ -249,7 +249,7 @@ class BundleWriter:
 
     def __init__(self, path: Path, previous: Manifest | None):
         self.path, self.previous = path, previous
-        self.building = path / BUILDING
+        self.building, self.folder = path / BUILDING, path / FILES
         self._journal = self._read_journal()
 
     def finished(self, key: str) -> str | None:

@@ -24,6 +24,7 @@ from validation.errors import ValidationError
 PASS, FAIL, UNUSABLE = 0, 1, 2
 DEFAULT_TOKENS = 4096
 STAGES = 11
+_NOT_COMPUTED = {"tie_word_embeddings", "eos_token_id", "bos_token_id", "max_position_embeddings"}  # change no number
 USER_ERRORS = (ValidationError, BundleError, CheckpointError, ConfigError)
 
 
@@ -60,7 +61,7 @@ def _check_pair(bundle: Bundle, checkpoint: Checkpoint) -> None:
     theirs, ours = bundle_config(bundle), checkpoint.config
     for field in type(ours).model_fields:
         found, expected = getattr(ours, field), getattr(theirs, field)
-        if found != expected and field != "tie_word_embeddings":
+        if found != expected and field not in _NOT_COMPUTED:
             raise ValidationError(
                 f"{checkpoint.path}: {field} is {found!r}, the bundle's model has {expected!r}; "
                 f"give the checkpoint that the bundle was built from ({bundle.manifest.checkpoint.path})"

@@ -36,7 +36,7 @@ class Request:
     accuracy: str
     cache_format: str
     max_context: int
-    activations: str = "dynamic"
+    weights: str  # "inputs" or "embedded" in the plan; a matter of TensorRT
 
 
 @dataclass(frozen=True)
@@ -118,9 +118,10 @@ class Lowering(ABC):
     @abstractmethod
     def lower(
         self, model: ir.Model, config: DeepseekV2Config, weights: list[Weight], located: Mapping[str, StoredWeight],
-        scratch: Path, stage: Stage,
+        files: Path, scratch: Path, stage: Stage,
     ) -> Lowered:
-        """Lowers `model`, which it may change. `located`: where each stored tensor lies, beside the file that graph becomes.
+        """Lowers `model`, which it may change. `located`: where each stored tensor lies, in the folder `files`, which the
+        bundle's files go to as well. What is made is written to `scratch`.
 
         `stage` times a named part of the work and yields the function that advances its bar. Raises BuildError.
         """

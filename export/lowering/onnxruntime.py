@@ -5,7 +5,7 @@ and experts into QMoE. At accuracy "exact" all sums are float32; "fast" lets pro
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -58,7 +58,7 @@ class OnnxruntimeLowering(Lowering):
     executes = True
 
     def __init__(self, request: Request):
-        super().__init__(request)
+        super().__init__(replace(request, weights=""))
         accuracy = request.accuracy if request.precision == "int8" else "exact"
         self.choices = CpuOptions(request.precision, accuracy, self.cache_format)
         self.choices.check()
@@ -82,7 +82,7 @@ class OnnxruntimeLowering(Lowering):
 
     def lower(
         self, model: ir.Model, config: DeepseekV2Config, weights: list[Weight], located: Mapping[str, StoredWeight],
-        scratch: Path, stage: Stage,
+        files: Path, scratch: Path, stage: Stage,
     ) -> Lowered:
         names = {w.name for w in weights}
         inputs, outputs = [v for v in model.graph.inputs if v.name not in names], list(model.graph.outputs)

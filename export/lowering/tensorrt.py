@@ -1,7 +1,7 @@
 """Lowering for TensorRT and TensorRT-RTX: the step graph as an ONNX file with plugin nodes, built into a plan.
 
-The caches' outputs alias their inputs, and weights are network inputs: plans are small and weights are shared by all
-targets of one precision. The latent cache is bfloat16, and so is everything that FP8 is not used for.
+The caches' outputs alias their inputs. Weights are network inputs unless they are asked to be embedded: plans are small
+then, and weights are shared by all targets of one precision. The latent cache is bfloat16, and so is everything that FP8 is not used for.
 """
 
 from collections.abc import Mapping
@@ -24,7 +24,7 @@ from export.weight_set import StoredWeight
 from plugins.contract import DOMAIN, VERSION
 
 CACHE_FORMATS = ("bfloat16",)
-ACTIVATIONS = ("dynamic",)
+WEIGHTS = ("inputs", "embedded")
 _MAX_ELEMENTS = 2**31 - 1  # of one network input: TensorRT counts its elements in int32 where it makes kernels of its own
 
 
@@ -40,6 +40,8 @@ class TensorrtLowering(Lowering):
         if self.cache_format not in CACHE_FORMATS:
             accepted = f"accepted for target {request.target.name}: auto, {', '.join(CACHE_FORMATS)}"
             raise BuildError(f"cache_format is {request.cache_format!r}, {accepted}")
+        if request.weights not in WEIGHTS:
+            raise BuildError(f"weights is {request.weights!r}, accepted: {', '.join(WEIGHTS)}")
         self.module = request.target.backend
         self.capability = targets.capability(request.target)
         self._version = tensorrt_package.require(self.module, request.target.name)
@@ -58,18 +60,20 @@ class TensorrtLowering(Lowering):
         return super().identity() | gpu_kernels.identity()
 
     def options(self) -> dict[str, str | int | float | bool]:
-        return {"weights": "inputs"} | ({"activations": self.request.activations} if self.request.precision == "fp8" else {})
+        return {"weights": self.request.weights} | ({"activations": "dynamic"} if self.request.precision == "fp8" else {})
 
     def weight_format(self, config: DeepseekV2Config) -> WeightFormat:
         return Fp8() if self.request.precision == "fp8" else BFloat16()
 
     def lower(
         self, model: ir.Model, config: DeepseekV2Config, weights: list[Weight], located: Mapping[str, StoredWeight],
-        scratch: Path, stage: Stage,
+        files: Path, scratch: Path, stage: Stage,
     ) -> Lowered:
         name, limits = self.request.target.name, self.limits(config)
         with stage(f"{name}: network"):
             prepare(model, weights, self.weight_format(config))
+            if self.request.weights == "embedded":
+                embed(model, located, files, scratch)
             onnx = scratch / "network.onnx"
             ir.save(model, onnx)
         with stage(f"{name}: kernels") as advance:
@@ -96,6 +100,19 @@ def prepare(
     for node in model.graph:
         if node.domain == DOMAIN:
             _as_plugin(node)
+
+
+def embed(model: ir.Model, located: Mapping[str, StoredWeight], files: Path, scratch: Path) -> None:
+    """Makes weight inputs initializers in the files that hold them, named relative to `scratch` by links to `files`."""
+    for value in [v for v in model.graph.inputs if v.name in located]:
+        stored, name = located[value.name], value.name
+        if not (scratch / stored.file).exists():
+            (scratch / stored.file).symlink_to((files / stored.file).resolve())
+        model.graph.inputs.remove(value)
+        value.const_value = ir.ExternalTensor(
+            stored.file, stored.offset, stored.size, value.dtype, shape=value.shape, name=name, base_dir=scratch
+        )
+        model.graph.register_initializer(value)
 
 
 def _as_plugin(node: ir.Node) -> None:

@@ -52,11 +52,9 @@ def build(trt, job: BuildJob, tell: Callable[[float], None]) -> None:
         sys.exit("; ".join(parser.get_error(i).desc() for i in range(parser.num_errors)))
     Path(job.network).write_text(json.dumps(listing(trt, network), indent=0))
     config = _config(trt, builder, network, job, tell)
-    plan = builder.build_serialized_network(network, config)
-    if plan is None:
-        sys.exit("TensorRT built no plan, see its messages above")
     with open(job.plan, "wb") as file:
-        file.write(memoryview(plan))
+        if not builder.build_serialized_network_to_stream(network, config, _writer(trt, file)):
+            sys.exit("TensorRT built no plan, see its messages above")
     del creators
 
 
@@ -89,6 +87,19 @@ def _config(trt, builder, network, job: BuildJob, tell):
         if config.add_optimization_profile(profile) < 0:
             sys.exit(f"TensorRT refuses the profile {shapes}")
     return config
+
+
+def _writer(trt, file):
+    """A plan with weights in it is as large as they are: it goes to the file piece by piece."""
+
+    class Writer(trt.IStreamWriter):
+        def __init__(self):
+            trt.IStreamWriter.__init__(self)
+
+        def write(self, data):
+            return file.write(data)
+
+    return Writer()
 
 
 def _logger(trt):

@@ -11,7 +11,7 @@ import onnx
 import torch
 from onnx import numpy_helper
 
-from runtime.backends import torch_custom_ops, torch_fusion
+from runtime.backends import torch_custom_ops, torch_fusion, torch_merging
 from runtime.backends.torch_ops import DTYPES, HOST_ARGUMENTS, TABLE, Node
 
 HOST_OPS = ("Shape", "ConstantOfShape")
@@ -38,13 +38,14 @@ class StepProgram:
         custom_ops: str, fuse: bool = True,
     ):  # fmt: skip
         self.device = torch.device(device)
-        self._table = TABLE | torch_custom_ops.table(custom_ops) | torch_fusion.table()
+        self._table = TABLE | torch_custom_ops.table(custom_ops) | torch_fusion.table() | torch_merging.table()
         nodes = [_node(n) for n in model.graph.node]
         self._check(nodes)
         self._host = _constants(model, nodes)
         nodes = [n for n in nodes if n.op_type != "Constant"]
         if fuse:
             nodes = torch_fusion.fuse(nodes, self._host, [o.name for o in model.graph.output])
+            nodes = torch_merging.merge(nodes, weights)
         self._known: dict[str, torch.Tensor] = dict(weights)
         self._on_device: dict[str, torch.Tensor] = {}
         self._slots: dict[str, int] = {}
@@ -54,6 +55,7 @@ class StepProgram:
         self._template: list = [None] * len(self._slots)
         for name, slot in self._slots.items():
             self._template[slot] = self._value(name)
+        self._known.clear()  # weights that were merged or folded may go
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """One step. `inputs` by name, on the device; caches are written in place. Returns outputs by name."""

@@ -201,6 +201,75 @@ def test_float8_products_are_fused(float8_graph):
     assert {"Float8Linear", "QuantizeRows"} <= kinds and not kinds & {"QuantizeLinear", "DequantizeLinear"}
 
 
+def test_products_of_one_input_are_merged(bfloat16_graph, float8_graph):
+    """q_a_proj with kv_a_proj in every layer, gate_proj with up_proj in every MLP and shared expert."""
+    from runtime.backends import torch_fusion, torch_graph, torch_merging
+
+    for (proto, weights, c), kind in ((bfloat16_graph, "Gemm"), (float8_graph, "Float8Linear")):
+        nodes = [torch_graph._node(n) for n in proto.graph.node]
+        fused = torch_fusion.fuse(nodes, torch_graph._constants(proto, nodes), [o.name for o in proto.graph.output])
+        merged = torch_merging.merge(fused, weights)
+        count = [sum(n.op_type == kind for n in kinds) for kinds in (fused, merged)]
+        assert count[0] - count[1] == 2 * c.num_hidden_layers
+    weight = torch.randn(4, 16).to(torch.float8_e4m3fn)
+    assert torch.equal(torch_merging.stack(weight, weight)[4:].view(torch.uint8), weight.view(torch.uint8))
+
+
+class FakeGraph:
+    """A CUDA graph that calls again what was captured."""
+
+    current = None
+
+    def replay(self):
+        for name, value in self.again().items():
+            self.outputs[name].copy_(value)
+
+
+def test_captured_steps_without_a_gpu(bfloat16_graph, monkeypatch):
+    """The way of a captured step (buffers, padding, replay, one graph a shape) with torch.cuda's calls stood in for."""
+    from contextlib import contextmanager, nullcontext
+    from types import SimpleNamespace
+
+    from runtime.backends import torch_step
+
+    proto, weights, c = bfloat16_graph
+    program = StepProgram(proto, weights, "cpu", "reference")
+    plain_run = program.run
+
+    @contextmanager
+    def graph(graph, pool):
+        FakeGraph.current = graph
+        yield
+        FakeGraph.current = None
+
+    def run(inputs):
+        outputs = plain_run(inputs)
+        if FakeGraph.current:
+            FakeGraph.current.outputs, FakeGraph.current.again = outputs, lambda: plain_run(inputs)
+        return outputs
+
+    stream = SimpleNamespace(wait_stream=lambda other: None)
+    fake = SimpleNamespace(
+        CUDAGraph=FakeGraph, graph=graph, Stream=lambda device: stream, current_stream=lambda device: stream,
+        stream=lambda s: nullcontext(), graph_pool_handle=lambda: None,
+        Event=lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None),
+    )  # fmt: skip
+    monkeypatch.setattr(program, "run", run)
+    width, logits = c.kv_lora_rank + c.qk_rope_head_dim, []
+    for capture in (False, True):
+        caches = {f"latent_cache.{i}": torch.zeros(12, 64, width, dtype=torch.bfloat16) for i in range(c.num_hidden_layers)}
+        runner = StepRunner(program, caches, sizes=(1, 2, 4, 8))
+        if capture:
+            monkeypatch.setattr(torch_step.torch, "cuda", fake)
+            runner.capture = True
+        decode = [[1] * len(LENGTHS)] * 2
+        tokens = [s + [1, 2] for s in sequences(320)]
+        schedule, pages = [[n - 2 for n in map(len, tokens)], *decode], ragged.Pages([len(t) for t in tokens], 64)
+        logits.append(np.concatenate(ragged.run(lambda i, r=runner: r.step(StepBatch(**i)), tokens, schedule, pages)))
+    assert list(runner._graphs) == [padding.StepShape(8, 8, 8, 4)]
+    assert np.abs(logits[0] - logits[1]).max() <= 0.02 * np.abs(logits[0]).max()
+
+
 def test_bundle_of_a_gpu_target(bfloat16_graph, float32_logits, tmp_path):
     """A plan's bundle keeps the ONNX graph beside it, with weights as inputs; torch runs that."""
     from safetensors.torch import save

@@ -1,0 +1,220 @@
+"""build.py for GPU targets on a machine without one: plans, listings, shared weights, refusals, failures."""
+
+import json
+from pathlib import Path
+
+import onnx
+import pytest
+
+import build
+from export import weight_set
+from export.errors import BuildError
+from export.lowering import gpu_kernels, tensorrt_package
+from export.lowering.base import Kernel
+from export.lowering.tensorrt_build import BuildJob
+from runtime.bundle import Bundle
+from tests.conftest import EXAMPLE
+from tests.export.plan_text import products
+
+pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13: the package that builds")
+
+LINEARS = {"fp8": 35, "bf16": 0}  # of the example: 4 per attention, 3 of the dense MLP, 3 per layer of shared experts
+ABSORBED, LAYERS, MOE_LAYERS = 10, 5, 4
+
+
+@pytest.fixture(autouse=True)
+def no_kernels(monkeypatch, tmp_path):
+    """Kernels have tests of their own; compiling them takes a minute."""
+    monkeypatch.setattr(gpu_kernels, "compile_all", lambda specs, capability, progress=None: kernel_files(tmp_path, capability))
+
+
+def kernel_files(folder: Path, capability: int) -> list[Kernel]:
+    cubin, manifest = folder / "k.cubin", folder / "k.json"
+    cubin.write_bytes(b"machine code of sm%d" % capability)
+    manifest.write_text(json.dumps({"architecture": capability}))
+    return [Kernel("moe_route", "route", cubin, manifest)]
+
+
+@pytest.fixture
+def no_tensorrt(monkeypatch) -> list[BuildJob]:
+    """Lets the child process be; returns the jobs that it was not given."""
+    jobs = []
+
+    def run(job: BuildJob, folder: Path, progress) -> None:
+        jobs.append(job)
+        Path(job.plan).write_bytes(b"plan %d" % job.compute_capability)
+        Path(job.network).write_text("[]")
+
+    monkeypatch.setattr(tensorrt_package, "run", run)
+    return jobs
+
+
+@pytest.fixture(scope="module")
+def built(traced, tmp_path_factory) -> Path:
+    """The example for three GPUs, precision auto."""
+    folder = tmp_path_factory.mktemp("tensorrt")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("export.graph.build", traced)
+        patch.setattr(gpu_kernels, "compile_all", lambda specs, capability, progress=None: kernel_files(folder, capability))
+        build.build(EXAMPLE, folder / "bundle", "sm86,sm89,sm120")
+    return folder / "bundle"
+
+
+@pytest.mark.parametrize(("name", "precision"), [("sm86", "bf16"), ("sm89", "fp8"), ("sm120", "fp8")])
+def test_targets(built, name, precision):
+    bundle = Bundle(built)
+    _, target = bundle.target(name)
+    assert (target.precision, target.backend, target.compute_capability) == (precision, "tensorrt_rtx", name)
+    assert target.executed is None
+    assert target.cache.format == "bfloat16" and target.cache.layers == LAYERS
+    assert set(target.profiles) == {"decode", "prefill"}
+    listing = json.loads(bundle.file(target.network).read_text())
+    plugins = [layer["plugin"] for layer in listing if layer["type"] == "plugin_v3"]
+    assert {p: plugins.count(p) for p in plugins} == {
+        "MlaAttention": LAYERS, "MoeRoute": MOE_LAYERS, "MoeExperts": MOE_LAYERS,
+    }  # fmt: skip
+    types = {t for layer in listing for t in layer["outputs"]}
+    assert ("fp8" in types) == (precision == "fp8") and "bf16" in types
+
+
+@pytest.mark.parametrize(("name", "precision"), [("sm86", "bf16"), ("sm89", "fp8"), ("sm120", "fp8")])
+def test_products_of_the_plan_run_in_the_precision_asked_for(built, name, precision):
+    """TensorRT may answer an FP8 graph with bf16 products; the plan tells. Every profile has its own instructions."""
+    bundle = Bundle(built)
+    _, target = bundle.target(name)
+    found = products(bundle.file(target.graph))
+    if not found:
+        pytest.skip("this TensorRT-RTX writes no readable instructions")
+    profiles, fp8 = len(target.profiles), LINEARS[precision]
+    assert found["fp8_e4m3", "fp8_e4m3", "bf16"] == profiles * fp8
+    assert found["bf16", "bf16", "bf16"] == profiles * (35 - fp8 + ABSORBED + 1)  # and the head
+    assert found["float", "float", "float"] == profiles * MOE_LAYERS  # router logits
+
+
+def test_weights_are_inputs_that_targets_share(built):
+    bundle = Bundle(built)
+    targets = bundle.manifest.targets
+    assert targets["sm89"].weight_set == targets["sm120"].weight_set != targets["sm86"].weight_set
+    for target in targets.values():
+        stored = bundle.manifest.weight_sets[target.weight_set].tensors
+        graph = onnx.load(bundle.file(target.onnx)).graph
+        inputs = {i.name: i.type.tensor_type for i in graph.input}
+        assert set(inputs) == {i.name for i in target.inputs} | set(target.weight_inputs)
+        assert set(target.weight_inputs) == set(stored)
+        for name, tensor in stored.items():
+            assert tensor.offset % 256 == 0, f"{name}: TensorRT asks for aligned addresses"
+            assert [d.dim_value for d in inputs[name].shape.dim] == tensor.shape
+            kinds = {"bfloat16": 16, "float32": 1, "float8_e4m3fn": 17}
+            assert inputs[name].elem_type == kinds[tensor.dtype], name
+    assert bundle.verify() == []
+
+
+def test_profiles_cover_the_limits(built):
+    _, target = Bundle(built).target("sm89")
+    decode, prefill = target.profiles["decode"], target.profiles["prefill"]
+    for profile in (decode, prefill):
+        assert set(profile) == {i.name for i in target.inputs} - {"num_tokens"}
+        smallest, usual, largest = (dict(zip(profile, shapes, strict=True)) for shapes in zip(*profile.values(), strict=True))
+        assert largest["block_table"] == [target.limits.max_sequences, target.limits.max_context // target.cache.page_size]
+        assert largest["query_starts"] == [target.limits.max_sequences + 1]
+        assert all(a <= b <= c for n in profile for a, b, c in zip(smallest[n], usual[n], largest[n], strict=True))
+        assert largest["latent_cache.0"][0] * target.cache.page_size * target.cache.width < 2**31
+    assert decode["input_ids"][2] == [target.limits.max_sequences]
+    assert prefill["input_ids"][2] == [target.limits.max_batch_tokens]
+
+
+def test_repeated_it_does_nothing(built, no_tensorrt, monkeypatch):
+    before = (built / "manifest.json").read_bytes()
+    monkeypatch.setattr(weight_set, "write", None)
+    summary = build.build(EXAMPLE, built, "sm86,sm89,sm120")
+    assert [t["built"] for t in summary["targets"]] == [False] * 3 and no_tensorrt == []
+    assert (built / "manifest.json").read_bytes() == before
+
+
+@pytest.fixture
+def started(fast_trace, no_tensorrt, tmp_path) -> Path:
+    """A bundle for sm89 without real plans."""
+    build.build(EXAMPLE, tmp_path / "bundle", "sm89")
+    return tmp_path / "bundle"
+
+
+def test_a_new_target_shares_the_weights_that_are_there(started, no_tensorrt, fast_trace, monkeypatch):
+    monkeypatch.setattr(weight_set, "write", None)  # writing them again would fail
+    summary = build.build(EXAMPLE, started, "sm89,sm120,sm121")
+    assert [t["built"] for t in summary["targets"]] == [False, True, True]
+    assert [j.compute_capability for j in no_tensorrt] == [89, 120, 121]
+    bundle = Bundle(started)
+    assert set(bundle.manifest.targets) == {"sm89", "sm120", "sm121"} and len(bundle.manifest.weight_sets) == 1
+    assert bundle.verify() == []
+
+
+def test_a_target_is_built_anew_where_the_tools_changed(started, no_tensorrt, fast_trace, monkeypatch):
+    monkeypatch.setattr(gpu_kernels, "identity", lambda: {"triton": "another"})
+    assert build.build(EXAMPLE, started, "sm89")["built"]
+    with pytest.raises(BuildError, match=r"has target sm89 already \(fp8.*--force"):
+        build.build(EXAMPLE, started, "sm89", "bf16")
+
+
+def test_what_was_finished_before_a_failure_stays(started, no_tensorrt, fast_trace, monkeypatch):
+    good = tensorrt_package.run
+
+    def run(job, folder, progress):
+        if job.compute_capability == 121:
+            raise BuildError("no such luck")
+        good(job, folder, progress)
+
+    monkeypatch.setattr(tensorrt_package, "run", run)
+    with pytest.raises(BuildError, match="no such luck"):
+        build.build(EXAMPLE, started, "sm120,sm121,sm86", "bf16")
+    bundle = Bundle(started)
+    assert set(bundle.manifest.targets) == {"sm89", "sm120"} and bundle.verify() == []
+    assert {p.name for p in (started / "files").iterdir()} == {r.file for r in bundle.manifest.refs()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("sm89,sm86", "fp8"), "'fp8' is not to be had on sm86: its hardware has no fp8; accepted: auto, bf16"),
+        (("sm89,sm999", "auto"), "unknown target 'sm999', accepted: cpu, sm80, sm86, sm89, sm90"),
+        (("sm89", "int8"), "'int8' is not to be had on sm89; accepted: auto, fp8, bf16"),
+        (("sm89", "auto", "fast", "float32"), "cache_format is 'float32', accepted for target sm89: auto, bfloat16"),
+    ],
+)
+def test_refused_before_anything_is_built(arguments, message, tmp_path):
+    with pytest.raises(BuildError) as error:
+        build.build(EXAMPLE, tmp_path / "bundle", *arguments)
+    assert message in str(error.value) and not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.skipif(tensorrt_package.find_spec("tensorrt") is not None, reason="the full TensorRT is installed")
+def test_data_centre_targets_say_what_to_install_and_where(tmp_path):
+    for name in ("sm90", "sm100"):
+        with pytest.raises(BuildError, match=f"on a machine with an {name} GPU, pip install tensorrt-cu13"):
+            build.build(EXAMPLE, tmp_path / "bundle", name)
+
+
+def test_a_missing_package_is_named(monkeypatch, tmp_path):
+    monkeypatch.setattr(tensorrt_package, "find_spec", lambda name: None)
+    with pytest.raises(BuildError, match="target sm89 needs TensorRT-RTX: pip install tensorrt-rtx-cu13"):
+        build.build(EXAMPLE, tmp_path / "bundle", "sm89")
+
+
+def test_a_native_abort_is_an_error_with_the_logs_end(monkeypatch, tmp_path):
+    name = "tests.export.crashing_tensorrt"
+    package = tensorrt_package.Package(name, (), "tensorrt_rtx_libs", ())
+    monkeypatch.setitem(tensorrt_package.PACKAGES, name, package)
+    job = BuildJob(name, 89, "none.onnx", str(tmp_path / "plan"), str(tmp_path / "network"), [])
+    with pytest.raises(BuildError, match="ended by signal 6 while building for sm89:\n(.|\n)*something native is wrong"):
+        tensorrt_package.run(job, tmp_path, lambda part: None)
+
+
+def test_a_graph_that_tensorrt_refuses_is_an_error_that_names_the_node(tmp_path):
+    node = onnx.helper.make_node("NoSuchOp", ["x"], ["y"], domain="latentrt", name="the_node")
+    values = [onnx.helper.make_tensor_value_info(n, 1, [4]) for n in "xy"]
+    opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("latentrt", 1)]
+    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", values[:1], values[1:]), opset_imports=opsets)
+    model.ir_version = 11
+    onnx.save(model, tmp_path / "bad.onnx")
+    job = BuildJob("tensorrt_rtx", 89, str(tmp_path / "bad.onnx"), str(tmp_path / "plan"), str(tmp_path / "network"), [])
+    with pytest.raises(BuildError, match=r"failed \(exit code 1\)(.|\n)*the_node"):
+        tensorrt_package.run(job, tmp_path, lambda part: None)

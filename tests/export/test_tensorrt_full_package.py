@@ -1,0 +1,76 @@
+"""The full `tensorrt` package's own Python API, without a GPU: its bindings on top of TensorRT-RTX's libraries.
+
+Builder, ONNX parser and IPluginV3 are that package's; what builds behind them is TensorRT-RTX, for its default GPUs.
+"""
+
+import json
+import shutil
+import subprocess
+from collections import Counter
+from pathlib import Path
+
+import onnx_ir as ir
+import pytest
+import torch
+
+from export.checkpoint import Checkpoint
+from export.errors import BuildError
+from export.lowering import tensorrt, tensorrt_package
+from export.lowering.base import Limits
+from export.lowering.tensorrt_build import BuildJob
+from export.models import deepseek_v2
+from export.quantization import BFloat16
+from tests.conftest import EXAMPLE
+
+pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13: its libraries do the work")
+# not importorskip: importing it looks for libraries that only the child process has
+if tensorrt_package.find_spec("tensorrt_bindings") is None:
+    pytest.skip("pip install tensorrt-cu13-bindings (requirements-dev.txt)", allow_module_level=True)
+if shutil.which("gcc") is None:
+    pytest.skip("needs gcc for a stub of libnvinfer_plugin", allow_module_level=True)
+
+
+@pytest.fixture
+def full_package(tmp_path, monkeypatch) -> None:
+    """Module `tensorrt` for child processes."""
+    (tmp_path / "site" / "tensorrt").mkdir(parents=True)
+    (tmp_path / "site" / "tensorrt" / "__init__.py").write_text("from tensorrt_bindings import *\n")
+    stub = "int initLibNvInferPlugins(void* logger, const char* name) { return 1; }"
+    command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(tmp_path / "libnvinfer_plugin.so.11")]
+    subprocess.run(command, input=stub, text=True, check=True)
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
+    links = (
+        ("libnvinfer.so.11", "libtensorrt_rtx.so.1"), ("libtensorrt_rtx.so", "libtensorrt_rtx.so.1"),
+        ("libnvonnxparser.so.11", "libtensorrt_onnxparser_rtx.so.1"),
+    )  # fmt: skip
+    package = tensorrt_package.Package("tensorrt", ("tensorrt-cu13",), "tensorrt_rtx_libs", links)
+    monkeypatch.setitem(tensorrt_package.PACKAGES, "tensorrt", package)
+
+
+def test_builds_the_engine_with_its_plugins(full_package, traced, tmp_path):
+    config = Checkpoint(EXAMPLE).config
+    model = traced(config, torch.bfloat16, "bfloat16", 64)
+    tensorrt.prepare(model, deepseek_v2.weights(config), BFloat16())
+    ir.save(model, tmp_path / "network.onnx")
+    profiles = tensorrt.profiles(model.graph, Limits(256, 64, 8), 64)
+    plan, network = tmp_path / "plan", tmp_path / "network.json"
+    job = BuildJob("tensorrt", 90, str(tmp_path / "network.onnx"), str(plan), str(network), list(profiles.values()))
+    parts: list[float] = []
+    tensorrt_package.run(job, tmp_path, parts.append)
+    assert plan.stat().st_size > 1 << 20
+    assert len(parts) > 10 and 0.5 < sum(parts) <= 1.0  # the monitor told how far it was
+    plugins = Counter(layer.get("plugin") for layer in json.loads(network.read_text()))
+    assert (plugins["MlaAttention"], plugins["MoeRoute"], plugins["MoeExperts"]) == (5, 4, 4)
+    assert b"cache_format" in plan.read_bytes()  # what a plugin is made of at load time
+
+
+def test_without_the_gpu_it_says_so():
+    with pytest.raises(BuildError, match="target sm90 is built on the GPU itself, and this machine"):
+        tensorrt_package.require_gpu("sm90", 99)
+
+
+def test_the_version_is_that_of_the_distribution(monkeypatch):
+    monkeypatch.setattr(tensorrt_package, "find_spec", lambda name: Path)
+    monkeypatch.setattr(tensorrt_package, "version", lambda name: f"version of {name}")
+    assert tensorrt_package.require("tensorrt", "sm90") == "version of tensorrt-cu13"
