@@ -4,7 +4,7 @@ import hashlib
 import json
 import sys
 import tempfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated
@@ -33,7 +33,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config
 
 def build(
     checkpoint_path: Path, out: Path, target: str = "cpu", precision: str = "auto", accuracy: str = "fast",
-    cache_format: str = "auto", max_context: int | None = None, force: bool = False, quiet: bool = True, weights: str = "inputs",
+    cache_format: str = "auto", max_context: int | None = None, force: bool = False, quiet: bool = True,
+    weights: str = "inputs",
 ) -> dict:
     """Builds targets ("cpu", or several: "sm86,sm89") into the bundle at `out`, new or old. Returns a summary for machines.
 
@@ -52,8 +53,7 @@ def build(
             info = _checkpoint_info(checkpoint, writer.previous, report)
             keys = {lowering.request.target.name: _request_key(lowering, info.digest) for lowering in chosen}
             pending = [x for x in chosen if force or not _is_current(writer.previous, x.request.target.name, keys)]
-            if not force:
-                _check_replace(out, writer.previous, info, pending, checkpoint.config)
+            _check_replace(out, writer.previous, info, [] if force else pending, checkpoint.config)
             builder = _Builder(writer, checkpoint, info, report)
             for lowering in pending:
                 builder.add(lowering, keys[lowering.request.target.name])
@@ -87,9 +87,9 @@ def _request_key(lowering: Lowering, checkpoint_digest: str) -> str:
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
-def _check_replace(out: Path, previous: Manifest | None, info: CheckpointInfo, pending: Iterable[Lowering], config) -> None:
+def _check_replace(out: Path, previous: Manifest | None, info: CheckpointInfo, pending: list[Lowering], config) -> None:
     """A target of the same checkpoint and choices is built anew where the tools changed; anything else needs --force."""
-    if previous is None:
+    if previous is None or not pending:
         return
     if previous.checkpoint.digest != info.digest:
         raise BuildError(f"{out}: holds a bundle of another checkpoint ({previous.checkpoint.path}); use --force to replace it")
@@ -188,11 +188,9 @@ def _tensor_record(weight: StoredWeight) -> records.WeightTensor:
     return records.WeightTensor(file=weight.file, offset=weight.offset, dtype=weight.dtype_name, shape=list(weight.shape))
 
 
-def _tensors(values) -> list[records.TensorInfo]:
-    def shape(value):
-        return [d if isinstance(d, int) else str(d.value) for d in value.shape]
-
-    return [records.TensorInfo(name=v.name, dtype=v.dtype.name.lower(), shape=shape(v)) for v in values]
+def _tensors(values) -> list[dict]:
+    shapes = [[d if isinstance(d, int) else str(d.value) for d in v.shape] for v in values]
+    return [{"name": v.name, "dtype": v.dtype.name.lower(), "shape": s} for v, s in zip(values, shapes, strict=True)]
 
 
 def _cache_spec(config, lowering: Lowering) -> records.CacheSpec:

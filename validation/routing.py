@@ -2,7 +2,8 @@
 
 Margins are measured in the reference. A flip needs its two candidates to change places, so in router logits the margin
 can be at most twice the largest change of a logit of that token; and logits can change no more than the router's weights
-make of the change of the router's input (Cauchy-Schwarz). Both are checked; what satisfies neither is a real error.
+make of the change of the router's input (Cauchy-Schwarz); and the choice must be the float64 formula's on the logits that
+the router itself had. A flip that fails one of the three is a real error.
 """
 
 from dataclasses import dataclass
@@ -52,7 +53,7 @@ def compare(layer: int, reference: Routing, found: Routing, gate: np.ndarray, co
     moved = np.linalg.norm(found.router_input.astype(np.float64) - reference.router_input, axis=-1)
     size = np.abs(reference.router_logits).max(-1) + 1.0
     possible = moved * np.linalg.norm(gate.astype(np.float64), axis=-1).max() + _ROUNDING * size
-    explained = (logit_margin <= 2 * changes + _ROUNDING * size) & (changes <= possible)
+    explained = (logit_margin <= 2 * changes + _ROUNDING * size) & (changes <= possible) & _follows(found, size, config)
     flips = [
         Flip(layer, int(t), sorted(map(int, reference.ids[t])), sorted(map(int, found.ids[t])), float(score_margin[t]),
              float(logit_margin[t]), float(changes[t]), bool(explained[t]))
@@ -60,6 +61,13 @@ def compare(layer: int, reference: Routing, found: Routing, gate: np.ndarray, co
     ]  # fmt: skip
     load = np.bincount(reference.ids.ravel(), minlength=config.n_routed_experts) / reference.ids.size
     return LayerRouting(layer, float(same.mean()), score_margin, changes, ~same, _weight_error(reference, found), load, flips)
+
+
+def _follows(found: Routing, size: np.ndarray, config: DeepseekV2Config) -> np.ndarray:
+    """[T] bool: the chosen experts are those of the formula on the router's own logits, or those are a tie."""
+    ids, _ = formulas.route(found.router_logits.astype(np.float64), config, formulas.family_routing(config))
+    _, margin = margins(found.router_logits, config)
+    return (np.sort(ids, -1) == np.sort(found.ids, -1)).all(-1) | (margin <= _ROUNDING * size)
 
 
 def margins(router_logits: np.ndarray, config: DeepseekV2Config) -> tuple[np.ndarray, np.ndarray]:

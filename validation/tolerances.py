@@ -71,7 +71,7 @@ INT8_EXACT = replace(
         1.01 / 254, "symmetric 8 bits: off by half a step at most, a step is a block's largest element / 127; 1 % for rounding"
     ),
     exact_logits=Tolerance(1e-3, "decoded weights and float32 sums: only the order of sums differs from transformers"),
-    kl_mean=Tolerance(0.01, "8-bit weights cost about 0.003 nats on the example model; 0.01 is the project's promise"),
+    kl_mean=Tolerance(0.01, "weights cost 3e-4 nats on the example, int8 activations 6e-4 more; the project's promise"),
     top1=Tolerance(0.97, "the project's promise; near ties of the best two tokens fall the other way", ">="),
     perplexity=Tolerance(0.02, "mean KL of 0.01 nats bounds the expected change of log-perplexity to about 1 %; twice that"),
 )
@@ -93,6 +93,7 @@ _FLOAT16_CACHE = {
     "routed_logits": Tolerance(0.1, "11-bit latents in every layer; measured 1e-2"),
     "greedy": Tolerance(None, "near ties at 1e-2; reported only"),
     "kl_mean": Tolerance(1e-3, "as exact KL: the weights lose nothing"),
+    "top1": Tolerance(0.995, "near ties of the two best tokens at 1e-2; measured 0.9998", ">="),
     "perplexity": Tolerance(1e-3, "as exact KL"),
 }
 
@@ -113,4 +114,6 @@ def find(precision: str, accuracy: str, cache_format: str) -> Tolerances:
 
 
 def _is_looser(new: Tolerance, old: Tolerance) -> bool:
-    return old.limit is not None and (new.limit is None or new.limit > old.limit)
+    if new.limit is None or old.limit is None:
+        return old.limit is not None
+    return new.limit > old.limit if new.sense == "<=" else new.limit < old.limit

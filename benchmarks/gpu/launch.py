@@ -3,13 +3,16 @@
 Results must equal, bit for bit, what the same kernels give through Triton's own launcher; in a captured stream too.
 """
 
+import os
+from concurrent.futures import ThreadPoolExecutor
+
 import torch
 
 from benchmarks.gpu import attention, experts
 from benchmarks.gpu.run import Run
 from plugins import trt
 from plugins.architecture import Target
-from plugins.compile import CompiledKernel, compile_kernel
+from plugins.compile import CompiledKernel, compile_in_child
 from plugins.cuda_launch import CudaLauncher
 from plugins.trt_base import PluginOp, sizes
 
@@ -20,9 +23,17 @@ def check(run: Run) -> None:
     """Every op on V2-Lite's and V2's shapes. Without a GPU: a stand-in driver counts launches."""
     launcher = _launcher(run)
     by_name = {op.contract.name: op for op in trt.OPS}
-    for name, calls in _cases(run).items():
-        for op_name, tensors, attributes in calls:
-            _check_one(run, launcher, by_name[op_name], f"{name} {op_name}", tensors, attributes)
+    calls = [
+        (f"{name} {op_name}", by_name[op_name], tensors, attributes)
+        for name, cases in _cases(run).items()
+        for op_name, tensors, attributes in cases
+    ]
+    plans = [_plan(op, tensors, attributes, launcher.target) for _, op, tensors, attributes in calls]
+    specs = list(dict.fromkeys(spec for _, _, plan in plans for spec in plan.kernels))
+    launcher.kernels.update(zip(specs, _kernels(run, specs, launcher.target.capability), strict=True))
+    for call, planned in zip(calls, plans, strict=True):
+        if not run.late(call[0]):
+            _check_one(run, launcher, *call, *planned)
 
 
 def _launcher(run: Run) -> CudaLauncher:
@@ -54,15 +65,17 @@ def _cases(run: Run) -> dict[str, list[tuple[str, list, dict]]]:
     return found
 
 
-def _check_one(run: Run, launcher: CudaLauncher, op: PluginOp, label: str, tensors: list, attributes: dict) -> None:
-    present = [t for t in tensors if t is not None]
+def _plan(op: PluginOp, tensors: list, attributes: dict, target: Target) -> tuple:
+    """Sizes by name, the op's static configuration and its plan, as a plugin's enqueue finds them."""
+    names = [s.name for s in op.contract.inputs]
+    words = {n: str(t.dtype).removeprefix("torch.") for n, t in zip(names, tensors, strict=False) if t is not None}
+    dims = sizes(op.contract, [t.shape for t in tensors if t is not None])
+    config = op.configure(attributes, dims, words)
+    return dims, config, op.plan(config, dims, target)
+
+
+def _check_one(run: Run, launcher: CudaLauncher, label: str, op: PluginOp, tensors, attributes, dims, config, plan) -> None:
     named = {s.name: t for s, t in zip(op.contract.inputs, tensors, strict=False) if t is not None}
-    dims = sizes(op.contract, [t.shape for t in present])
-    config = op.configure(attributes, dims, {n: str(t.dtype).removeprefix("torch.") for n, t in named.items()})
-    plan = op.plan(config, dims, launcher.target)
-    for spec in plan.kernels:
-        if spec not in launcher.kernels:
-            launcher.kernels[spec] = _kernel(run, spec, launcher.target.capability)
     launcher.prepare(plan.kernels)
     allowed = op.workspace(config, dims, launcher.target)
     run.check(f"{label}: workspace bytes over what the plugin asks for", max(0, plan.workspace_bytes - allowed), 0)
@@ -96,12 +109,13 @@ def _launch(launcher: CudaLauncher, plan, addresses: dict, workspace: torch.Tens
     torch.cuda.synchronize()
 
 
-def _kernel(run: Run, spec, capability: int) -> CompiledKernel:
+def _kernels(run: Run, specs: list, capability: int) -> list[CompiledKernel]:
+    """Compiled in several processes at once on a GPU's machine; without one there is nothing to compile for."""
     if run.device.type == "cuda":
-        return compile_kernel(spec, capability)
-    metadata = dict(name=spec.function, architecture=capability, shared_bytes=1 << 16, num_warps=4, num_ctas=1,
-                    global_scratch_bytes=0, profile_scratch_bytes=0)  # fmt: skip
-    return _NoKernel(None, metadata)
+        with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
+            return [found[0] for found in pool.map(lambda spec: compile_in_child([(spec, capability)]), specs)]
+    common = dict(architecture=capability, shared_bytes=1 << 16, num_warps=4, num_ctas=1, global_scratch_bytes=0)
+    return [_NoKernel(None, common | dict(name=s.function, profile_scratch_bytes=0)) for s in specs]
 
 
 class _NoKernel(CompiledKernel):

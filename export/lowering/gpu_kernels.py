@@ -9,9 +9,9 @@ from pathlib import Path
 
 import onnx_ir as ir
 
-import plugins.compile as compiler
 from export.errors import BuildError
 from export.lowering.base import Kernel
+from plugins import compile as compiler
 from plugins.architecture import Target
 from plugins.contract import DOMAIN
 from plugins.launch import KernelSpec, PlanError

@@ -1,7 +1,8 @@
 """Lowering for TensorRT and TensorRT-RTX: the step graph as an ONNX file with plugin nodes, built into a plan.
 
 The caches' outputs alias their inputs. Weights are network inputs unless they are asked to be embedded: plans are small
-then, and weights are shared by all targets of one precision. The latent cache is bfloat16, and so is everything that FP8 is not used for.
+then, and weights are shared by all targets of one precision. The latent cache is bfloat16, and so is everything that FP8
+is not used for.
 """
 
 from collections.abc import Mapping
@@ -81,7 +82,9 @@ class TensorrtLowering(Lowering):
         shapes = profiles(model.graph, limits, self.page_size)
         plan, network = scratch / "engine.plan", scratch / "network.json"
         with stage(f"{name}: {self.module}") as advance:
-            job = BuildJob(self.module, self.capability, str(onnx), str(plan), str(network), list(shapes.values()))
+            files_of_job = [str(f) for f in (onnx, plan, network)]
+            streamed = self.request.weights == "embedded"
+            job = BuildJob(self.module, self.capability, *files_of_job, list(shapes.values()), streamed)
             tensorrt_package.run(job, scratch, advance)
         stored = set(located)
         return Lowered(

@@ -20,7 +20,8 @@ class BuildJob:
     """What the child is asked for. Paths of files to read (onnx) and to write (plan, network).
 
     module: "tensorrt" or "tensorrt_rtx". compute_capability: 89 for 8.9. profiles: per profile, input name -> its
-    smallest, usual and largest shape, for every input that has a dynamic dimension.
+    smallest, usual and largest shape, for every input that has a dynamic dimension. streamed: the plan holds weights and
+    goes to its file piece by piece, without a copy in memory.
     """
 
     module: str
@@ -29,6 +30,7 @@ class BuildJob:
     plan: str
     network: str
     profiles: list[dict[str, list[list[int]]]]
+    streamed: bool = False
 
     def save(self, path: Path) -> None:
         path.write_text(json.dumps(asdict(self)))
@@ -53,7 +55,11 @@ def build(trt, job: BuildJob, tell: Callable[[float], None]) -> None:
     Path(job.network).write_text(json.dumps(listing(trt, network), indent=0))
     config = _config(trt, builder, network, job, tell)
     with open(job.plan, "wb") as file:
-        if not builder.build_serialized_network_to_stream(network, config, _writer(trt, file)):
+        if job.streamed:
+            builder.build_serialized_network_to_stream(network, config, _writer(trt, file))
+        else:
+            file.write(memoryview(builder.build_serialized_network(network, config) or b""))
+        if not file.tell():
             sys.exit("TensorRT built no plan, see its messages above")
     del creators
 
@@ -90,8 +96,6 @@ def _config(trt, builder, network, job: BuildJob, tell):
 
 
 def _writer(trt, file):
-    """A plan with weights in it is as large as they are: it goes to the file piece by piece."""
-
     class Writer(trt.IStreamWriter):
         def __init__(self):
             trt.IStreamWriter.__init__(self)

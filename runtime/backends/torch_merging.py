@@ -37,7 +37,7 @@ def merge(nodes: list[Node], weights: Mapping[str, torch.Tensor]) -> list[Node]:
     replaced: dict[str, list[Node]] = {}
     for group in groups.values():
         if len(group) > 1:
-            replaced |= dict.fromkeys((n.outputs[0] for n in group[1:]), [])
+            replaced |= {n.outputs[0]: [] for n in group[1:]}
             replaced[group[0].outputs[0]] = _merged(group, weights)
     return [new for node in nodes for new in replaced.get(node.outputs[0], [node])]
 

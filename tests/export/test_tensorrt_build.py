@@ -171,12 +171,27 @@ def test_what_was_finished_before_a_failure_stays(started, no_tensorrt, fast_tra
     assert {p.name for p in (started / "files").iterdir()} == {r.file for r in bundle.manifest.refs()}
 
 
+def test_embedded_weights_are_in_the_plan(fast_trace, tmp_path, built):
+    build.build(EXAMPLE, tmp_path / "bundle", "sm86", weights="embedded")
+    bundle = Bundle(tmp_path / "bundle")
+    _, target = bundle.target()
+    assert target.weight_inputs == [] and target.options["weights"] == "embedded"
+    weights = sum(f.size for f in bundle.manifest.weight_sets[target.weight_set].files)
+    assert target.graph.size > 0.9 * weights + Bundle(built).manifest.targets["sm86"].graph.size / 2
+    initializers = onnx.load(bundle.file(target.onnx)).graph.initializer  # with the files that it names, beside it
+    assert {"model.embed_tokens.weight", "lm_head.weight"} <= {t.name for t in initializers}
+    assert {i.name for i in onnx.load(bundle.file(target.onnx), load_external_data=False).graph.input} == {
+        i.name for i in target.inputs
+    }  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (("sm89,sm86", "fp8"), "'fp8' is not to be had on sm86: its hardware has no fp8; accepted: auto, bf16"),
         (("sm89,sm999", "auto"), "unknown target 'sm999', accepted: cpu, sm80, sm86, sm89, sm90"),
         (("sm89", "int8"), "'int8' is not to be had on sm89; accepted: auto, fp8, bf16"),
+        (("sm89", "auto", "fast", "auto", None, False, True, "shared"), "weights is 'shared', accepted: inputs, embedded"),
         (("sm89", "auto", "fast", "float32"), "cache_format is 'float32', accepted for target sm89: auto, bfloat16"),
     ],
 )
@@ -204,7 +219,7 @@ def test_a_native_abort_is_an_error_with_the_logs_end(monkeypatch, tmp_path):
     package = tensorrt_package.Package(name, (), "tensorrt_rtx_libs", ())
     monkeypatch.setitem(tensorrt_package.PACKAGES, name, package)
     job = BuildJob(name, 89, "none.onnx", str(tmp_path / "plan"), str(tmp_path / "network"), [])
-    with pytest.raises(BuildError, match="ended by signal 6 while building for sm89:\n(.|\n)*something native is wrong"):
+    with pytest.raises(BuildError, match=r"ended by signal 6 while building for sm89:\n(.|\n)*something native is wrong"):
         tensorrt_package.run(job, tmp_path, lambda part: None)
 
 

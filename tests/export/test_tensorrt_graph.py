@@ -1,5 +1,6 @@
 """The very ONNX file that TensorRT parses, run on ONNX Runtime: bf16 and FP8 graphs against the reference and emulations."""
 
+from itertools import pairwise
 from types import SimpleNamespace
 
 import numpy as np
@@ -32,7 +33,7 @@ def example() -> SimpleNamespace:
     text = (EXAMPLE / "held_out.txt").read_text()
     ids = Tokenizer.from_file(str(EXAMPLE / "tokenizer.json")).encode(text).ids
     starts = np.cumsum([0, *LENGTHS])
-    sequences = [ids[a:b] for a, b in zip(starts, starts[1:], strict=False)]
+    sequences = [ids[a:b] for a, b in pairwise(starts)]
     model = checkpoints.reference(EXAMPLE)
     logits = torch.cat([checkpoints.reference_logits(model, s) for s in sequences])
     return SimpleNamespace(checkpoint=Checkpoint(EXAMPLE), sequences=sequences, logits=logits)
@@ -104,7 +105,7 @@ def test_fp8_graph_matches_the_reference_within_what_fp8_explains(logits, exampl
     emulated = fp8_emulation(example, monkeypatch)
     explained, _ = divergence(example.logits, emulated)
     bf16, _ = divergence(example.logits, logits["bf16"])
-    print(f"KL to the reference: bf16 graph {bf16:.2e}, FP8 graph {kl:.2e} (same first choice {same:.3f}), emulation {explained:.2e}")
+    print(f"KL to the reference: bf16 {bf16:.2e}, FP8 {kl:.2e} (same first choice {same:.3f}), emulation {explained:.2e}")
     assert 0.5 * explained < kl < 1.5 * explained + bf16  # rounding is chaotic: sizes of errors agree, errors do not
 
 

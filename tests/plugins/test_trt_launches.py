@@ -94,10 +94,10 @@ def recorded(tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("standin")
     subprocess.run(["gcc", "-shared", "-fPIC", "-w", "-o", folder / "libcuda.so.1", HERE / "libcuda_standin.c"], check=True)
     (folder / "cases.json").write_text(json.dumps([described(*case) for case in CASES.values()]))
-    environment = os.environ | {"LD_LIBRARY_PATH": str(folder), "CUDA_STANDIN_LOG": str(folder / "log"), "TRITON_INTERPRET": "0"}
+    paths = {"LD_LIBRARY_PATH": str(folder), "CUDA_STANDIN_LOG": str(folder / "log")}
     child = subprocess.run(
         [sys.executable, "-m", "tests.plugins.recorded_launches", str(folder / "cases.json")],
-        env=environment, cwd=ROOT, capture_output=True, text=True,
+        env=os.environ | paths | {"TRITON_INTERPRET": "0"}, cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert child.returncode == 0, child.stderr[-3000:]
     return dict(zip(CASES, json.loads(child.stdout.splitlines()[-1]), strict=True))

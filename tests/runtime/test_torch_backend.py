@@ -1,15 +1,13 @@
 """The torch backend against ONNX Runtime on the same bundle, on the CPU; GPU graphs with the plain torch ops."""
 
 import numpy as np
-import onnx
 import pytest
 import torch
-from onnx import TensorProto, helper
 
 from runtime import backends
-from runtime.backends import padding, torch_fused_ops
+from runtime.backends import padding
 from runtime.backends.base import SequenceRows, StepBatch
-from runtime.backends.torch_graph import StepProgram, UnknownOpError
+from runtime.backends.torch_graph import StepProgram
 from runtime.backends.torch_step import StepRunner
 from runtime.bundle import Bundle, BundleError
 from tests import ragged
@@ -74,53 +72,6 @@ def test_padded_decode_step_equals_plain(pair):
     sizes = shape.sizes()
     padded = StepBatch(**{n: buffer[o : o + int(np.prod(sizes[n]))].reshape(sizes[n]) for n, o in offsets.items()})
     assert np.abs(backend.step(padded)[:3] - plain).max() <= 1e-5 * np.abs(plain).max()
-
-
-def test_decode_shapes():
-    def batch(rows, cached, width=3):
-        return StepBatch.of([SequenceRows(r, cached, [len(r) - 1] if r else []) for r in rows], np.zeros((len(rows), width)))
-
-    assert padding.decode_shape(batch([[1]] * 5, 9)) == padding.StepShape(8, 8, 8, 4)
-    assert padding.decode_shape(batch([[1]] * 5, 9), max_pages=3).max_pages == 3
-    assert padding.decode_shape(batch([[1, 2]], 9)) is None
-    assert padding.decode_shape(batch([[1, 2], []], 9)) is None, "as many rows as sequences is not enough"
-    assert padding.decode_shape(batch([[1]] * 300, 9)) is None
-
-
-def onnx_model(nodes: list, shape=("T", 4)) -> onnx.ModelProto:
-    x = helper.make_tensor_value_info("x", TensorProto.FLOAT, shape)
-    y = helper.make_tensor_value_info("y", TensorProto.FLOAT, None)
-    return helper.make_model(helper.make_graph(nodes, "g", [x], [y]))
-
-
-def test_unknown_op_is_named():
-    with pytest.raises(UnknownOpError, match="no op Selu"):
-        StepProgram(onnx_model([helper.make_node("Selu", ["x"], ["y"])]), {}, "cpu", "reference")
-
-
-def test_shapes_are_computed_on_the_host():
-    """[T, 4] -> [4 * T] through Shape, Gather, Mul, Concat."""
-    constants = [
-        helper.make_node("Constant", [], [n], value=helper.make_tensor(n, TensorProto.INT64, [1], [v]))
-        for n, v in (("zero", 0), ("four", 4))
-    ]
-    nodes = [
-        *constants, helper.make_node("Shape", ["x"], ["s"]), helper.make_node("Gather", ["s", "zero"], ["t"], axis=0),
-        helper.make_node("Mul", ["t", "four"], ["n"]), helper.make_node("Reshape", ["x", "n"], ["y"]),
-    ]  # fmt: skip
-    x = torch.randn(3, 4)
-    assert torch.equal(StepProgram(onnx_model(nodes), {}, "cpu", "reference").run({"x": x})["y"], x.flatten())
-
-
-def test_values_are_freed():
-    program = StepProgram(
-        onnx_model([helper.make_node("Abs", ["x"], ["a"]), helper.make_node("Abs", ["a"], ["y"])]), {}, "cpu", "reference"
-    )
-    values = program._template.copy()
-    values[program._slots["x"]] = torch.ones(2)
-    for call in program._calls:
-        call(values)
-    assert values[program._slots["a"]] is None and values[program._slots["y"]] is not None
 
 
 @pytest.fixture(scope="module")
@@ -263,9 +214,10 @@ def test_captured_steps_without_a_gpu(bfloat16_graph, monkeypatch):
             monkeypatch.setattr(torch_step.torch, "cuda", fake)
             runner.capture = True
         decode = [[1] * len(LENGTHS)] * 2
-        tokens = [s + [1, 2] for s in sequences(320)]
+        tokens = [[*s, 1, 2] for s in sequences(320)]
         schedule, pages = [[n - 2 for n in map(len, tokens)], *decode], ragged.Pages([len(t) for t in tokens], 64)
-        logits.append(np.concatenate(ragged.run(lambda i, r=runner: r.step(StepBatch(**i)), tokens, schedule, pages)))
+        # on a GPU the copy is made by the way to the host
+        logits.append(np.concatenate(ragged.run(lambda i, r=runner: r.step(StepBatch(**i)).copy(), tokens, schedule, pages)))
     assert list(runner._graphs) == [padding.StepShape(8, 8, 8, 4)]
     assert np.abs(logits[0] - logits[1]).max() <= 0.02 * np.abs(logits[0]).max()
 
@@ -311,16 +263,6 @@ def test_fusing_changes_nothing_in_float32(tiny_bundle, float32_logits):
     found = ragged.run(lambda i: runner.step(StepBatch(**i)), sequences(320), SCHEDULE, ragged.Pages(LENGTHS, 64))
     for e, f in zip(float32_logits, found, strict=True):
         assert np.abs(f - e).max() <= 1e-5 * np.abs(e).max()
-
-
-def test_fused_ops_take_slices():
-    """Inputs of fused ops are parts of wider products."""
-    wide = torch.randn(5, 40)
-    expected = torch.nn.functional.silu(wide[:, :8]) * wide[:, 8:16]
-    assert torch.allclose(torch_fused_ops.swiglu(wide[:, :8], wide[:, 8:16]), expected)
-    total, normed = torch_fused_ops.sum_norm(1e-6)(torch.ones(8), wide[:, :8], wide[:, 8:16], wide[:, 16:24])
-    assert torch.allclose(total, wide[:, :8] + wide[:, 8:16] + wide[:, 16:24], atol=1e-6)
-    assert torch.allclose(normed.square().mean(-1), torch.ones(5), atol=1e-4)
 
 
 def test_refusals(tiny_bundle, monkeypatch):

@@ -57,6 +57,12 @@ def test_logits_that_move_more_than_their_input_allows_are_an_error():
     assert [f.explained for f in routing.compare(1, routed(a), moved, GATE, GREEDY).flips] == [False]
 
 
+def test_a_choice_that_does_not_follow_from_the_routers_own_logits_is_an_error():
+    a = np.array([[3.0, 2.0, 1.0, 0, 0, 0, 0, 0]])
+    wrong = dataclasses.replace(routed(a + 1.0), ids=np.array([[0, 2]], np.int32))  # logits moved, their order did not
+    assert [f.explained for f in routing.compare(1, routed(a), wrong, GATE, GREEDY).flips] == [False]
+
+
 def test_exact_ties_are_explained():
     a = np.zeros((4, 8))
     other = dataclasses.replace(routed(a), ids=np.full((4, 2), [6, 7], np.int32))
