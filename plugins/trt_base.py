@@ -95,94 +95,98 @@ def _value(kind: type, field):
 
 def _plugin_class(trt, op: PluginOp, launcher: Launcher | None) -> type:
     """The IPluginV3 class of `op` for one of the two packages, whose classes it has to inherit."""
-    types = {ours: getattr(trt, theirs) for ours, theirs in _TYPES.items()}
-    names = {v: k for k, v in types.items()}
-    contract, inputs = op.contract, op.contract.inputs
-    aliases = {
-        [o.name for o in contract.outputs].index(out): [i.name for i in inputs].index(source)
-        for out, source in contract.aliases
-    }
+    bases = (trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime)
+    contract, types = op.contract, {ours: getattr(trt, theirs) for ours, theirs in _TYPES.items()}
+    names = [i.name for i in contract.inputs]
+    aliases = {[o.name for o in contract.outputs].index(o): names.index(i) for o, i in contract.aliases}
+    static = {"trt": trt, "op": op, "launcher": launcher, "package_bases": bases, "types": types, "aliases": aliases,
+              "words": {v: k for k, v in types.items()}, "input_names": names}  # fmt: skip
+    return type(contract.onnx_type, (_Plugin, *bases), static)
 
-    class Plugin(trt.IPluginV3, trt.IPluginV3OneCore, trt.IPluginV3OneBuildV2, trt.IPluginV3OneRuntime):
-        def __init__(self, attributes: dict, capability: int):
-            trt.IPluginV3.__init__(self)
-            trt.IPluginV3OneCore.__init__(self)
-            trt.IPluginV3OneBuildV2.__init__(self)
-            trt.IPluginV3OneRuntime.__init__(self)
-            self.plugin_name, self.plugin_namespace, self.plugin_version = contract.onnx_type, DOMAIN, str(VERSION)
-            self.num_outputs = len(contract.outputs)
-            self.attributes, self.capability = attributes, capability
 
-        def clone(self):
-            return Plugin(self.attributes, self.capability)
+class _Plugin:
+    """What every plugin does; `_plugin_class` adds the package's base classes and the attributes used here.
 
-        def get_capability_interface(self, kind):
-            return self
+    types: torch's words -> the package's types; words: the other way. aliases: output -> input, by number.
+    """
 
-        def get_output_data_types(self, input_types):
-            by_name = dict(zip([i.name for i in inputs], input_types, strict=False))
-            return [by_name[o.like] if o.like else types[_word(o.dtype)] for o in contract.outputs]
+    def __init__(self, attributes: dict, capability: int):
+        for base in self.package_bases:
+            base.__init__(self)
+        self.plugin_name, self.plugin_namespace = self.op.contract.onnx_type, DOMAIN
+        self.plugin_version, self.num_outputs = str(VERSION), len(self.op.contract.outputs)
+        self.attributes, self.capability = attributes, capability
 
-        def get_output_shapes(self, shapes, shape_inputs, expressions):
-            named = sizes(contract, [list(s) for s in shapes])
-            constants = {a.name: a.kind for a in contract.attributes if a.kind is int}
-            known = named | {n: expressions.constant(self.attributes[n]) for n in constants}
-            return [trt.DimsExprs([known[d] for d in o.dims]) for o in contract.outputs]
+    def clone(self):
+        return type(self)(self.attributes, self.capability)
 
-        def supports_format_combination(self, position, tensors, num_inputs):
-            given = tensors[position].desc
-            if given.format != trt.TensorFormat.LINEAR or given.type not in names:
-                return False
-            if position < num_inputs:
-                return names[given.type] in [_word(d) for d in inputs[position].dtypes]
-            output = contract.outputs[position - num_inputs]
-            by_name = dict(zip([i.name for i in inputs], [t.desc.type for t in tensors], strict=False))
-            return given.type == (by_name[output.like] if output.like else types[_word(output.dtype)])
+    def get_capability_interface(self, kind):
+        return self
 
-        def configure_plugin(self, tensors, outputs):
-            self._config([t.desc.type for t in tensors], sizes(contract, [t.max for t in tensors]))
+    def get_output_data_types(self, input_types):
+        by_name = dict(zip(self.input_names, input_types, strict=False))
+        return [self._output_type(o, by_name) for o in self.op.contract.outputs]
 
-        def get_aliased_input(self, output):
-            return aliases.get(output, -1)  # TensorRT's word for none
+    def get_output_shapes(self, shapes, shape_inputs, expressions):
+        named = sizes(self.op.contract, [list(s) for s in shapes])
+        for attribute in self.op.contract.attributes:
+            if attribute.kind is int:
+                named[attribute.name] = expressions.constant(self.attributes[attribute.name])
+        return [self.trt.DimsExprs([named[d] for d in o.dims]) for o in self.op.contract.outputs]
 
-        def get_workspace_size(self, tensors, outputs):
-            largest = sizes(contract, [t.max for t in tensors])
-            config = self._config([t.desc.type for t in tensors], largest)
-            return op.workspace(config, largest, Target(self.capability, MAX_SMS))
+    def supports_format_combination(self, position, tensors, num_inputs):
+        given, contract = tensors[position].desc, self.op.contract
+        if given.format != self.trt.TensorFormat.LINEAR or given.type not in self.words:
+            return False
+        if position < num_inputs:
+            return self.words[given.type] in [_word(d) for d in contract.inputs[position].dtypes]
+        by_name = dict(zip(self.input_names, [t.desc.type for t in tensors], strict=False))
+        return given.type == self._output_type(contract.outputs[position - num_inputs], by_name)
 
-        def get_valid_tactics(self):
-            return [1]
+    def configure_plugin(self, tensors, outputs):
+        self._config([t.desc.type for t in tensors], sizes(self.op.contract, [t.max for t in tensors]))
 
-        def set_tactic(self, tactic):
-            pass
+    def get_aliased_input(self, output):
+        return self.aliases.get(output, -1)  # TensorRT's word for none
 
-        def get_fields_to_serialize(self):
-            values = [(a.name, a.kind, self.attributes[a.name]) for a in contract.attributes]
-            fields = [_field(trt, *v) for v in [*values, (CAPABILITY, int, self.capability)]]
-            self._kept = fields  # a collection does not keep the memory of its fields alive
-            return trt.PluginFieldCollection(fields)
+    def get_workspace_size(self, tensors, outputs):
+        largest = sizes(self.op.contract, [t.max for t in tensors])
+        config = self._config([t.desc.type for t in tensors], largest)
+        return self.op.workspace(config, largest, Target(self.capability, MAX_SMS))
 
-        def attach_to_context(self, context):
-            return self.clone()
+    def get_valid_tactics(self):
+        return [1]
 
-        def on_shape_change(self, tensors, outputs):
-            named = sizes(contract, [t.dims for t in tensors])
-            launcher.prepare(op.kernels(self._config([t.type for t in tensors], named), launcher.target))
+    def set_tactic(self, tactic):
+        pass
 
-        def enqueue(self, tensors, outputs, addresses, output_addresses, workspace, stream):
-            named = sizes(contract, [t.dims for t in tensors])
-            config = self._config([t.type for t in tensors], named)
-            device = Target(launcher.target.capability, min(launcher.target.num_sms, MAX_SMS))
-            by_name = dict(zip([i.name for i in inputs], addresses, strict=False))
-            by_name |= dict(zip([o.name for o in contract.outputs], output_addresses, strict=True))
-            launcher.run(op.plan(config, named, device), by_name, workspace, stream)
+    def get_fields_to_serialize(self):
+        values = [(a.name, a.kind, self.attributes[a.name]) for a in self.op.contract.attributes]
+        self._kept = [_field(self.trt, *v) for v in [*values, (CAPABILITY, int, self.capability)]]
+        return self.trt.PluginFieldCollection(self._kept)  # which does not keep the memory of its fields alive
 
-        def _config(self, input_types, named):
-            by_name = {i.name: names[t] for i, t in zip(inputs, input_types, strict=False)}
-            return op.configure(self.attributes, named, by_name)
+    def attach_to_context(self, context):
+        return self.clone()
 
-    Plugin.__name__ = contract.onnx_type
-    return Plugin
+    def on_shape_change(self, tensors, outputs):
+        named = sizes(self.op.contract, [t.dims for t in tensors])
+        config = self._config([t.type for t in tensors], named)
+        self.launcher.prepare(self.op.kernels(config, self.launcher.target))
+
+    def enqueue(self, tensors, outputs, addresses, output_addresses, workspace, stream):
+        named = sizes(self.op.contract, [t.dims for t in tensors])
+        config = self._config([t.type for t in tensors], named)
+        device = Target(self.launcher.target.capability, min(self.launcher.target.num_sms, MAX_SMS))
+        by_name = dict(zip(self.input_names, addresses, strict=False))
+        by_name |= dict(zip([o.name for o in self.op.contract.outputs], output_addresses, strict=True))
+        self.launcher.run(self.op.plan(config, named, device), by_name, workspace, stream)
+
+    def _config(self, input_types, named):
+        by_name = {n: self.words[t] for n, t in zip(self.input_names, input_types, strict=False)}
+        return self.op.configure(self.attributes, named, by_name)
+
+    def _output_type(self, output, input_types):
+        return input_types[output.like] if output.like else self.types[_word(output.dtype)]
 
 
 def _word(dtype) -> str:
