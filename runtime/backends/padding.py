@@ -9,7 +9,7 @@ from runtime.backends.base import StepBatch
 from runtime.errors import RequestError
 
 SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # sequences of captured decode steps
-ALIGNMENT = 4  # int32 elements: kernels assume 16-byte aligned tensors
+ALIGNMENT = 64  # int32 elements: TensorRT wants inputs at multiples of 256 bytes, kernels at multiples of 16
 FIELDS = ("input_ids", "positions", "query_starts", "cached_lengths", "block_table", "num_tokens", "logit_rows")
 
 

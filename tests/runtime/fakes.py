@@ -64,7 +64,7 @@ def logits_after(history) -> np.ndarray:
 
 def fake_engine(chunk: int = 256, **options) -> Engine:
     """An engine without tokenizer on a HistoryBackend."""
-    manifest = SimpleNamespace(tokenizer={})
+    manifest = SimpleNamespace(tokenizer={}, config={})
     return Engine(SimpleNamespace(manifest=manifest, path="fake"), HistoryBackend(**options), chunk)
 
 
