@@ -6,35 +6,35 @@ import sys
 import tempfile
 from collections.abc import Mapping
 from datetime import UTC, datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
 
+from export import calibration as calibrations
 from export import graph as step_graph
 from export import lowering as lowerings
 from export import targets, weight_set
+from export.calibration import Samples
 from export.checkpoint import Checkpoint, combined_digest
 from export.errors import BuildError, CheckpointError, ConfigError
-from export.lowering.base import Lowered, Lowering, Request
+from export.lowering.base import Lowered, Lowering, Request, described
 from export.models import deepseek_v2
 from export.progress import Report
 from export.weight_set import StoredWeight
-from plugins.mla_attention import formats
 from runtime import bundle as records
 from runtime.bundle import BundleError, BundleWriter, CheckpointInfo, FileRef, Manifest, Target, WeightSet, open_writer
 from runtime.first_step import execute
 
 VERSION = "0.1.0"
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
-                   "chat_template.jinja")  # fmt: skip
 
 
 def build(
     checkpoint_path: Path, out: Path, target: str = "cpu", precision: str = "auto", accuracy: str = "fast",
     cache_format: str = "auto", max_context: int | None = None, force: bool = False, quiet: bool = True,
-    weights: str = "inputs",
+    weights: str = "inputs", activations: str = "dynamic", calibration: Path | None = None,
 ) -> dict:
     """Builds targets ("cpu", or several: "sm86,sm89") into the bundle at `out`, new or old. Returns a summary for machines.
 
@@ -42,27 +42,30 @@ def build(
     committed before stays as it was. After an interruption the same call goes on behind the last finished shard.
     """
     names, choices = dict.fromkeys(target.split(",")), (accuracy, cache_format, max_context or 0, weights)
-    chosen = [_lowering(name.strip(), precision, *choices) for name in names]
+    chosen = [_lowering(name.strip(), precision, choices, activations, calibration) for name in names]
     report = Report(quiet)
     with report.progress:
         with report.stage("read checkpoint headers"):
             checkpoint = Checkpoint(checkpoint_path)
             checkpoint.check(deepseek_v2.checkpoint_tensors(checkpoint.config))
             _check_context(checkpoint, max_context)
+            samples = calibrations.read_samples(calibration, checkpoint) if calibration else None
         with open_writer(Path(out), discard_unreadable=force) as writer:
             info = _checkpoint_info(checkpoint, writer.previous, report)
-            keys = {lowering.request.target.name: _request_key(lowering, info.digest) for lowering in chosen}
+            keys = {x.request.target.name: _request_key(x, info.digest, samples) for x in chosen}
             pending = [x for x in chosen if force or not _is_current(writer.previous, x.request.target.name, keys)]
             _check_replace(out, writer.previous, info, [] if force else pending, checkpoint.config)
-            builder = _Builder(writer, checkpoint, info, report)
+            builder = _Builder(writer, checkpoint, info, report, samples)
             for lowering in pending:
                 builder.add(lowering, keys[lowering.request.target.name])
             return _summary(out, writer.previous, chosen, pending, report)
 
 
-def _lowering(name: str, precision: str, *choices) -> Lowering:
+def _lowering(name: str, precision: str, choices: tuple, activations: str, calibration: Path | None) -> Lowering:
     row = targets.find(name)
-    return lowerings.find(Request(row, targets.precision(row, precision), *choices))
+    precision = targets.precision(row, precision)
+    activations = targets.activations(row, precision, activations, calibrated=calibration is not None)
+    return lowerings.find(Request(row, precision, *choices, activations))
 
 
 def _is_current(previous: Manifest | None, target: str, keys: Mapping[str, str]) -> bool:
@@ -82,8 +85,8 @@ def _checkpoint_info(checkpoint: Checkpoint, previous: Manifest | None, report: 
     return CheckpointInfo(path=str(checkpoint.path.resolve()), digest=combined_digest(digests), files=digests)
 
 
-def _request_key(lowering: Lowering, checkpoint_digest: str) -> str:
-    content = lowering.request_identity() | {"checkpoint": checkpoint_digest, "version": VERSION}
+def _request_key(lowering: Lowering, checkpoint_digest: str, samples: Samples | None) -> str:
+    content = lowering.request_identity() | {"checkpoint": checkpoint_digest, "version": VERSION} | _calibrated(samples)
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -96,7 +99,8 @@ def _check_replace(out: Path, previous: Manifest | None, info: CheckpointInfo, p
     for lowering in pending:
         request, old = lowering.request, previous.targets.get(lowering.request.target.name)
         asked = (request.precision, lowering.options(), lowering.cache_format, lowering.limits(config).max_context)
-        if old and (old.precision, old.options, old.cache.format, old.limits.max_context) != asked:
+        options = old and {k: v for k, v in old.options.items() if k != "calibration"}  # other samples are no other choice
+        if old and (old.precision, options, old.cache.format, old.limits.max_context) != asked:
             has = f"{old.precision}, {old.options}, cache {old.cache.format}, context {old.limits.max_context}"
             raise BuildError(f"{out}: has target {request.target.name} already ({has}); use --force to replace it")
 
@@ -104,8 +108,10 @@ def _check_replace(out: Path, previous: Manifest | None, info: CheckpointInfo, p
 class _Builder:
     """Builds targets of one checkpoint into one bundle; traces each kind of step graph once."""
 
-    def __init__(self, writer: BundleWriter, checkpoint: Checkpoint, info: CheckpointInfo, report: Report):
-        self.writer, self.checkpoint, self.info, self.report = writer, checkpoint, info, report
+    def __init__(
+        self, writer: BundleWriter, checkpoint: Checkpoint, info: CheckpointInfo, report: Report, samples: Samples | None
+    ):
+        self.writer, self.checkpoint, self.info, self.report, self.samples = writer, checkpoint, info, report, samples
         self.traced: dict[tuple, object] = {}
 
     def add(self, lowering: Lowering, key: str) -> None:
@@ -115,20 +121,28 @@ class _Builder:
         set_key, located, weight_files = self._weights(lowering, weights)
         model, stage = self._trace(lowering), self.report.stage
         with tempfile.TemporaryDirectory(dir=self.writer.building) as scratch:
-            lowered = lowering.lower(model, config, weights, located, self.writer.folder, Path(scratch), stage)
+            places = self.writer.folder, Path(scratch)
+            lowered = lowering.lower(model, config, weights, located, *places, stage, self.activation_scales)
             target = self._target(lowering, lowered, set_key, key)
         with self.report.stage("tokenizer"):
-            files = [f for f in (self.checkpoint.path / n for n in TOKENIZER_FILES) if f.is_file()]
-            tokenizer = {f.name: self.writer.copy(f) for f in files}
+            tokenizer = {f.name: self.writer.copy(f) for f in self.checkpoint.tokenizer_files}
         if lowering.executes:
             with self.report.stage("first step"):
                 target = target.model_copy(update={"executed": execute(self.writer, name, target)})
         with self.report.stage("commit"):
             stored = WeightSet(
                 precision=lowering.request.precision, layout=lowering.layout, cache_transform="none", files=weight_files,
-                tensors={k: _tensor_record(w) for k, w in located.items()},
+                tensors={k: w.record() for k, w in located.items()},
             )  # fmt: skip
             self.writer.commit(self._manifest(tokenizer, {set_key: stored}, {name: target}))
+
+    @cached_property
+    def activation_scales(self) -> dict[str, float] | None:
+        """Static scales, the same for all targets; None where nothing was calibrated."""
+        if self.samples is None:
+            return None
+        with self.report.stage("calibration", self.checkpoint.config.num_hidden_layers) as advance:
+            return calibrations.activation_scales(self.checkpoint, self.samples, advance)
 
     def _weights(self, lowering: Lowering, weights) -> tuple[str, dict[str, StoredWeight], list[FileRef]]:
         """The weight set's key, where its tensors lie, and its files: written now, or in the bundle already."""
@@ -160,11 +174,12 @@ class _Builder:
                    for k in lowered.kernels]  # fmt: skip
         return Target(
             backend=row.backend, backend_version=lowering.backend_version, compute_capability=row.compute_capability,
-            precision=lowering.request.precision, options=lowering.options(), graph=copy(lowered.graph), weight_set=set_key,
-            kernels=kernels, inputs=_tensors(lowered.inputs), outputs=_tensors(lowered.outputs),
+            precision=lowering.request.precision, options=lowering.options() | _calibrated(self.samples),
+            graph=copy(lowered.graph), weight_set=set_key, kernels=kernels,
+            inputs=described(lowered.inputs), outputs=described(lowered.outputs),
             onnx=lowered.onnx and copy(lowered.onnx), network=lowered.network and copy(lowered.network),
             weight_inputs=lowered.weight_inputs, profiles=lowered.profiles,
-            cache=_cache_spec(self.checkpoint.config, lowering), limits=vars(lowered.limits), request=key, executed=None,
+            cache=lowering.cache(self.checkpoint.config), limits=vars(lowered.limits), request=key, executed=None,
         )  # fmt: skip
 
     def _manifest(self, tokenizer, sets: dict[str, WeightSet], new: dict[str, Target]) -> Manifest:
@@ -174,32 +189,14 @@ class _Builder:
         all_targets, all_sets = (kept.targets if kept else {}) | new, (kept.weight_sets if kept else {}) | sets
         used = {t.weight_set for t in all_targets.values()}
         return Manifest(
-            format_version=records.FORMAT_VERSION, producer=f"latentrt {VERSION}", created=_now(),
+            format_version=records.FORMAT_VERSION, producer=f"latentrt {VERSION}", created=datetime.now(UTC).isoformat(timespec="seconds"),
             architecture="DeepseekV2ForCausalLM", config=self.checkpoint.config.model_dump(), checkpoint=self.info,
             tokenizer=tokenizer, weight_sets={k: s for k, s in all_sets.items() if k in used}, targets=all_targets,
         )  # fmt: skip
 
 
-def _now() -> str:
-    return datetime.now(UTC).isoformat(timespec="seconds")
-
-
-def _tensor_record(weight: StoredWeight) -> records.WeightTensor:
-    return records.WeightTensor(file=weight.file, offset=weight.offset, dtype=weight.dtype_name, shape=list(weight.shape))
-
-
-def _tensors(values) -> list[dict]:
-    shapes = [[d if isinstance(d, int) else str(d.value) for d in v.shape] for v in values]
-    return [{"name": v.name, "dtype": v.dtype.name.lower(), "shape": s} for v, s in zip(values, shapes, strict=True)]
-
-
-def _cache_spec(config, lowering: Lowering) -> records.CacheSpec:
-    layout, sizes = formats.get(lowering.cache_format), (config.kv_lora_rank, config.qk_rope_head_dim)
-    return records.CacheSpec(
-        format=layout.name, dtype=str(layout.dtype).removeprefix("torch."), page_size=lowering.page_size,
-        width=layout.width(*sizes), layers=config.num_hidden_layers,
-        bytes_per_token=layout.bytes_per_token(*sizes) * config.num_hidden_layers,
-    )  # fmt: skip
+def _calibrated(samples: Samples | None) -> dict[str, str]:
+    return {"calibration": samples.digest} if samples else {}
 
 
 def _summary(out: Path, manifest: Manifest, chosen: list[Lowering], built: list[Lowering], report: Report) -> dict:
@@ -224,12 +221,15 @@ def main(
     cache_format: Annotated[str, typer.Option(help="Latent cache: auto, float32 or float16 (cpu), bfloat16 (GPUs).")] = "auto",
     max_context: Annotated[int | None, typer.Option(help="Longest sequence; the model's own limit by default.")] = None,
     weights: Annotated[str, typer.Option(help="GPUs: inputs (shared by targets) or embedded in the plan.")] = "inputs",
+    activations: Annotated[str, typer.Option(help="Scales of fp8 activations: dynamic, or static per linear.")] = "dynamic",
+    calibration: Annotated[Path | None, typer.Option(help="Sample tokens for static: a text, or JSON lists of ids.")] = None,
     force: Annotated[bool, typer.Option(help="Replace a target, or a bundle of another checkpoint.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, no progress.")] = False,
 ) -> None:
     """Builds an engine bundle for one or more targets from a DeepSeek-V2-family checkpoint."""
+    choices = (target, precision, accuracy, cache_format, max_context, force, as_json, weights, activations, calibration)
     try:
-        summary = build(checkpoint, out, target, precision, accuracy, cache_format, max_context, force, as_json, weights)
+        summary = build(checkpoint, out, *choices)
     except (BuildError, ConfigError, CheckpointError, BundleError) as error:
         if as_json:
             print(json.dumps({"error": str(error), "kind": type(error).__name__}))

@@ -1,6 +1,6 @@
 """The CPU target against transformers on the same CPU: decode and prefill, both sides in one alternating run.
 
-    python benchmarks/cpu.py --out benchmarks/results/cpu.json
+    python -m benchmarks.cpu --out benchmarks/results/cpu.json
 
 Weights are random (only shapes matter for time): a model with V2-Lite's head and expert shapes but fewer layers and
 experts, so that both sides fit into memory. Decode steps have 512 tokens in the cache. Medians over rounds.
@@ -56,7 +56,7 @@ class Transformers:
     """transformers with its own cache, cropped back after every call."""
 
     def __init__(self, model, batch: int, context: int, new: int):
-        self.model, self.context = model, context
+        self.model = model
         generator = torch.Generator().manual_seed(0)
         self.ids = torch.randint(0, SHAPE["vocab_size"], (batch, new), generator=generator)
         self.cache = None
@@ -67,7 +67,7 @@ class Transformers:
     def __call__(self) -> None:
         self.model(self.ids, past_key_values=self.cache, use_cache=self.cache is not None, logits_to_keep=1)
         if self.cache is not None:
-            self.cache.crop(self.context)
+            self.cache.crop(-self.ids.shape[1])
 
 
 def alternate(sides: dict, rounds: int) -> dict[str, float]:
@@ -124,7 +124,7 @@ def _report(results: dict, out: Path) -> None:
         table.add_row(title, *[f"{1e3 * v:.1f}" for v in row.values()], f"{best / row['engine int8']:.1f} times faster")
     Console().print(table)
     record = {
-        "command": "python benchmarks/cpu.py", "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": "python -m benchmarks.cpu", "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {len(os.sched_getaffinity(0))} cores", "shape": SHAPE, "seconds": results,
     }  # fmt: skip
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -20,6 +20,8 @@ INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _IGNORED_SUFFIXES = ("rotary_emb.inv_freq",)  # buffers that older transformers versions wrote
 _CHUNK = 1 << 24
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
+                   "chat_template.jinja")  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -45,6 +47,11 @@ class Checkpoint:
         self.files = _weight_files(self.path)
         self._handles = {file: _open(file) for file in self.files}
         self.tensors = self._list_tensors()
+
+    @property
+    def tokenizer_files(self) -> list[Path]:
+        """Those of TOKENIZER_FILES that are there."""
+        return [file for file in (self.path / name for name in TOKENIZER_FILES) if file.is_file()]
 
     def _list_tensors(self) -> dict[str, StoredTensor]:
         found: dict[str, StoredTensor] = {}

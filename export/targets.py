@@ -34,6 +34,7 @@ _ROWS = (
     _gpu("sm120", "tensorrt_rtx", float8=True),
     _gpu("sm121", "tensorrt_rtx", float8=True),
 )
+ACTIVATIONS = ("dynamic", "static")
 TARGETS = {t.name: t for t in _ROWS}
 
 
@@ -52,6 +53,20 @@ def precision(target: BuildTarget, asked: str) -> str:
         why = f": its hardware has no {asked}" if asked in target.hardware_lacks else ""
         accepted = ", ".join(target.precisions)
         raise BuildError(f"precision {asked!r} is not to be had on {target.name}{why}; accepted: auto, {accepted}")
+    return asked
+
+
+def activations(target: BuildTarget, precision: str, asked: str, calibrated: bool) -> str:
+    """How inputs of FP8 products are scaled; BuildError if the precision has none, or `calibrated` does not fit."""
+    if asked not in ACTIVATIONS:
+        raise BuildError(f"activations is {asked!r}, accepted: {', '.join(ACTIVATIONS)}")
+    if asked == "static" and precision != "fp8":
+        why = f"target {target.name} is built in {precision}, and only fp8 products scale activations"
+        raise BuildError(f"activations is 'static', but {why}; leave it out, or give targets and a precision with fp8")
+    if asked == "static" and not calibrated:
+        raise BuildError("activations is 'static', but there are no sample tokens; give them with --calibration FILE")
+    if asked == "dynamic" and calibrated:
+        raise BuildError("calibration is given, but activations is 'dynamic', which needs none; add --activations static")
     return asked
 
 

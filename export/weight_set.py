@@ -54,6 +54,10 @@ class StoredWeight:
         """"bfloat16" for torch.bfloat16."""
         return str(self.dtype).removeprefix("torch.")
 
+    def record(self) -> dict:
+        """What a bundle's manifest says of it; `of` reads that."""
+        return {"file": self.file, "offset": self.offset, "dtype": self.dtype_name, "shape": list(self.shape)}
+
 
 @dataclass(frozen=True)
 class _Planned:

@@ -1,7 +1,7 @@
 """What every lowering answers, so that build.py needs to know none of them. See `lowering` in __init__.py for the table."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -14,6 +14,7 @@ from export.models.weights import Weight
 from export.quantization import WeightFormat
 from export.targets import BuildTarget
 from export.weight_set import StoredWeight
+from plugins.mla_attention import formats
 
 Stage = Callable[[str], AbstractContextManager[Callable[[float], None]]]
 
@@ -37,6 +38,7 @@ class Request:
     cache_format: str
     max_context: int
     weights: str  # "inputs" or "embedded" in the plan; a matter of TensorRT
+    activations: str = "dynamic"  # scales of FP8 activations: one per token, or "static": one per linear
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,12 @@ class Lowered:
     kernels: list[Kernel] = field(default_factory=list)
     weight_inputs: list[str] = field(default_factory=list)
     profiles: dict[str, dict[str, list[list[int]]]] = field(default_factory=dict)
+
+
+def described(values: Sequence[ir.Value]) -> list[dict]:
+    """Inputs or outputs as the manifest lists them: name, dtype, shape."""
+    shapes = [[d if isinstance(d, int) else str(d.value) for d in v.shape] for v in values]
+    return [{"name": v.name, "dtype": v.dtype.name.lower(), "shape": s} for v, s in zip(values, shapes, strict=True)]
 
 
 class Lowering(ABC):
@@ -107,6 +115,15 @@ class Lowering(ABC):
         """What the target will take."""
         return Limits(self.request.max_context or config.max_position_embeddings)
 
+    def cache(self, config: DeepseekV2Config) -> dict[str, str | int]:
+        """The latent cache as the manifest describes it (runtime/bundle.py, CacheSpec)."""
+        layout, sizes = formats.get(self.cache_format), (config.kv_lora_rank, config.qk_rope_head_dim)
+        return {
+            "format": layout.name, "dtype": str(layout.dtype).removeprefix("torch."), "page_size": self.page_size,
+            "width": layout.width(*sizes), "layers": config.num_hidden_layers,
+            "bytes_per_token": layout.bytes_per_token(*sizes) * config.num_hidden_layers,
+        }  # fmt: skip
+
     @abstractmethod
     def weight_format(self, config: DeepseekV2Config) -> WeightFormat:
         """How weights are stored."""
@@ -118,10 +135,11 @@ class Lowering(ABC):
     @abstractmethod
     def lower(
         self, model: ir.Model, config: DeepseekV2Config, weights: list[Weight], located: Mapping[str, StoredWeight],
-        files: Path, scratch: Path, stage: Stage,
+        files: Path, scratch: Path, stage: Stage, activation_scales: Mapping[str, float] | None = None,
     ) -> Lowered:
         """Lowers `model`, which it may change. `located`: where each stored tensor lies, in the folder `files`, which the
-        bundle's files go to as well. What is made is written to `scratch`.
+        bundle's files go to as well. What is made is written to `scratch`. activation_scales: weight name of every linear
+        -> scale of its input, where the request's activations are static.
 
         `stage` times a named part of the work and yields the function that advances its bar. Raises BuildError.
         """

@@ -82,7 +82,7 @@ class OnnxruntimeLowering(Lowering):
 
     def lower(
         self, model: ir.Model, config: DeepseekV2Config, weights: list[Weight], located: Mapping[str, StoredWeight],
-        files: Path, scratch: Path, stage: Stage,
+        files: Path, scratch: Path, stage: Stage, activation_scales: Mapping[str, float] | None = None,
     ) -> Lowered:
         names = {w.name for w in weights}
         inputs, outputs = [v for v in model.graph.inputs if v.name not in names], list(model.graph.outputs)

@@ -61,18 +61,19 @@ class TensorrtLowering(Lowering):
         return super().identity() | gpu_kernels.identity()
 
     def options(self) -> dict[str, str | int | float | bool]:
-        return {"weights": self.request.weights} | ({"activations": "dynamic"} if self.request.precision == "fp8" else {})
+        float8 = {"activations": self.request.activations} if self.request.precision == "fp8" else {}
+        return {"weights": self.request.weights} | float8
 
     def weight_format(self, config: DeepseekV2Config) -> WeightFormat:
         return Fp8() if self.request.precision == "fp8" else BFloat16()
 
     def lower(
         self, model: ir.Model, config: DeepseekV2Config, weights: list[Weight], located: Mapping[str, StoredWeight],
-        files: Path, scratch: Path, stage: Stage,
+        files: Path, scratch: Path, stage: Stage, activation_scales: Mapping[str, float] | None = None,
     ) -> Lowered:
         name, limits = self.request.target.name, self.limits(config)
         with stage(f"{name}: network"):
-            prepare(model, weights, self.weight_format(config))
+            prepare(model, weights, self.weight_format(config), activation_scales)
             if self.request.weights == "embedded":
                 embed(model, located, files, scratch)
             onnx = scratch / "network.onnx"
