@@ -108,9 +108,7 @@ def _check_replace(out: Path, previous: Manifest | None, info: CheckpointInfo, p
 class _Builder:
     """Builds targets of one checkpoint into one bundle; traces each kind of step graph once."""
 
-    def __init__(
-        self, writer: BundleWriter, checkpoint: Checkpoint, info: CheckpointInfo, report: Report, samples: Samples | None
-    ):
+    def __init__(self, writer: BundleWriter, checkpoint: Checkpoint, info: CheckpointInfo, report: Report, samples):
         self.writer, self.checkpoint, self.info, self.report, self.samples = writer, checkpoint, info, report, samples
         self.traced: dict[tuple, object] = {}
 
@@ -121,8 +119,8 @@ class _Builder:
         set_key, located, weight_files = self._weights(lowering, weights)
         model, stage = self._trace(lowering), self.report.stage
         with tempfile.TemporaryDirectory(dir=self.writer.building) as scratch:
-            places = self.writer.folder, Path(scratch)
-            lowered = lowering.lower(model, config, weights, located, *places, stage, self.activation_scales)
+            given = located, self.writer.folder, Path(scratch), stage, self.activation_scales
+            lowered = lowering.lower(model, config, weights, *given)
             target = self._target(lowering, lowered, set_key, key)
         with self.report.stage("tokenizer"):
             tokenizer = {f.name: self.writer.copy(f) for f in self.checkpoint.tokenizer_files}
@@ -186,10 +184,11 @@ class _Builder:
         """The new manifest: targets and weight sets of the same checkpoint are kept beside the new ones."""
         previous = self.writer.previous
         kept = previous if previous and previous.checkpoint.digest == self.info.digest else None
+        now = datetime.now(UTC).isoformat(timespec="seconds")
         all_targets, all_sets = (kept.targets if kept else {}) | new, (kept.weight_sets if kept else {}) | sets
         used = {t.weight_set for t in all_targets.values()}
         return Manifest(
-            format_version=records.FORMAT_VERSION, producer=f"latentrt {VERSION}", created=datetime.now(UTC).isoformat(timespec="seconds"),
+            format_version=records.FORMAT_VERSION, producer=f"latentrt {VERSION}", created=now,
             architecture="DeepseekV2ForCausalLM", config=self.checkpoint.config.model_dump(), checkpoint=self.info,
             tokenizer=tokenizer, weight_sets={k: s for k, s in all_sets.items() if k in used}, targets=all_targets,
         )  # fmt: skip

@@ -24,6 +24,7 @@ from export.quantization.fp8 import LARGEST, SMALLEST_ABSMAX
 
 TEXT_SEQUENCE = 512  # tokens of one sequence that a text is cut into
 _PAGE, _CHUNK = 64, 256  # the cache's page; rows at once, which bounds the attention scores [rows, heads, tokens]
+_WIDE = 1024  # hidden_size from which threads help; at 192, two were 7 to 20 times slower than one on two shared cores
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def activation_scales(
     for weight in deepseek_v2.weights(config):
         if weight.name.startswith("model.layers."):
             members[int(weight.name.split(".")[2])].append(weight)
-    with torch.no_grad():
+    with torch.no_grad(), _threads_for(config):
         states = _embed(checkpoint, samples)
         for number, weights in members.items():
             layer = _load_layer(config, number, weights, checkpoint.read)
@@ -124,6 +125,17 @@ def activation_scales(
             scales |= {name: max(value, SMALLEST_ABSMAX) / LARGEST for name, value in largest.items()}
             progress(1)
     return scales
+
+
+@contextmanager
+def _threads_for(config: DeepseekV2Config) -> Iterator[None]:
+    """One thread where products are so small that several only wait for each other."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if config.hidden_size < _WIDE else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def _embed(checkpoint: Checkpoint, samples: Samples) -> list[tuple[Tensor, Tensor, Tensor]]:

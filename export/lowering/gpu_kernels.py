@@ -94,6 +94,6 @@ def _checked(specs: Iterable[KernelSpec], capability: int) -> Iterable[Kernel]:
         kernel = compiler.load(spec, capability)
         found = compiler.findings(kernel)  # from the manifest beside the cubin: nothing is disassembled again
         if found:
-            todo = f"see plugins/{spec.op}/tiles.py: it needs another tile, or a reason in spills_because where spills cost nothing"
+            todo = f"see plugins/{spec.op}/tiles.py: another tile, or a reason in spills_because if spills cost nothing"
             raise BuildError(f"kernel {spec.op}.{spec.function} for sm{capability}: {'; '.join(found)}; {todo}")
         yield Kernel(spec.op, spec.function, kernel.path, kernel.path.with_suffix(".json"))

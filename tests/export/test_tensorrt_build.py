@@ -91,6 +91,22 @@ def test_products_of_the_plan_run_in_the_precision_asked_for(built, name, precis
     assert found["float", "float", "float"] == profiles * MOE_LAYERS  # router logits
 
 
+def test_static_scales_keep_fp8_products(fast_trace, tmp_path):
+    """Constants in place of the largest value of every row: as many FP8 products, and no ReduceMax in the graph."""
+    (tmp_path / "ids.json").write_text("[[5, 6, 7, 8], [9]]")
+    out, options = tmp_path / "bundle", dict(activations="static", calibration=tmp_path / "ids.json")
+    build.build(EXAMPLE, out, "sm89", "fp8", **options)
+    bundle = Bundle(out)
+    _, target = bundle.target()
+    assert target.options["activations"] == "static" and len(target.options["calibration"]) == 64
+    assert not [n for n in onnx.load(bundle.file(target.onnx)).graph.node if n.op_type == "ReduceMax"]
+    found = products(bundle.file(target.graph))
+    if not found:
+        pytest.skip("this TensorRT-RTX writes no readable instructions")
+    assert found["fp8_e4m3", "fp8_e4m3", "bf16"] == len(target.profiles) * LINEARS["fp8"]
+    assert found["bf16", "bf16", "bf16"] == len(target.profiles) * (ABSORBED + 1)
+
+
 def test_weights_are_inputs_that_targets_share(built):
     bundle = Bundle(built)
     targets = bundle.manifest.targets

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from export.calibration import Samples, activation_scales
 from export.checkpoint import Checkpoint
 from export.lowering import fp8_graph, tensorrt
 from export.lowering.onnx_on_cpu import runnable
@@ -21,7 +22,7 @@ from tests import checkpoints, ragged
 from tests.conftest import EXAMPLE
 from tests.export.graph_on_cpu import CpuGraph, stored, value
 
-FORMATS = {"bf16": BFloat16(), "fp8": Fp8()}
+FORMATS = {"bf16": BFloat16(), "fp8": Fp8(), "static": Fp8()}
 LENGTHS, SCHEDULE = [200, 64, 1, 119], [[130, 0, 1, 60], [0, 63, 0, 1], [1, 1, 0, 57]]
 
 
@@ -36,7 +37,9 @@ def example() -> SimpleNamespace:
     sequences = [ids[a:b] for a, b in pairwise(starts)]
     model = checkpoints.reference(EXAMPLE)
     logits = torch.cat([checkpoints.reference_logits(model, s) for s in sequences])
-    return SimpleNamespace(checkpoint=Checkpoint(EXAMPLE), sequences=sequences, logits=logits)
+    others = tuple(tuple(ids[a : a + 256]) for a in range(1000, 3048, 256))  # calibrated on other tokens than are judged
+    scales = activation_scales(Checkpoint(EXAMPLE), Samples(others))
+    return SimpleNamespace(checkpoint=Checkpoint(EXAMPLE), sequences=sequences, logits=logits, scales=scales)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +48,8 @@ def graphs(traced, example, tmp_path_factory) -> dict[str, onnx.ModelProto]:
     config, folder, found = example.checkpoint.config, tmp_path_factory.mktemp("graphs"), {}
     for name, weight_format in FORMATS.items():
         model = traced(config, torch.bfloat16, "bfloat16", 64)
-        tensorrt.prepare(model, deepseek_v2.weights(config), weight_format)
+        scales = example.scales if name == "static" else None
+        tensorrt.prepare(model, deepseek_v2.weights(config), weight_format, scales)
         ir.save(model, folder / f"{name}.onnx")
         found[name] = onnx.load(folder / f"{name}.onnx")
     return found
@@ -69,13 +73,16 @@ def divergence(p: torch.Tensor, q: torch.Tensor) -> tuple[float, float]:
     return float((p.exp() * (p - q)).sum(-1).mean()), float((p.argmax(-1) == q.argmax(-1)).float().mean())
 
 
-def fp8_emulation(example, monkeypatch) -> torch.Tensor:
-    """Our own torch model in float32 with FP8 weights, and the inputs of FP8 products rounded row by row."""
+def fp8_emulation(example, monkeypatch, static: bool) -> torch.Tensor:
+    """Our own torch model in float32 with FP8 weights, and the inputs of FP8 products rounded.
+
+    Row by row; where `static`, those of linears (not of experts) by one scale each, beyond which they saturate.
+    """
     from plugins.moe_experts import reference as experts
 
-    def rounded(x):
-        scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-10) / 448
-        return (x / scale).to(torch.float8_e4m3fn).to(x.dtype) * scale
+    def rounded(x, scale=None):
+        scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-10) / 448 if scale is None else scale
+        return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
     linear = F.linear
     monkeypatch.setattr(experts, "F", SimpleNamespace(silu=F.silu, linear=lambda x, w: linear(rounded(x), w)))
@@ -88,7 +95,8 @@ def fp8_emulation(example, monkeypatch) -> torch.Tensor:
     model.load_state_dict(parameters, strict=False)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and not name.endswith(("lm_head", "mlp.gate")):
-            module.register_forward_pre_hook(lambda module, inputs: rounded(inputs[0]))
+            scale = example.scales[f"model.{name}.weight"] if static else None
+            module.register_forward_pre_hook(lambda module, inputs, scale=scale: rounded(inputs[0], scale))
     pages = ragged.Pages(LENGTHS, 64)
     answers = ragged.run(ragged.torch_step(model, pages, torch.float32), example.sequences, SCHEDULE, pages)
     return torch.from_numpy(np.concatenate(answers))
@@ -99,13 +107,14 @@ def test_bf16_graph_matches_the_reference(logits, example):
     assert kl < 1e-3 and same > 0.97, (kl, same)
 
 
-def test_fp8_graph_matches_the_reference_within_what_fp8_explains(logits, example, monkeypatch):
-    kl, same = divergence(example.logits, logits["fp8"])
+@pytest.mark.parametrize("name", ["fp8", "static"])
+def test_fp8_graph_matches_the_reference_within_what_fp8_explains(name, logits, example, monkeypatch):
+    kl, same = divergence(example.logits, logits[name])
     assert kl < 1e-2 and same > 0.92, (kl, same)
-    emulated = fp8_emulation(example, monkeypatch)
+    emulated = fp8_emulation(example, monkeypatch, name == "static")
     explained, _ = divergence(example.logits, emulated)
     bf16, _ = divergence(example.logits, logits["bf16"])
-    print(f"KL to the reference: bf16 {bf16:.2e}, FP8 {kl:.2e} (same first choice {same:.3f}), emulation {explained:.2e}")
+    print(f"KL to the reference: bf16 {bf16:.2e}, {name} {kl:.2e} (same first choice {same:.3f}), emulation {explained:.2e}")
     assert 0.5 * explained < kl < 1.5 * explained + bf16  # rounding is chaotic: sizes of errors agree, errors do not
 
 
@@ -126,6 +135,23 @@ def test_one_fp8_linear_is_the_formula():
     product = (x.float() / row).to(torch.float8_e4m3fn).float() @ quantized.float().T
     expected = (product.bfloat16().float() * row * channel + bias.float()).bfloat16()
     torch.testing.assert_close(torch.from_numpy(y.numpy()), expected.float(), rtol=2**-7, atol=1e-6)
+
+
+def test_one_linear_with_a_static_scale_is_the_formula_and_saturates():
+    """x beyond 448 times the scale becomes 448 times the scale."""
+    generator, static = torch.Generator().manual_seed(0), 0.01
+    x = torch.randn(6, 32, generator=generator) * torch.tensor([1, 1e-3, 100, 0, 5, 1])[:, None]
+    x, weight = x.bfloat16(), deepseek_v2.Weight("linear.weight", (24, 32), "linear", (("w",),))
+    assert x.abs().max() > 100 * static * 448 / 4
+    quantized, channel = Fp8().encode(weight, torch.randn(24, 32, generator=generator))
+    model = _linear_model()
+    fp8_graph.quantize(model, [weight], Fp8(), {weight.name: static})
+    session = ort.InferenceSession(runnable(ir.to_proto(model)).SerializeToString(), providers=["CPUExecutionProvider"])
+    feeds = {"x": x, "linear.weight": quantized, "linear.weight.scale": channel, "bias": torch.zeros(24).bfloat16()}
+    (y,) = session.run_with_ort_values(["y"], {k: value(v) for k, v in feeds.items()})
+    product = (x.float() / static).clamp(-448, 448).to(torch.float8_e4m3fn).float() @ quantized.float().T
+    expected = (product.bfloat16().float() * static * channel).bfloat16().float()
+    torch.testing.assert_close(torch.from_numpy(y.numpy()), expected, rtol=2**-7, atol=1e-6)
 
 
 def _linear_model() -> ir.Model:
