@@ -210,8 +210,11 @@ def _instructions(cubin: Path) -> dict[str, int]:
     return {name: n for name, n in counts.items() if n}
 
 
-def findings(kernel: CompiledKernel) -> list[str]:
-    """What is wrong with a compiled kernel on its architecture: too much shared memory, no tensor cores, spills."""
+def faults(kernel: CompiledKernel) -> list[str]:
+    """What makes a compiled kernel unfit for its architecture: too much shared memory, or no tensor cores where it has products.
+
+    The second is more than slow: a kernel without its products is what a miscompilation looks like.
+    """
     metadata = kernel.metadata
     row = architecture.get(metadata["architecture"])
     found = []
@@ -220,6 +223,12 @@ def findings(kernel: CompiledKernel) -> list[str]:
     kind = metadata["spec"]["tensor_cores"]
     if kind is not None and row.mma.get(kind) not in metadata["instructions"]:
         found.append(f"tensor cores: no {row.mma.get(kind)}, found {metadata['instructions']}")
+    return found
+
+
+def findings(kernel: CompiledKernel) -> list[str]:
+    """Faults, and spills that have no noted reason, which are only slow."""
+    metadata, found = kernel.metadata, faults(kernel)
     spills = {k: v for k, v in metadata["instructions"].items() if k in ("LDL", "STL")}
     if (metadata["stack_bytes"] or spills) and not metadata["spec"]["spills_because"]:
         found.append(f"spills: {metadata['stack_bytes']} bytes of stack a thread, {spills}")

@@ -62,8 +62,8 @@ def compile_all(
 ) -> list[Kernel]:
     """Compiles in child processes, one per core of this process. `progress` gets parts that add up to 1.
 
-    BuildError if a kernel does not compile, or a gate of plugins/compile.py finds something that has no noted reason: too
-    much shared memory, no tensor cores, spills.
+    BuildError if a kernel does not compile, or would not work: too much shared memory, no tensor cores. Spills only make a
+    kernel slow, and shapes that nobody tuned have them: `make kernels` reports those of the tuned ones.
     """
     missing = [s for s in specs if compiler.load(s, capability) is None]
     jobs = min(len(os.sched_getaffinity(0)), len(missing))
@@ -92,8 +92,8 @@ def _watch(running: list[Future], missing: list[KernelSpec], capability: int, pr
 def _checked(specs: Iterable[KernelSpec], capability: int) -> Iterable[Kernel]:
     for spec in specs:
         kernel = compiler.load(spec, capability)
-        found = compiler.findings(kernel)  # from the manifest beside the cubin: nothing is disassembled again
+        found = compiler.faults(kernel)  # from the manifest beside the cubin: nothing is disassembled again
         if found:
-            todo = f"see plugins/{spec.op}/tiles.py: another tile, or a reason in spills_because if spills cost nothing"
+            todo = f"choose another tile in plugins/{spec.op}/tiles.py"
             raise BuildError(f"kernel {spec.op}.{spec.function} for sm{capability}: {'; '.join(found)}; {todo}")
         yield Kernel(spec.op, spec.function, kernel.path, kernel.path.with_suffix(".json"))
