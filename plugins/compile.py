@@ -211,7 +211,7 @@ def _instructions(cubin: Path) -> dict[str, int]:
 
 
 def faults(kernel: CompiledKernel) -> list[str]:
-    """What makes a compiled kernel unfit for its architecture: too much shared memory, or no tensor cores where it has products.
+    """What makes a compiled kernel unfit for its architecture: too much shared memory, or products without tensor cores.
 
     The second is more than slow: a kernel without its products is what a miscompilation looks like.
     """
