@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
+from rich.markup import escape
 
 from export import calibration as calibrations
 from export import graph as step_graph
@@ -26,7 +27,7 @@ from export.progress import Report
 from export.weight_set import StoredWeight
 from runtime import bundle as records
 from runtime.bundle import BundleError, BundleWriter, CheckpointInfo, FileRef, Manifest, Target, WeightSet, open_writer
-from runtime.first_step import execute
+from runtime.first_step import check_tokenizer, execute
 
 VERSION = "0.1.0"
 
@@ -52,10 +53,11 @@ def build(
             samples = calibrations.read_samples(calibration, checkpoint) if calibration else None
         with open_writer(Path(out), discard_unreadable=force) as writer:
             info = _checkpoint_info(checkpoint, writer.previous, report)
-            keys = {x.request.target.name: _request_key(x, info.digest, samples) for x in chosen}
-            pending = [x for x in chosen if force or not _is_current(writer.previous, x.request.target.name, keys)]
+            identity = {"checkpoint": info.digest, "tokenizer": checkpoint.tokenizer_digest(), "version": VERSION}
+            keys = {x.request.target.name: _request_key(x, identity | _calibrated(samples)) for x in chosen}
+            pending = [x for x in chosen if force or not _is_current(writer, x.request.target.name, keys)]
             _check_replace(out, writer.previous, info, [] if force else pending, checkpoint.config)
-            builder = _Builder(writer, checkpoint, info, report, samples)
+            builder = _Builder(writer, checkpoint, info, report, samples, reread=force)
             for lowering in pending:
                 builder.add(lowering, keys[lowering.request.target.name])
             return _summary(out, writer.previous, chosen, pending, report)
@@ -68,8 +70,11 @@ def _lowering(name: str, precision: str, choices: tuple, activations: str, calib
     return lowerings.find(Request(row, precision, *choices, activations))
 
 
-def _is_current(previous: Manifest | None, target: str, keys: Mapping[str, str]) -> bool:
-    return previous is not None and target in previous.targets and previous.targets[target].request == keys[target]
+def _is_current(writer: BundleWriter, target: str, keys: Mapping[str, str]) -> bool:
+    """Whether the bundle has this very target, and all files are there."""
+    manifest = writer.previous
+    same = manifest is not None and target in manifest.targets and manifest.targets[target].request == keys[target]
+    return same and all(map(writer.holds, manifest.refs()))
 
 
 def _check_context(checkpoint: Checkpoint, max_context: int | None) -> None:
@@ -85,9 +90,8 @@ def _checkpoint_info(checkpoint: Checkpoint, previous: Manifest | None, report: 
     return CheckpointInfo(path=str(checkpoint.path.resolve()), digest=combined_digest(digests), files=digests)
 
 
-def _request_key(lowering: Lowering, checkpoint_digest: str, samples: Samples | None) -> str:
-    content = lowering.request_identity() | {"checkpoint": checkpoint_digest, "version": VERSION} | _calibrated(samples)
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+def _request_key(lowering: Lowering, identity: dict) -> str:
+    return hashlib.sha256(json.dumps(lowering.request_identity() | identity, sort_keys=True).encode()).hexdigest()
 
 
 def _check_replace(out: Path, previous: Manifest | None, info: CheckpointInfo, pending: list[Lowering], config) -> None:
@@ -106,10 +110,14 @@ def _check_replace(out: Path, previous: Manifest | None, info: CheckpointInfo, p
 
 
 class _Builder:
-    """Builds targets of one checkpoint into one bundle; traces each kind of step graph once."""
+    """Builds targets of one checkpoint into one bundle; traces each kind of step graph once.
 
-    def __init__(self, writer: BundleWriter, checkpoint: Checkpoint, info: CheckpointInfo, report: Report, samples):
+    `reread`: files of the bundle are used again only if their content fits their digests, not just their sizes.
+    """
+
+    def __init__(self, writer: BundleWriter, checkpoint: Checkpoint, info: CheckpointInfo, report, samples, reread: bool):
         self.writer, self.checkpoint, self.info, self.report, self.samples = writer, checkpoint, info, report, samples
+        self.reread = reread
         self.traced: dict[tuple, object] = {}
 
     def add(self, lowering: Lowering, key: str) -> None:
@@ -124,6 +132,7 @@ class _Builder:
             target = self._target(lowering, lowered, set_key, key)
         with self.report.stage("tokenizer"):
             tokenizer = {f.name: self.writer.copy(f) for f in self.checkpoint.tokenizer_files}
+            check_tokenizer(self.writer, tokenizer, config.model_dump())
         if lowering.executes:
             with self.report.stage("first step"):
                 target = target.model_copy(update={"executed": execute(self.writer, name, target)})
@@ -149,7 +158,7 @@ class _Builder:
         if previous and previous.checkpoint.digest == self.info.digest and previous.weight_sets.get(key):
             found = previous.weight_sets[key]
             located = {name: StoredWeight.of(**t.model_dump()) for name, t in found.tensors.items()}
-            if located and all(self.writer.holds(ref) for ref in found.files):
+            if located and all(self.writer.holds(ref, self.reread) for ref in found.files):
                 return key, located, found.files
         with self.report.stage("weights", len(weight_set.parts(weights))) as advance:
             located = weight_set.write(
@@ -229,10 +238,10 @@ def main(
     choices = (target, precision, accuracy, cache_format, max_context, force, as_json, weights, activations, calibration)
     try:
         summary = build(checkpoint, out, *choices)
-    except (BuildError, ConfigError, CheckpointError, BundleError) as error:
+    except (BuildError, ConfigError, CheckpointError, BundleError, OSError) as error:
         if as_json:
             print(json.dumps({"error": str(error), "kind": type(error).__name__}))
-        Console(stderr=True).print(f"[red]error:[/] {error}", highlight=False, soft_wrap=True)
+        Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; the same command goes on behind the last finished shard")
@@ -246,4 +255,6 @@ def main(
 
 
 if __name__ == "__main__":
-    typer.run(main)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
+    app.command()(main)
+    app()

@@ -47,11 +47,28 @@ class Checkpoint:
         self.files = _weight_files(self.path)
         self._handles = {file: _open(file) for file in self.files}
         self.tensors = self._list_tensors()
+        self._check_counts()
 
     @property
     def tokenizer_files(self) -> list[Path]:
         """Those of TOKENIZER_FILES that are there."""
         return [file for file in (self.path / name for name in TOKENIZER_FILES) if file.is_file()]
+
+    def tokenizer_digest(self) -> str:
+        """One sha256 for the tokenizer's files."""
+        text = "".join(f"{file.name} {_sha256(file, lambda size: None)}\n" for file in self.tokenizer_files)
+        return hashlib.sha256(text.encode()).hexdigest()
+
+    def _check_counts(self) -> None:
+        """A list of what a config expects would not end for absurd counts, so they are refused first."""
+        moe = self.config.first_k_dense_replace < self.config.num_hidden_layers
+        for name in ("num_hidden_layers", *(["n_routed_experts"] if moe else [])):
+            found = getattr(self.config, name)
+            if found > len(self.tensors):
+                raise CheckpointError(
+                    f"{self.path}: config.json says {name} {found}, but there are only {len(self.tensors)} tensors; "
+                    "the config belongs to another checkpoint, or shards are missing"
+                )
 
     def _list_tensors(self) -> dict[str, StoredTensor]:
         found: dict[str, StoredTensor] = {}

@@ -158,6 +158,8 @@ def load(path: Path | str) -> DeepseekV2Config:
         raw = json.loads(file.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{file}: not found; a checkpoint is a folder with config.json and *.safetensors") from None
+    except OSError as error:
+        raise ConfigError(f"{file}: cannot be read ({error.strerror}); give the folder of a checkpoint") from None
     except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise ConfigError(f"{file}: not valid JSON ({error})") from None
     try:

@@ -2,8 +2,12 @@
 
 from typing import TYPE_CHECKING
 
+from runtime.sampler import SamplingParams
+
 if TYPE_CHECKING:
     from runtime.generate import Engine
+
+__all__ = ["SamplingParams", "load"]
 
 
 def load(

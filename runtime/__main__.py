@@ -143,8 +143,9 @@ def _read_prompt(name: str) -> str:
 
 
 def _read_token_lists(path: Path) -> list[list[int]]:
+    content = _read(path)
     try:
-        lists = json.loads(_read(path))
+        lists = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise RequestError(f"{path}: not valid JSON ({error}); give a list of token-id lists") from None
     if not isinstance(lists, list) or not lists:
@@ -170,13 +171,14 @@ def _write_rows(out: Path, shape: tuple[int, int], blocks) -> None:
     """Fills a .npy file block by block; it appears under its name when it is whole."""
     draft = out.with_name(f".{out.name}.{os.getpid()}.new")
     try:
-        array = np.lib.format.open_memmap(draft, "w+", np.float32, shape)
-        row = 0
-        for block in blocks:
-            array[row : row + len(block)] = block
-            row += len(block)
-        array.flush()
+        header = {"descr": np.lib.format.dtype_to_descr(np.dtype(np.float32)), "fortran_order": False, "shape": shape}
+        with draft.open("wb") as stream:
+            np.lib.format.write_array_header_1_0(stream, header)
+            for block in blocks:
+                stream.write(np.ascontiguousarray(block, np.float32).data)
         os.replace(draft, out)
+    except OSError as error:
+        raise RequestError(f"{out}: cannot be written ({error.strerror}); free some space or give another file") from None
     finally:
         draft.unlink(missing_ok=True)
 
@@ -194,7 +196,7 @@ def main(arguments: list[str] | None = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on; nothing to complain about
         return 141
     except OSError as error:
-        return _fail(f"{error.filename}: {error.strerror}", "OSError", arguments)
+        return _fail(f"{error.filename or 'writing'}: {error.strerror or error}", "OSError", arguments)
     except typer.Abort:
         return 130
 

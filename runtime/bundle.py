@@ -226,9 +226,11 @@ def _read_manifest(path: Path) -> tuple[Manifest, str]:
         raw = file.read_bytes()
     except (FileNotFoundError, NotADirectoryError):
         raise BundleError(f"{path}: not a bundle ({MANIFEST} is missing); make one with build.py") from None
+    except OSError as error:
+        raise BundleError(f"{file}: cannot be read ({error.strerror}); build the bundle again") from None
     try:
         parsed = json.loads(raw)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, RecursionError) as error:
         raise BundleError(f"{file}: not valid JSON ({error}); build the bundle again") from None
     version = parsed.get("format_version") if isinstance(parsed, dict) else None
     if version != FORMAT_VERSION:
@@ -255,8 +257,7 @@ class BundleWriter:
     def finished(self, key: str) -> str | None:
         """The file written under `key` by a build that was interrupted, if it is still whole."""
         ref = self._journal.get(key)
-        path = self.path / FILES / ref.file if ref else None
-        return ref.file if path and path.is_file() and path.stat().st_size == ref.size else None
+        return ref.file if ref and self.holds(ref, read=True) else None
 
     def write(self, key: str, suffix: str, fill: Callable[[Path], None]) -> str:
         """Lets `fill` write a file, keeps it under its content's name and notes it under `key`; returns the name."""
@@ -289,10 +290,11 @@ class BundleWriter:
         """Path of a file, as `Bundle.file` gives it, before the commit."""
         return self.path / FILES / ref.file
 
-    def holds(self, ref: FileRef) -> bool:
-        """Whether the file is there with the size that it should have."""
+    def holds(self, ref: FileRef, read: bool = False) -> bool:
+        """Whether the file is there with the size that it should have, and, if it is to be read, the content."""
         path = self.file(ref)
-        return path.is_file() and path.stat().st_size == ref.size
+        whole = path.is_file() and path.stat().st_size == ref.size
+        return whole and (not read or _digest(path) == ref.sha256)
 
     def commit(self, manifest: Manifest) -> None:
         """Puts `manifest` in force. What it does not name goes when the writer is closed."""
@@ -336,6 +338,7 @@ def open_writer(path: Path, discard_unreadable: bool = False) -> Iterator[Bundle
     foreign = [f.name for f in path.iterdir() if f.name not in _OWN] if path.is_dir() else []
     if foreign:
         raise BundleError(f"{path}: holds {foreign[0]!r}, which is no part of a bundle; give another folder")
+    _previous(path, discard_unreadable)  # refused before anything is made
     for folder in (FILES, BUILDING):
         (path / folder).mkdir(parents=True, exist_ok=True)
     with (path / BUILDING / "lock").open("w") as lock:
@@ -359,10 +362,10 @@ def _previous(path: Path, discard_unreadable: bool) -> Manifest | None:
         return None
     try:
         return _read_manifest(path)[0]
-    except BundleError:
+    except BundleError as error:
         if discard_unreadable:
             return None
-        raise
+        raise BundleError(f"{error} with --force") from None
 
 
 def _replace(file: Path, content: bytes) -> None:

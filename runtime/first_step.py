@@ -2,12 +2,14 @@
 
 import platform
 from datetime import UTC, datetime
+from types import SimpleNamespace
 
 import numpy as np
 
+from runtime import tokenizer as tokenizers
 from runtime.backends.base import SequenceRows, StepBatch
 from runtime.backends.onnxruntime import OnnxRuntimeBackend
-from runtime.bundle import BundleError, BundleWriter, Executed, Target
+from runtime.bundle import BundleError, BundleWriter, Executed, FileRef, Target
 
 
 def execute(writer: BundleWriter, name: str, target: Target) -> Executed:
@@ -17,3 +19,9 @@ def execute(writer: BundleWriter, name: str, target: Target) -> Executed:
     if not np.isfinite(logits).all():
         raise BundleError(f"target {name}: the first step's logits are not finite; the checkpoint's weights overflow float32")
     return Executed(machine=f"{platform.machine()}, {platform.node()}", date=datetime.now(UTC).isoformat(timespec="seconds"))
+
+
+def check_tokenizer(writer: BundleWriter, files: dict[str, FileRef], config: dict) -> None:
+    """Reads the tokenizer as the runtime will, before the commit. BundleError if it cannot."""
+    bundle = SimpleNamespace(path=writer.path, file=writer.file, manifest=SimpleNamespace(tokenizer=files, config=config))
+    tokenizers.eos_ids(bundle, tokenizers.load(bundle))

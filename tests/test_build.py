@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -219,3 +220,47 @@ def test_a_checkpoint_whose_logits_overflow_is_not_committed(tmp_path, monkeypat
     with pytest.raises((BuildError, BundleError), match="not finite"):
         build.build(huge, out, "cpu", "fp32")
     assert not out.exists()
+
+
+def test_a_damaged_bundle_is_mended_by_building_again(tiny_checkpoint, tiny_bundle, tmp_path):
+    bundle = tmp_path / "bundle"
+    shutil.copytree(tiny_bundle, bundle)
+    shard = max(bundle.glob("files/*.safetensors"), key=lambda f: f.stat().st_size)
+    content = shard.read_bytes()
+    shard.write_bytes(content[:-1])
+    assert build.build(tiny_checkpoint, bundle, "cpu", "fp32")["built"]
+    assert Bundle(bundle).verify() == []
+    shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    assert Bundle(bundle).verify() != []
+    assert build.build(tiny_checkpoint, bundle, "cpu", "fp32", force=True)["built"]
+    assert Bundle(bundle).verify() == []
+
+
+def test_another_tokenizer_is_another_target(tiny_checkpoint, tiny_bundle, tmp_path):
+    bundle, checkpoint = tmp_path / "bundle", tmp_path / "checkpoint"
+    shutil.copytree(tiny_bundle, bundle)
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    assert not build.build(checkpoint, bundle, "cpu", "fp32")["built"]
+    (checkpoint / "generation_config.json").write_text('{"eos_token_id": 7}')
+    assert build.build(checkpoint, bundle, "cpu", "fp32")["built"]
+    (checkpoint / "generation_config.json").write_text("{bad")
+    with pytest.raises(BundleError, match="generation_config"):
+        build.build(checkpoint, bundle, "cpu", "fp32")
+    assert Bundle(bundle).verify() == []
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(tiny_checkpoint, tmp_path):
+    (tmp_path / "file").write_text("")
+    command = [sys.executable, "build.py", str(tiny_checkpoint), "--out", str(tmp_path / "file" / "bundle"), "--json"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert str(tmp_path / "file") in json.loads(done.stdout)["error"]
+
+
+def test_absurd_counts_are_refused_at_once(tiny_checkpoint, tmp_path):
+    checkpoint = tmp_path / "checkpoint"
+    shutil.copytree(tiny_checkpoint, checkpoint)
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
+    with pytest.raises(CheckpointError, match="num_hidden_layers 1000000000, but there are only"):
+        build.build(checkpoint, tmp_path / "bundle", "cpu", "fp32")

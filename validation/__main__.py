@@ -3,6 +3,7 @@
 import json
 import os
 import sys
+import traceback
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
@@ -21,7 +22,7 @@ from validation.compare import Comparison, Subject
 from validation.dequantize import bundle_config
 from validation.errors import ValidationError
 
-PASS, FAIL, UNUSABLE = 0, 1, 2
+PASS, FAIL, UNUSABLE, BROKEN = 0, 1, 2, 3
 DEFAULT_TOKENS = 4096
 STAGES = 11
 _NOT_COMPUTED = {"tie_word_embeddings", "eos_token_id", "bos_token_id", "max_position_embeddings"}  # change no number
@@ -87,6 +88,9 @@ def main(
             print(json.dumps({"error": str(error), "kind": type(error).__name__}))
         Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(UNUSABLE)
+    except Exception:  # a defect of ours is not a verdict on the engine: anything but the exit status of a fail
+        traceback.print_exc()
+        sys.exit(BROKEN)
     if as_json:
         print(json.dumps(evidence))
     else:

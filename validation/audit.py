@@ -103,6 +103,7 @@ def build(raw: dict, overrides: dict) -> torch.nn.Module:
     try:
         hf = transformers.DeepseekV2Config.from_dict({k: v for k, v in raw.items() if k != "auto_map"})
         hf._attn_implementation = "eager"
+        hf._experts_implementation = "eager"  # the others want sizes that are multiples of 16 bytes
         return transformers.DeepseekV2ForCausalLM(hf).eval()
     except Exception as error:  # whatever transformers raises: strict config errors, missing features, bugs
         first = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

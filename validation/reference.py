@@ -52,7 +52,8 @@ class Reference:
         with _quiet_transformers():
             try:
                 model, info = transformers.DeepseekV2ForCausalLM.from_pretrained(
-                    self.checkpoint.path, dtype=torch.float32, attn_implementation="eager", output_loading_info=True,
+                    self.checkpoint.path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
+                    output_loading_info=True,
                     use_safetensors=True, trust_remote_code=False, **overrides,
                 )  # fmt: skip
             except Exception as error:  # as in audit.build: anything may come out of transformers
