@@ -118,10 +118,10 @@ def main(
 
 
 def _report(results: dict, out: Path) -> None:
-    table = Table("milliseconds (median)", *next(iter(results.values())), "engine int8 against the best of transformers")
+    table = Table("milliseconds (median)", *next(iter(results.values())), "engine int8, times the speed of the best of transformers")
     for title, row in results.items():
         best = min(v for k, v in row.items() if k.startswith("transformers"))
-        table.add_row(title, *[f"{1e3 * v:.1f}" for v in row.values()], f"{best / row['engine int8']:.1f} times faster")
+        table.add_row(title, *[f"{1e3 * v:.1f}" for v in row.values()], f"{best / row['engine int8']:.1f}")
     Console().print(table)
     record = {
         "command": "python -m benchmarks.cpu", "date": datetime.now(UTC).isoformat(timespec="seconds"),
