@@ -118,7 +118,8 @@ def main(
 
 
 def _report(results: dict, out: Path) -> None:
-    table = Table("milliseconds (median)", *next(iter(results.values())), "engine int8, times the speed of the best of transformers")
+    ratio = "engine int8, times the speed of the best of transformers"
+    table = Table("milliseconds (median)", *next(iter(results.values())), ratio)
     for title, row in results.items():
         best = min(v for k, v in row.items() if k.startswith("transformers"))
         table.add_row(title, *[f"{1e3 * v:.1f}" for v in row.values()], f"{best / row['engine int8']:.1f}")
