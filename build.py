@@ -10,24 +10,27 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
-import typer
-from rich.console import Console
-from rich.markup import escape
+from runtime import interrupt
 
-from export import calibration as calibrations
-from export import graph as step_graph
-from export import lowering as lowerings
-from export import targets, weight_set
-from export.calibration import Samples
-from export.checkpoint import Checkpoint, combined_digest
-from export.errors import BuildError, CheckpointError, ConfigError
-from export.lowering.base import Lowered, Lowering, Request, described
-from export.models import deepseek_v2
-from export.progress import Report
-from export.weight_set import StoredWeight
-from runtime import bundle as records
-from runtime.bundle import BundleError, BundleWriter, CheckpointInfo, FileRef, Manifest, Target, WeightSet, open_writer
-from runtime.first_step import check_tokenizer, execute
+with interrupt.leaves_at_once():
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+
+    from export import calibration as calibrations
+    from export import graph as step_graph
+    from export import lowering as lowerings
+    from export import targets, weight_set
+    from export.calibration import Samples
+    from export.checkpoint import Checkpoint, combined_digest
+    from export.errors import BuildError, CheckpointError, ConfigError
+    from export.lowering.base import Lowered, Lowering, Request, described
+    from export.models import deepseek_v2
+    from export.progress import Report
+    from export.weight_set import StoredWeight
+    from runtime import bundle as records
+    from runtime.bundle import BundleError, BundleWriter, CheckpointInfo, FileRef, Manifest, Target, WeightSet, open_writer
+    from runtime.first_step import check_tokenizer, execute
 
 VERSION = "0.1.0"
 
@@ -42,19 +45,22 @@ def build(
     Every target is committed as it is finished. Raises BuildError, ConfigError, CheckpointError or BundleError; what was
     committed before stays as it was. After an interruption the same call goes on behind the last finished shard.
     """
-    names, choices = dict.fromkeys(target.split(",")), (accuracy, cache_format, max_context or 0, weights)
-    chosen = [_lowering(name.strip(), precision, choices, activations, calibration) for name in names]
-    report = Report(quiet)
-    with report.progress:
-        with report.stage("read checkpoint headers"):
+    rows = [targets.find(name) for name in dict.fromkeys(n.strip() for n in target.split(","))]
+    precisions = {row.name: targets.precision(row, precision) for row in rows}
+    asked = {"accuracy": accuracy, "weights": weights, "activations": activations}
+    targets.check_choices(precisions, asked, calibrated=calibration is not None)
+    chosen = [_lowering(row, precisions[row.name], asked, cache_format, max_context) for row in rows]
+    with Report(quiet) as report:
+        with report.stage("read checkpoint headers", shown=False):
             checkpoint = Checkpoint(checkpoint_path)
             checkpoint.check(deepseek_v2.checkpoint_tensors(checkpoint.config))
+            check_tokenizer(checkpoint.path, checkpoint.tokenizer_files, checkpoint.config.model_dump())
             _check_context(checkpoint, max_context)
             samples = calibrations.read_samples(calibration, checkpoint) if calibration else None
         with open_writer(Path(out), discard_unreadable=force) as writer:
             info = _checkpoint_info(checkpoint, writer.previous, report)
             identity = {"checkpoint": info.digest, "tokenizer": checkpoint.tokenizer_digest(), "version": VERSION}
-            keys = {x.request.target.name: _request_key(x, identity | _calibrated(samples)) for x in chosen}
+            keys = {x.request.target.name: _request_key(x, identity | _calibrated(x, samples)) for x in chosen}
             pending = [x for x in chosen if force or not _is_current(writer, x.request.target.name, keys)]
             _check_replace(out, writer.previous, info, [] if force else pending, checkpoint.config)
             builder = _Builder(writer, checkpoint, info, report, samples, reread=force)
@@ -63,11 +69,9 @@ def build(
             return _summary(out, writer.previous, chosen, pending, report)
 
 
-def _lowering(name: str, precision: str, choices: tuple, activations: str, calibration: Path | None) -> Lowering:
-    row = targets.find(name)
-    precision = targets.precision(row, precision)
-    activations = targets.activations(row, precision, activations, calibrated=calibration is not None)
-    return lowerings.find(Request(row, precision, *choices, activations))
+def _lowering(row: targets.BuildTarget, precision: str, asked: Mapping[str, str], cache_format: str, max_context) -> Lowering:
+    choices = targets.choices(row, precision, asked)
+    return lowerings.find(Request(row, precision, cache_format=cache_format, max_context=max_context or 0, **choices))
 
 
 def _is_current(writer: BundleWriter, target: str, keys: Mapping[str, str]) -> bool:
@@ -85,7 +89,8 @@ def _check_context(checkpoint: Checkpoint, max_context: int | None) -> None:
 
 def _checkpoint_info(checkpoint: Checkpoint, previous: Manifest | None, report: Report) -> CheckpointInfo:
     known = {k: v.model_dump() for k, v in previous.checkpoint.files.items()} if previous else {}
-    with report.stage("checkpoint digest", sum(f.stat().st_size for f in checkpoint.files)) as advance:
+    unread = sum(entry["size"] for entry in checkpoint.unread(known).values())
+    with report.stage("checkpoint digest", unread or 1, shown=unread > 0) as advance:
         digests = checkpoint.file_digests(known, advance)
     return CheckpointInfo(path=str(checkpoint.path.resolve()), digest=combined_digest(digests), files=digests)
 
@@ -127,12 +132,12 @@ class _Builder:
         set_key, located, weight_files = self._weights(lowering, weights)
         model, stage = self._trace(lowering), self.report.stage
         with tempfile.TemporaryDirectory(dir=self.writer.building) as scratch:
-            given = located, self.writer.folder, Path(scratch), stage, self.activation_scales
+            scales = self.activation_scales if _static(lowering) else None
+            given = located, self.writer.folder, Path(scratch), stage, scales
             lowered = lowering.lower(model, config, weights, *given)
             target = self._target(lowering, lowered, set_key, key)
         with self.report.stage("tokenizer"):
             tokenizer = {f.name: self.writer.copy(f) for f in self.checkpoint.tokenizer_files}
-            check_tokenizer(self.writer, tokenizer, config.model_dump())
         if lowering.executes:
             with self.report.stage("first step"):
                 target = target.model_copy(update={"executed": execute(self.writer, name, target)})
@@ -144,10 +149,8 @@ class _Builder:
             self.writer.commit(self._manifest(tokenizer, {set_key: stored}, {name: target}))
 
     @cached_property
-    def activation_scales(self) -> dict[str, float] | None:
-        """Static scales, the same for all targets; None where nothing was calibrated."""
-        if self.samples is None:
-            return None
+    def activation_scales(self) -> dict[str, float]:
+        """Static scales, the same for all targets that have them."""
         with self.report.stage("calibration", self.checkpoint.config.num_hidden_layers) as advance:
             return calibrations.activation_scales(self.checkpoint, self.samples, advance)
 
@@ -181,7 +184,7 @@ class _Builder:
                    for k in lowered.kernels]  # fmt: skip
         return Target(
             backend=row.backend, backend_version=lowering.backend_version, compute_capability=row.compute_capability,
-            precision=lowering.request.precision, options=lowering.options() | _calibrated(self.samples),
+            precision=lowering.request.precision, options=lowering.options() | _calibrated(lowering, self.samples),
             graph=copy(lowered.graph), weight_set=set_key, kernels=kernels,
             inputs=described(lowered.inputs), outputs=described(lowered.outputs),
             onnx=lowered.onnx and copy(lowered.onnx), network=lowered.network and copy(lowered.network),
@@ -203,8 +206,12 @@ class _Builder:
         )  # fmt: skip
 
 
-def _calibrated(samples: Samples | None) -> dict[str, str]:
-    return {"calibration": samples.digest} if samples else {}
+def _static(lowering: Lowering) -> bool:
+    return lowering.request.activations == "static"
+
+
+def _calibrated(lowering: Lowering, samples: Samples | None) -> dict[str, str]:
+    return {"calibration": samples.digest} if samples and _static(lowering) else {}
 
 
 def _summary(out: Path, manifest: Manifest, chosen: list[Lowering], built: list[Lowering], report: Report) -> dict:
@@ -245,7 +252,7 @@ def main(
         sys.exit(2)
     except KeyboardInterrupt:
         Console(stderr=True).print("interrupted; the same command goes on behind the last finished shard")
-        sys.exit(130)
+        sys.exit(interrupt.STATUS)
     if as_json:
         print(json.dumps(summary))
         return

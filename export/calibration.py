@@ -122,6 +122,7 @@ def activation_scales(
             with _largest_inputs(layer, f"model.layers.{number}.", weights) as largest:
                 states = [(_run(layer, hidden, cos, sin, config), cos, sin) for hidden, cos, sin in states]
             del layer  # before the next one is loaded
+            checkpoint.release()
             scales |= {name: max(value, SMALLEST_ABSMAX) / LARGEST for name, value in largest.items()}
             progress(1)
     return scales

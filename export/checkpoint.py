@@ -46,6 +46,7 @@ class Checkpoint:
         self.config: DeepseekV2Config = config_file.load(self.path)
         self.files = _weight_files(self.path)
         self._handles = {file: _open(file) for file in self.files}
+        self._touched: set[Path] = set()
         self.tensors = self._list_tensors()
         self._check_counts()
 
@@ -101,6 +102,7 @@ class Checkpoint:
     def read(self, name: str) -> torch.Tensor:
         """The tensor `name` in its stored dtype. Raises CheckpointError if an element is not finite."""
         stored = self.tensors[name]
+        self._touched.add(stored.file)
         try:
             tensor = self._handles[stored.file].get_tensor(name)
         except SafetensorError as error:
@@ -114,19 +116,32 @@ class Checkpoint:
             )
         return tensor
 
+    def release(self) -> None:
+        """Unmaps what `read` has mapped; pages of a mapped file count as this process's memory. Tensors in use stay whole."""
+        for file in self._touched:
+            self._handles[file] = _open(file)
+        self._touched.clear()
+
     def file_digests(self, known: Mapping[str, dict] = {}, progress: Callable[[int], None] = lambda n: None) -> dict:
         """{file name: {size, mtime_ns, sha256}} of config.json and the weights; `known` entries that fit are reused."""
-        digests = {}
-        for file in [self.path / "config.json", *self.files]:
+        unread = self.unread(known)
+        return {
+            file.name: unread[file] | {"sha256": _sha256(file, progress)} if file in unread else dict(known[file.name])
+            for file in self._digested()
+        }
+
+    def unread(self, known: Mapping[str, dict]) -> dict[Path, dict]:
+        """Files that `file_digests` has to read, since no `known` entry fits, with their {size, mtime_ns}."""
+        found = {}
+        for file in self._digested():
             stat = file.stat()
             entry = {"size": stat.st_size, "mtime_ns": stat.st_mtime_ns}
-            old = known.get(file.name, {})
-            if {k: old.get(k) for k in entry} == entry:
-                progress(stat.st_size)
-                digests[file.name] = dict(old)
-            else:
-                digests[file.name] = entry | {"sha256": _sha256(file, progress)}
-        return digests
+            if not entry.items() <= known.get(file.name, {}).items():
+                found[file] = entry
+        return found
+
+    def _digested(self) -> list[Path]:
+        return [self.path / "config.json", *self.files]
 
 
 def combined_digest(file_digests: Mapping[str, dict]) -> str:

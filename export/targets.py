@@ -1,5 +1,6 @@
-"""What can be built for: one row per CPU or GPU."""
+"""What can be built for: one row per CPU or GPU, and what can be chosen for it."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 from export.errors import BuildError
@@ -34,8 +35,24 @@ _ROWS = (
     _gpu("sm120", "tensorrt_rtx", float8=True),
     _gpu("sm121", "tensorrt_rtx", float8=True),
 )
-ACTIVATIONS = ("dynamic", "static")
 TARGETS = {t.name: t for t in _ROWS}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An option that concerns some targets: its values, the default first. `applies(target, precision)` says to which."""
+
+    name: str
+    values: tuple[str, ...]
+    concerns: str  # ends "but only ..."
+    applies: Callable[[BuildTarget, str], bool]
+
+
+CHOICES = (
+    Choice("accuracy", ("fast", "exact"), "target cpu has a choice of it", lambda row, precision: row.name == "cpu"),
+    Choice("weights", ("inputs", "embedded"), "GPU targets have a plan for them", lambda row, precision: row.name != "cpu"),
+    Choice("activations", ("dynamic", "static"), "fp8 products scale them", lambda row, precision: precision == "fp8"),
+)
 
 
 def find(name: str) -> BuildTarget:
@@ -56,18 +73,25 @@ def precision(target: BuildTarget, asked: str) -> str:
     return asked
 
 
-def activations(target: BuildTarget, precision: str, asked: str, calibrated: bool) -> str:
-    """How inputs of FP8 products are scaled; BuildError if the precision has none, or `calibrated` does not fit."""
-    if asked not in ACTIVATIONS:
-        raise BuildError(f"activations is {asked!r}, accepted: {', '.join(ACTIVATIONS)}")
-    if asked == "static" and precision != "fp8":
-        why = f"target {target.name} is built in {precision}, and only fp8 products scale activations"
-        raise BuildError(f"activations is 'static', but {why}; leave it out, or give targets and a precision with fp8")
-    if asked == "static" and not calibrated:
+def check_choices(built: Mapping[str, str], asked: Mapping[str, str], calibrated: bool) -> None:
+    """`built`: target -> precision; `asked`: name of every choice -> value. BuildError for a value that is not accepted,
+    one that concerns no target of this build, and activations that `calibrated` (are there sample tokens?) does not fit."""
+    for choice in CHOICES:
+        value = asked[choice.name]
+        if value not in choice.values:
+            raise BuildError(f"{choice.name} is {value!r}, accepted: {', '.join(choice.values)}")
+        if value != choice.values[0] and not any(choice.applies(TARGETS[name], p) for name, p in built.items()):
+            targets = ", ".join(f"target {name} is built in {precision}" for name, precision in built.items())
+            raise BuildError(f"{choice.name} is {value!r}, but only {choice.concerns}, and {targets}; leave it out")
+    if asked["activations"] == "static" and not calibrated:
         raise BuildError("activations is 'static', but there are no sample tokens; give them with --calibration FILE")
-    if asked == "dynamic" and calibrated:
+    if asked["activations"] == "dynamic" and calibrated:
         raise BuildError("calibration is given, but activations is 'dynamic', which needs none; add --activations static")
-    return asked
+
+
+def choices(target: BuildTarget, precision: str, asked: Mapping[str, str]) -> dict[str, str]:
+    """The choices as one target takes them: the default where it is not concerned."""
+    return {c.name: asked[c.name] if c.applies(target, precision) else c.values[0] for c in CHOICES}
 
 
 def capability(target: BuildTarget) -> int:

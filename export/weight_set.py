@@ -89,6 +89,7 @@ def write(
         fill = partial(_fill, checkpoint=checkpoint, members=members, weight_format=weight_format, plan=plan, header=header)
         file = store.finished(f"{key}/{part}") or store.write(f"{key}/{part}", ".safetensors", fill)
         located |= {p.name: StoredWeight(file, len(header) + p.begin, p.end - p.begin, p.shape, p.dtype) for p in plan}
+        checkpoint.release()
         progress(part, plan[-1].end)
     return located
 

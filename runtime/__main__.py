@@ -7,13 +7,16 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
-import numpy as np
-import typer
+from runtime import interrupt
 
-from runtime import console, load
-from runtime.bundle import Bundle, BundleError
-from runtime.errors import EngineError, RequestError
-from runtime.sampler import SamplingParams
+with interrupt.leaves_at_once():
+    import numpy as np
+    import typer
+
+    from runtime import console, load
+    from runtime.bundle import Bundle, BundleError
+    from runtime.errors import EngineError, RequestError
+    from runtime.sampling_params import SamplingParams
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, help=__doc__)
 UsageError = typer.BadParameter.__bases__[0]  # of the click that typer carries inside
@@ -21,6 +24,7 @@ UsageError = typer.BadParameter.__bases__[0]  # of the click that typer carries 
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE", help="Folder of the bundle.")]
 Target = Annotated[str | None, typer.Option(help="Target of the bundle; the only one by default.")]
 BackendName = Annotated[str | None, typer.Option("--backend", help="The target's own by default; torch interprets any target.")]
+Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1 and so on; with --backend torch for any target.")]
 Threads = Annotated[int, typer.Option(help="Threads; 0: all cores.")]
 CacheTokens = Annotated[int | None, typer.Option(help="Tokens in the latent cache; what 1 GiB holds by default.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, errors too.")]
@@ -68,14 +72,14 @@ def generate(
     ignore_eos: IgnoreEos = False,
     chat: Annotated[bool, typer.Option("--chat", help="Each prompt is a user's message in the chat template.")] = False,
     target: Target = None, threads: Threads = 0, cache_tokens: CacheTokens = None,
-    backend: BackendName = None, as_json: Json = False,
+    backend: BackendName = None, device: Device = "auto", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Continues prompts; several run together."""
     params = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens, stop, ignore_eos)
     texts = [*(prompt or []), *map(_read_prompt, prompt_file or [])]
     if not texts:
         raise RequestError("no prompt; give --prompt TEXT or --prompt-file FILE")
-    engine = load(bundle, target, cache_tokens, threads, backend)
+    engine = load(bundle, target, cache_tokens, threads, backend, device)
     prompts = [engine.chat_tokens([{"role": "user", "content": text}]) for text in texts] if chat else texts
     single = len(prompts) == 1 and not as_json
     results = engine.generate(prompts, params, (lambda event: console.write(event.text)) if single else None)
@@ -95,13 +99,13 @@ def chat(
     max_new_tokens: MaxNewTokens = 256, temperature: Temperature = 0.0, top_k: TopK = 0, top_p: TopP = 1.0,
     min_p: MinP = 0.0, repetition_penalty: RepetitionPenalty = 1.0, seed: Seed = None, stop: Stop = None,
     ignore_eos: IgnoreEos = False, target: Target = None, threads: Threads = 0, cache_tokens: CacheTokens = None,
-    backend: BackendName = None,
+    backend: BackendName = None, device: Device = "auto",
 ) -> int:  # fmt: skip
     """Talks: one line, one turn. /reset forgets the history, /exit leaves; stdin may be a pipe."""
     from runtime.chat import Conversation
 
     params = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens, stop, ignore_eos)
-    conversation = Conversation(load(bundle, target, cache_tokens, threads, backend), params, system)
+    conversation = Conversation(load(bundle, target, cache_tokens, threads, backend, device), params, system)
     return 0 if console.chat_loop(conversation) else 2
 
 
@@ -111,13 +115,13 @@ def logits(
     tokens: Annotated[Path, typer.Option(help="JSON file: a list of token-id lists.")],
     out: Annotated[Path, typer.Option(help="File to write: the lists' logits one after another, [T, vocab] float32.")],
     target: Target = None, threads: Threads = 0, cache_tokens: CacheTokens = None,
-    backend: BackendName = None, as_json: Json = False,
+    backend: BackendName = None, device: Device = "auto", as_json: Json = False,
 ) -> None:  # fmt: skip
     """Teacher-forced logits at every position."""
     lists = _read_token_lists(tokens)
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise RequestError(f"{out}: {'is a folder' if out.is_dir() else 'its folder is missing'}; give a file to write")
-    engine = load(bundle, target, cache_tokens, threads, backend)
+    engine = load(bundle, target, cache_tokens, threads, backend, device)
     shape = sum(map(len, lists)), engine.vocab_size
     _write_rows(out, shape, engine.logit_blocks(lists))
     report = {"out": str(out), "shape": shape, "dtype": "float32"}
@@ -187,7 +191,10 @@ def main(arguments: list[str] | None = None) -> int:
     """Runs a command; returns the exit code: 0, 2 for an error (one line on stderr), 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     try:
-        return app(arguments, prog_name="python -m runtime", standalone_mode=False) or 0
+        code = app(arguments, prog_name="python -m runtime", standalone_mode=False) or 0
+        if code == interrupt.STATUS:  # what typer makes of KeyboardInterrupt
+            console.note("interrupted")
+        return code
     except UsageError as error:
         return _fail(f"{error.format_message().rstrip('.')}; see python -m runtime --help", "UsageError", arguments)
     except (BundleError, RequestError, EngineError) as error:
@@ -198,7 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     except OSError as error:
         return _fail(f"{error.filename or 'writing'}: {error.strerror or error}", "OSError", arguments)
     except typer.Abort:
-        return 130
+        return interrupt.STATUS
 
 
 def _fail(message: str, kind: str, arguments: list[str]) -> int:

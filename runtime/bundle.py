@@ -10,15 +10,15 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, TextIO
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 FORMAT_VERSION = 1
 MANIFEST, FILES, EVIDENCE = "manifest.json", "files", "evidence"
-BUILDING, JOURNAL = "building", "journal.json"  # only there while a build runs, or after one was killed
+BUILDING, JOURNAL, LOCK = "building", "journal.json", "lock"  # only there while a build runs, or after one was killed
 _OWN = {MANIFEST, f"{MANIFEST}.new", FILES, EVIDENCE, BUILDING}
 _CHUNK = 1 << 24
 
@@ -311,11 +311,16 @@ class BundleWriter:
         for file in (self.path / EVIDENCE).glob("*"):
             if file.name.split(".")[0] != digest:
                 file.unlink()
-        shutil.rmtree(self.building, ignore_errors=True)
+        for left in [f for f in self.building.iterdir() if f.name != LOCK]:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
         if self.previous is None:
             (self.path / MANIFEST).unlink(missing_ok=True)
             with suppress(OSError):
                 (self.path / FILES).rmdir()
+        (self.building / LOCK).unlink()  # from here on another build may begin: only folders that it did not fill go
+        with suppress(OSError):
+            self.building.rmdir()
+            if self.previous is None:
                 self.path.rmdir()
 
     def _read_journal(self) -> dict[str, FileRef]:
@@ -339,13 +344,10 @@ def open_writer(path: Path, discard_unreadable: bool = False) -> Iterator[Bundle
     if foreign:
         raise BundleError(f"{path}: holds {foreign[0]!r}, which is no part of a bundle; give another folder")
     _previous(path, discard_unreadable)  # refused before anything is made
-    for folder in (FILES, BUILDING):
-        (path / folder).mkdir(parents=True, exist_ok=True)
-    with (path / BUILDING / "lock").open("w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise BundleError(f"{path}: another build is writing to it; wait for it or give another folder") from None
+    while (lock := _lock(path)) is None:
+        pass
+    with lock:
+        (path / FILES).mkdir(exist_ok=True)
         writer = BundleWriter(path, _previous(path, discard_unreadable))
         try:
             yield writer
@@ -355,6 +357,22 @@ def open_writer(path: Path, discard_unreadable: bool = False) -> Iterator[Bundle
             writer.clean()
             raise
         writer.clean()
+
+
+def _lock(path: Path) -> TextIO | None:
+    """The bundle's lock file, made and locked; None if the build before removed it between opening and locking."""
+    file = path / BUILDING / LOCK
+    file.parent.mkdir(parents=True, exist_ok=True)
+    with suppress(FileNotFoundError), ExitStack() as unless_kept:
+        lock = unless_kept.enter_context(file.open("w"))
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise BundleError(f"{path}: another build is writing to it; wait for it or give another folder") from None
+        if os.path.samestat(os.fstat(lock.fileno()), file.stat()):
+            unless_kept.pop_all()
+            return lock
+    return None
 
 
 def _previous(path: Path, discard_unreadable: bool) -> Manifest | None:

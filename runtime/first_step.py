@@ -1,7 +1,8 @@
-"""One step of a target that was just built, before it is committed: a bundle that does not run here is not one."""
+"""What a build checks with the runtime's own eyes: the tokenizer before it begins, one step of a target before its commit."""
 
 import platform
 from datetime import UTC, datetime
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,7 +10,7 @@ import numpy as np
 from runtime import tokenizer as tokenizers
 from runtime.backends.base import SequenceRows, StepBatch
 from runtime.backends.onnxruntime import OnnxRuntimeBackend
-from runtime.bundle import BundleError, BundleWriter, Executed, FileRef, Target
+from runtime.bundle import BundleError, BundleWriter, Executed, Target
 
 
 def execute(writer: BundleWriter, name: str, target: Target) -> Executed:
@@ -21,7 +22,8 @@ def execute(writer: BundleWriter, name: str, target: Target) -> Executed:
     return Executed(machine=f"{platform.machine()}, {platform.node()}", date=datetime.now(UTC).isoformat(timespec="seconds"))
 
 
-def check_tokenizer(writer: BundleWriter, files: dict[str, FileRef], config: dict) -> None:
-    """Reads the tokenizer as the runtime will, before the commit. BundleError if it cannot."""
-    bundle = SimpleNamespace(path=writer.path, file=writer.file, manifest=SimpleNamespace(tokenizer=files, config=config))
+def check_tokenizer(checkpoint: Path, files: list[Path], config: dict) -> None:
+    """Reads a checkpoint's tokenizer as the runtime will read the bundle's. BundleError, naming the file, if it cannot."""
+    manifest = SimpleNamespace(tokenizer={file.name: file for file in files}, config=config)
+    bundle = SimpleNamespace(path=checkpoint, file=lambda file: file, manifest=manifest)
     tokenizers.eos_ids(bundle, tokenizers.load(bundle))

@@ -3,6 +3,7 @@
 `runtime.load("BUNDLE").generate(["def main():", "import"], SamplingParams(max_new_tokens=32))` is all it takes.
 """
 
+import re
 from collections import deque
 from collections.abc import Callable, Generator, Iterator
 from collections.abc import Sequence as Items
@@ -104,7 +105,8 @@ class Engine:
         """Checked token ids of a prompt. Raises RequestError that calls it `where`."""
         tokens = self._encode(prompt, where) if isinstance(prompt, str) else _integers(prompt, where)
         if not tokens:
-            raise RequestError(f"{where} is empty, accepted: one token or more; give some text")
+            wanted = "give some text" if isinstance(prompt, str) else "give one token id or more"
+            raise RequestError(f"{where} is empty; {wanted}")
         wrong = next((i for i, t in enumerate(tokens) if not 0 <= t < self.vocab_size), None)
         if wrong is not None:
             raise RequestError(f"{where}: token {wrong} is {tokens[wrong]}, accepted: 0 to {self.vocab_size - 1} (vocab_size)")
@@ -157,20 +159,40 @@ def _integers(tokens, where: str) -> list[int]:
 
 
 def load(
-    path: Path | str, target: str | None = None, cache_tokens: int | None = None, threads: int = 0, backend: str | None = None
+    path: Path | str, target: str | None = None, cache_tokens: int | None = None, threads: int = 0,
+    backend: str | None = None, device: str = "auto",
 ) -> Engine:  # fmt: skip
     """An engine for a target of the bundle at `path` (the only one by default).
 
     cache_tokens: tokens in the latent cache, by default what 1 GiB holds, 8 full contexts at most. threads: 0 for all
-    cores. backend: the target's own by default; "torch" interprets any target's graph. Raises BundleError if the bundle
-    or the target cannot be used, RequestError for a wrong option.
+    cores. backend: the target's own by default; "torch" interprets any target's graph. device: "cpu", "cuda" or "cuda:1";
+    "auto" is what the target is for, and with backend "torch" a GPU where there is one. Raises BundleError if the bundle or
+    the target cannot be used, RequestError for a wrong option.
     """
     if cache_tokens is not None and cache_tokens < 1:
         raise RequestError(f"cache_tokens is {cache_tokens}, accepted: 1 or more")
     if threads < 0:
         raise RequestError(f"threads is {threads}, accepted: 0 (all cores) or more")
     bundle = Bundle(path)
+    options = {"cache_tokens": cache_tokens, "threads": threads} | _device_option(bundle, target, backend, device)
     try:
-        return Engine(bundle, backends.load(bundle, target, backend, cache_tokens=cache_tokens, threads=threads))
+        return Engine(bundle, backends.load(bundle, target, backend, **options))
     except MemoryError as error:
         raise RequestError(f"cache_tokens is {cache_tokens}, more than this machine's memory holds ({error})") from None
+
+
+def _device_option(bundle: Bundle, target: str | None, backend: str | None, device: str) -> dict[str, str | int]:
+    """`device` as the backend takes it. RequestError for a device that is none, or that the backend does not run on."""
+    if device == "auto":
+        return {}
+    named = re.fullmatch(r"cpu|cuda(?::(\d+))?", device)
+    if not named:
+        raise RequestError(f"device is {device!r}, accepted: auto, cpu, cuda, cuda:1 and so on")
+    name, chosen = bundle.target(target)
+    backend = backend or chosen.backend
+    if backend == "torch":
+        return {"device": device}
+    if (device == "cpu") != (backend == "onnxruntime"):
+        runs_on = "the CPU" if backend == "onnxruntime" else "a GPU"
+        raise RequestError(f"device is {device!r}, but target {name} runs on {runs_on} ({backend}); choose backend torch, too")
+    return {"gpu": int(named[1] or 0)} if device != "cpu" else {}

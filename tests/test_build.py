@@ -81,6 +81,10 @@ def test_a_bundle_that_is_there_is_kept_without_force(checkpoint, tmp_path):
     (("--precision", "fp8"), ["fp8", "cpu"]), (("--accuracy", "wild", "--precision", "int8"), ["wild", "exact", "fast"]),
     (("--cache-format", "int3"), ["int3", "float32", "float16"]), (("--max-context", "0"), ["max_context is 0", "256"]),
     (("--max-context", "257"), ["257", "1 to 256"]),
+    (("--accuracy", "wild", "--precision", "fp32"), ["accuracy is 'wild', accepted: fast, exact"]),
+    (("--weights", "heavy"), ["weights is 'heavy', accepted: inputs, embedded"]),
+    (("--activations", "wild"), ["activations is 'wild', accepted: dynamic, static"]),
+    (("--weights", "embedded"), ["weights is 'embedded', but only GPU targets", "target cpu is built in int8", "leave it out"]),
 ])  # fmt: skip
 def test_unknown_choices(checkpoint, tmp_path, arguments, words):
     code, text = command(checkpoint, "--out", tmp_path / "bundle", "--json", *arguments)
@@ -106,6 +110,74 @@ def test_two_builds_at_once(checkpoint, tmp_path):
         code, text = command(checkpoint, "--out", out, "--json")
         assert code == 2 and "another build" in json.loads(text)["error"]
     assert command(checkpoint, "--out", out, "--precision", "fp32", "--json")[0] == 0
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ((), "not a folder"), (("--max-context", "9999"), "max_context"), (("--out", "{file}"), "is a file"),
+    (("--calibration", "{file}"), "calibration"), (("--precision", "int8"), "already"),
+])  # fmt: skip
+def test_no_progress_before_what_can_be_known_at_once(tiny_checkpoint, tiny_bundle, tmp_path, arguments, words):
+    (tmp_path / "file").write_text("")
+    checkpoint = tiny_checkpoint if arguments else tmp_path / "missing"
+    arguments = [a.format(file=tmp_path / "file") for a in arguments]
+    app, out = typer.Typer(), [] if "--out" in arguments else ["--out", str(tiny_bundle)]
+    app.command()(build.main)
+    result = CliRunner().invoke(app, [str(checkpoint), "--precision", "fp32", *out, *arguments])
+    assert result.exit_code == 2 and words in result.stderr and result.stderr.startswith("error: ")
+    assert result.stderr.count("\n") == 1, result.stderr
+
+
+def test_a_damaged_tokenizer_is_named_before_anything_is_made(tiny_checkpoint, tmp_path):
+    checkpoint = Path(shutil.copytree(tiny_checkpoint, tmp_path / "checkpoint"))
+    (checkpoint / "tokenizer.json").write_text("{")
+    code, text = command(checkpoint, "--out", tmp_path / "bundle", "--json")
+    assert code == 2 and json.loads(text)["error"].startswith(str(checkpoint / "tokenizer.json"))
+    assert not (tmp_path / "bundle").exists()
+
+
+class Process:
+    """tests/build_lock.py in a process of its own; `at` is where it last said that it is."""
+
+    def __init__(self, folder: Path, role: str):
+        command = [sys.executable, "-m", "tests.build_lock", str(folder), role]
+        self.child = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, cwd=ROOT)
+        self.at = self.child.stdout.readline().strip()
+
+    def go_on(self) -> str:
+        self.child.stdin.write("\n")
+        self.child.stdin.flush()
+        self.at = self.child.stdout.readline().strip()
+        return self.at
+
+
+@pytest.fixture
+def process(tmp_path):
+    started = []
+    yield lambda role: started.append(Process(tmp_path / "bundle", role)) or started[-1]
+    for process in started:
+        process.child.communicate("\n" * 100)
+
+
+def test_a_lock_that_was_removed_locks_nobody_out_of_nothing(process):
+    """Three at once: the second has opened the first one's lock file, which goes before it locks; the third is in."""
+    first, late = process("enter"), process("late")
+    assert (first.at, late.at) == ("in", "opened")
+    assert first.go_on() == "whole" and first.go_on() == ""
+    third = process("enter")
+    assert third.at == "in" and late.go_on() == "opened"  # again: the new file
+    assert late.go_on() == "refused" and third.go_on() == "whole"
+
+
+def test_a_build_that_leaves_takes_nothing_from_one_that_enters(process):
+    leaving = process("leave")
+    entering = process("enter")
+    while entering.at == "refused" and leaving.at == "?":
+        leaving.go_on()
+        entering = process("enter")
+    assert entering.at == "in" and leaving.at == "?"  # it came in before the other had removed everything
+    while leaving.at == "?":
+        leaving.go_on()
+    assert entering.go_on() == "whole" and process("enter").at == "refused"
 
 
 def test_real_command_line(tmp_path):

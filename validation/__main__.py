@@ -8,23 +8,26 @@ from contextlib import nullcontext
 from pathlib import Path
 from typing import Annotated
 
-import typer
-from rich.console import Console
-from rich.markup import escape
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from runtime import interrupt
 
-from export.checkpoint import Checkpoint, combined_digest
-from export.errors import CheckpointError, ConfigError
-from export.models import deepseek_v2
-from runtime.bundle import Bundle, BundleError
-from validation import report, tokens, tolerances
-from validation.compare import Comparison, Subject
-from validation.dequantize import bundle_config
-from validation.errors import ValidationError
+with interrupt.leaves_at_once():
+    import typer
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    from export.checkpoint import Checkpoint, combined_digest
+    from export.errors import CheckpointError, ConfigError
+    from export.models import deepseek_v2
+    from runtime.bundle import Bundle, BundleError
+    from validation import report, tokens, tolerances
+    from validation.compare import Comparison, Subject
+    from validation.dequantize import bundle_config
+    from validation.errors import ValidationError
 
 PASS, FAIL, UNUSABLE, BROKEN = 0, 1, 2, 3
 DEFAULT_TOKENS = 4096
-STAGES = 11
+STAGES = 12
 _NOT_COMPUTED = {"tie_word_embeddings", "eos_token_id", "bos_token_id", "max_position_embeddings"}  # change no number
 USER_ERRORS = (ValidationError, BundleError, CheckpointError, ConfigError)
 
@@ -41,10 +44,12 @@ def validate(
     try:
         row = tolerances.find(entry.precision, str(entry.options.get("accuracy", "exact")), entry.cache.format)
     except KeyError as error:
-        raise ValidationError(f"{bundle.path}: target {name}: {error.args[0]}") from None
+        hint = "; on a GPU, make gpu-check compares the example model with transformers" if entry.compute_capability else ""
+        raise ValidationError(f"{bundle.path}: target {name}: {error.args[0]}{hint}") from None
     longest = min(entry.limits.max_context, entry.limits.max_batch_tokens)
     chosen = tokens.load(checkpoint, text, count, longest)
     comparison = Comparison(Subject(bundle, name, checkpoint, chosen, row, len(os.sched_getaffinity(0))), progress)
+    progress("checkpoint digest")
     known = {k: v.model_dump() for k, v in bundle.manifest.checkpoint.files.items()}
     digest = combined_digest(checkpoint.file_digests(known))
     if digest != bundle.manifest.checkpoint.digest:
@@ -80,6 +85,7 @@ def main(
 ) -> None:
     """Compares an engine with transformers, stage by stage and layer by layer, and gives a verdict."""
     try:
+        _check_report_folder(report_dir)
         with _progress(as_json) as step:
             evidence, comparison = validate(bundle, reference, target, text, count, step)
         files = _write(evidence, comparison, report_dir)
@@ -88,6 +94,9 @@ def main(
             print(json.dumps({"error": str(error), "kind": type(error).__name__}))
         Console(stderr=True).print(f"[red]error:[/] {escape(str(error))}", highlight=False, soft_wrap=True)
         sys.exit(UNUSABLE)
+    except KeyboardInterrupt:
+        Console(stderr=True).print("interrupted")
+        sys.exit(interrupt.STATUS)
     except Exception:  # a defect of ours is not a verdict on the engine: anything but the exit status of a fail
         traceback.print_exc()
         sys.exit(BROKEN)
@@ -96,6 +105,15 @@ def main(
     else:
         report.summarize(Console(), evidence, comparison.findings, files)
     sys.exit(PASS if comparison.findings.passed else FAIL)
+
+
+def _check_report_folder(folder: Path | None) -> None:
+    """Refuses what could not be written in the end. Makes nothing: there may be no report."""
+    there = next((p for p in (folder, *folder.absolute().parents) if p.exists()), None) if folder else None
+    if there and not there.is_dir():
+        raise ValidationError(f"report {folder}: {there} is a file; give a folder for the report")
+    if there and not os.access(there, os.W_OK | os.X_OK):
+        raise ValidationError(f"report {folder}: {there} is not writable; give another folder for the report")
 
 
 def _write(evidence: dict, comparison: Comparison, folder: Path | None) -> list[Path]:
@@ -112,7 +130,7 @@ def _write(evidence: dict, comparison: Comparison, folder: Path | None) -> list[
 
 
 def _progress(quiet: bool):
-    """A bar over the stages on stderr; yields a function that is told of each."""
+    """A bar over the stages on stderr, from the first one on; yields a function that is told of each."""
     if quiet:
         return nullcontext(lambda stage: None)
     return _Bar()
@@ -121,17 +139,19 @@ def _progress(quiet: bool):
 class _Bar:
     def __enter__(self):
         columns = TextColumn("{task.description:48}"), BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn()
-        self.progress = Progress(*columns, console=Console(stderr=True)).__enter__()
-        self.task = self.progress.add_task("read headers", total=STAGES)
+        self.progress = Progress(*columns, console=Console(stderr=True))
+        self.task = self.progress.add_task("", total=STAGES)
         return self._step
 
     def _step(self, stage: str) -> None:
+        self.progress.start()
         self.progress.update(self.task, description=stage, advance=1)
 
     def __exit__(self, *error):
         if error[0] is None:
             self.progress.update(self.task, description="validated", completed=STAGES)
-        return self.progress.__exit__(*error)
+        if self.progress.live.is_started:
+            self.progress.stop()
 
 
 if __name__ == "__main__":

@@ -56,7 +56,7 @@ class Reference:
                     output_loading_info=True,
                     use_safetensors=True, trust_remote_code=False, **overrides,
                 )  # fmt: skip
-            except Exception as error:  # as in audit.build: anything may come out of transformers
+            except Exception as error:  # as in audit/probe.py: anything may come out of transformers
                 raise ReferenceRefused(
                     f"transformers {transformers.__version__} cannot load {self.checkpoint.path}: {error}"
                 ) from error

@@ -101,7 +101,7 @@ _FLOAT16_CACHE = {
 def find(precision: str, accuracy: str, cache_format: str) -> Tolerances:
     """The row for a target's precision, accuracy and cache format. Raises KeyError that lists the choices."""
     rows = {"fp32": FP32, "int8 exact": INT8_EXACT, "int8 fast": INT8_FAST}
-    key = precision if precision == "fp32" else f"{precision} {accuracy}"
+    key = f"{precision} {accuracy}" if precision == "int8" else precision
     if key not in rows:
         raise KeyError(f"no tolerances for precision {key!r}, known: {', '.join(rows)}")
     row = rows[key]

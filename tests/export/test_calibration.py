@@ -111,7 +111,8 @@ def test_a_damaged_tokenizer_is_named(small_checkpoint, tmp_path):
 
 @pytest.mark.parametrize(("target", "precision", "activations", "file", "words"), [
     ("cpu", "auto", "static", "f", ["target cpu is built in int8", "only fp8"]),
-    ("sm89", "bf16", "static", "f", ["target sm89 is built in bf16"]), ("sm89,sm86", "auto", "static", "f", ["sm86", "bf16"]),
+    ("sm89", "bf16", "static", "f", ["target sm89 is built in bf16"]),
+    ("cpu,sm86", "auto", "static", "f", ["target cpu is built in int8, target sm86 is built in bf16"]),
     ("sm89", "auto", "static", None, ["no sample tokens", "--calibration FILE"]),
     ("sm89", "auto", "dynamic", "f", ["'dynamic', which needs none", "--activations static"]),
     ("cpu", "auto", "wild", None, ["activations is 'wild', accepted: dynamic, static"]),
@@ -149,3 +150,8 @@ def test_build_records_samples_and_builds_anew_for_others(fast_trace, monkeypatc
     assert second.weight_set == first.weight_set
     with pytest.raises(BuildError, match=r"has target sm89 already \(fp8.*static.*--force"):
         build.build(EXAMPLE, tmp_path / "bundle", "sm89")
+    options = dict(activations="static", calibration=tmp_path / "a", weights="embedded", force=True)
+    build.build(EXAMPLE, tmp_path / "bundle", "sm89, sm86,sm89", **options)  # each takes what concerns it
+    targets = Bundle(tmp_path / "bundle").manifest.targets
+    assert targets["sm86"].options == {"weights": "embedded"}
+    assert targets["sm89"].options == second.options | {"weights": "embedded"}

@@ -221,7 +221,7 @@ from tests.export.test_weight_set import Store
 
 checkpoint = Checkpoint(sys.argv[1])
 checkpoint.check(checkpoint_tensors(checkpoint.config))
-memory = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
+memory = lambda: int(next(l for l in open("/proc/self/status") if l.startswith("VmRSS")).split()[1]) / 1024
 peak, before = 0.0, memory()
 real = weight_set._slabs
 def watched(weight, checkpoint):
@@ -235,8 +235,8 @@ print(peak)
 """
 
 
-def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
-    """A 200 MB checkpoint of 4 layers with 64 experts; its largest tensor, the embedding, has 16 MB."""
+def test_memory_is_bounded_by_the_largest_part(tmp_path):
+    """A 200 MB checkpoint of 4 layers of 48 MB with 64 experts; its largest tensor, the embedding, has 16 MB."""
     fields = checkpoints.CONFIG | {
         "hidden_size": 256, "moe_intermediate_size": 512, "n_routed_experts": 64, "n_group": 8, "num_hidden_layers": 5,
         "vocab_size": 32768, "num_attention_heads": 4,
@@ -255,6 +255,6 @@ def test_memory_is_bounded_by_the_largest_tensor(tmp_path):
         [sys.executable, "-c", CHILD, folder, tmp_path], capture_output=True, text=True, cwd=Path(__file__).parents[2]
     )
     assert result.returncode == 0, result.stderr
-    # A slab of the embedding (16 MB in bf16) is widened to float32 (32 MB) and written; nothing else may be kept. Mapped and
-    # written files are pages of the kernel's, not counted as anonymous. ru_maxrss would start with the parent's peak.
-    assert 16 < float(result.stdout) < 80
+    # The part at hand is mapped (48 MB) and a slab of it widened to float32 (32 MB for the embedding); nothing else may be
+    # kept. Written files are pages of the kernel's. ru_maxrss would start with the parent's peak.
+    assert 16 < float(result.stdout) < 130

@@ -97,6 +97,8 @@ def test_options_that_have_no_effect_are_said(capsys, tiny_bundle):
         (["--prompt", "a", "--backend", "tensorrt"], "is for backend onnxruntime, accepted: onnxruntime, torch"),
         (["--prompt", "a", "--threads", "-1"], "threads is -1"),
         (["--prompt", "a", "--cache-tokens", "0"], "cache_tokens is 0"),
+        (["--prompt", "a", "--device", "toaster"], "device is 'toaster', accepted: auto, cpu, cuda"),
+        (["--prompt", "a", "--device", "cuda"], "device is 'cuda', but target cpu runs on the CPU (onnxruntime)"),
         (["--prompt", "a", "--no-such-option"], "--no-such-option"),
         (["--prompt-file", "/nowhere.txt"], "/nowhere.txt: cannot be read"),
         (["--prompt-file", "/"], "/: cannot be read"),
@@ -106,6 +108,17 @@ def test_options_that_have_no_effect_are_said(capsys, tiny_bundle):
 )
 def test_wrong_options_of_generate(capsys, tiny_bundle, options, message):
     assert message in fails(capsys, "generate", tiny_bundle, *options)
+
+
+def test_the_device_is_the_backends(capsys, tiny_bundle):
+    options = "--prompt", "a", "--max-new-tokens", 3, "--ignore-eos"
+    assert run(capsys, "generate", tiny_bundle, *options, "--device", "cpu")[0] == 0
+    assert run(capsys, "generate", tiny_bundle, *options, "--backend", "torch", "--device", "cpu")[0] == 0
+    import torch
+
+    if not torch.cuda.is_available():
+        error = fails(capsys, "generate", tiny_bundle, *options, "--backend", "torch", "--device", "cuda")
+        assert "sees no CUDA GPU; use device 'cpu'" in error
 
 
 def test_errors_are_json_too(capsys, tiny_bundle, tmp_path):
@@ -220,7 +233,8 @@ def test_logits_are_those_of_the_engine(capsys, tiny_bundle, tmp_path):
     [
         ("", "not valid JSON"), ("[[1]", "not valid JSON"), (b"\xff", "not valid JSON"), ("[" * 100000, "not valid JSON"),
         ("{}", "holds dict"), ("7", "holds int"), ("[]", "holds an empty list"), ("[1, 2]", "entry 0 is int 1"),
-        ('[[1], "ab"]', "entry 1 is str ab"), ("[[1], []]", "token list 1 is empty"), ("[[1.5]]", "token 0 is 1.5"),
+        ('[[1], "ab"]', "entry 1 is str ab"), ("[[1], []]", "token list 1 is empty; give one token id or more"),
+        ("[[1.5]]", "token 0 is 1.5"),
         ("[[true]]", "token 0 is True"), ("[[NaN]]", "token 0 is nan"), ("[[-1]]", "token 0 is -1"),
         ("[[1, 320]]", "token 1 is 320"),
         ("[[99999999999999999999]]", "token 0 is 99999999999999999999"), (json.dumps([[1] * 999]), "has 999 tokens"),

@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from dataclasses import asdict
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import runtime
+from runtime import generate
 from runtime.bundle import Bundle, BundleError
 from runtime.chat import Conversation
 from runtime.errors import RequestError
@@ -213,6 +215,23 @@ def test_wrong_load_options_are_named(tiny_bundle, options):
     name, value = next(iter(options.items()))
     with pytest.raises(RequestError, match=f"{name} is {value}"):
         runtime.load(tiny_bundle, **options)
+
+
+def test_what_is_empty_is_said_in_its_own_words(engine, monkeypatch):
+    with pytest.raises(RequestError, match="prompt is empty; give one token id or more"):
+        engine.prompt_tokens([])
+    monkeypatch.setattr(engine, "_encode", lambda text, where: [])  # a tokenizer that adds no bos
+    with pytest.raises(RequestError, match="prompt is empty; give some text"):
+        engine.prompt_tokens("")
+
+
+@pytest.mark.parametrize(("device", "options"), [("auto", {}), ("cuda", {"gpu": 0}), ("cuda:1", {"gpu": 1})])
+def test_the_device_of_a_gpu_target(device, options):
+    bundle = SimpleNamespace(target=lambda name: ("sm89", SimpleNamespace(backend="tensorrt_rtx")))
+    assert generate._device_option(bundle, None, None, device) == options
+    assert generate._device_option(bundle, None, "torch", "cpu") == {"device": "cpu"}
+    with pytest.raises(RequestError, match=r"'cpu', but target sm89 runs on a GPU .*choose backend torch"):
+        generate._device_option(bundle, None, None, "cpu")
 
 
 def test_running_on_the_cpu_imports_neither_torch_nor_the_exporter(tiny_bundle):

@@ -151,6 +151,18 @@ def test_user_errors(tiny_bundle, tiny_checkpoint, int8_pair, tmp_path, capsys):
         assert "\n" not in output["error"].strip()
 
 
+def test_a_report_that_cannot_be_written_is_refused_at_the_start(tmp_path, capsys, monkeypatch):
+    (tmp_path / "file").write_text("")
+    nothing = dict(bundle=tmp_path / "none", reference=tmp_path / "none")
+    for folder in ("file", "file/x", "file/x/y"):
+        status, output = run(capsys, report_dir=tmp_path / folder, **nothing)
+        assert status == 2 and output["error"].endswith(f"{tmp_path / 'file'} is a file; give a folder for the report")
+    monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
+    status, output = run(capsys, report_dir=tmp_path / "new" / "x", **nothing)
+    assert status == 2 and f"{tmp_path} is not writable" in output["error"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
 def test_a_limit_never_passes_nan():
     assert not Tolerance(1.0, "").passes(float("nan"))
     assert not Tolerance(1.0, "", ">=").passes(float("nan"))
