@@ -35,6 +35,7 @@ _ROWS = (
     _gpu("sm121", "tensorrt_rtx", float8=True),
 )
 ACTIVATIONS = ("dynamic", "static")
+PREFILL = ("auto", "expanded", "absorbed")
 TARGETS = {t.name: t for t in _ROWS}
 
 
@@ -68,6 +69,20 @@ def activations(target: BuildTarget, precision: str, asked: str, calibrated: boo
     if asked == "dynamic" and calibrated:
         raise BuildError("calibration is given, but activations is 'dynamic', which needs none; add --activations static")
     return asked
+
+
+def prefill(target: BuildTarget, weights: str, asked: str) -> str:
+    """Resolves "auto": how prompt chunks attend. BuildError where a second, expanded engine would hold all weights again."""
+    if asked not in PREFILL:
+        raise BuildError(f"prefill is {asked!r}, accepted: {', '.join(PREFILL)}")
+    obstacle = ""
+    if target.backend == "onnxruntime":
+        obstacle = f"target {target.name} loads its weights with each graph; leave it out"
+    elif weights == "embedded":
+        obstacle = "with embedded weights each plan holds them; leave it out, or give --weights inputs"
+    if asked == "expanded" and obstacle:
+        raise BuildError(f"prefill is 'expanded', which would hold all weights twice: {obstacle}")
+    return ("absorbed" if obstacle else "expanded") if asked == "auto" else asked
 
 
 def capability(target: BuildTarget) -> int:

@@ -9,7 +9,8 @@ import numpy as np
 from runtime import tokenizer as tokenizers
 from runtime.backends.base import SequenceRows, StepBatch
 from runtime.backends.onnxruntime import OnnxRuntimeBackend
-from runtime.bundle import BundleError, BundleWriter, Executed, FileRef, Target
+from runtime.bundle import BundleError, BundleWriter
+from runtime.manifest import Executed, FileRef, Target
 
 
 def execute(writer: BundleWriter, name: str, target: Target) -> Executed:

@@ -14,6 +14,7 @@ from export.lowering.base import Kernel
 from export.lowering.tensorrt_build import BuildJob
 from runtime.bundle import Bundle
 from tests.conftest import EXAMPLE
+from tests.export.conftest import forms_of
 from tests.export.plan_text import products
 
 pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13: the package that builds")
@@ -54,7 +55,7 @@ def built(traced, tmp_path_factory) -> Path:
     """The example for three GPUs, precision auto."""
     folder = tmp_path_factory.mktemp("tensorrt")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("export.graph.build", traced)
+        patch.setattr("export.graph.build_forms", forms_of(traced))
         patch.setattr(gpu_kernels, "compile_all", lambda specs, capability, progress=None: kernel_files(folder, capability))
         build.build(EXAMPLE, folder / "bundle", "sm86,sm89,sm120")
     return folder / "bundle"

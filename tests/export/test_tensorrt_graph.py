@@ -16,6 +16,7 @@ from export.checkpoint import Checkpoint
 from export.lowering import fp8_graph, tensorrt
 from export.lowering.onnx_on_cpu import runnable
 from export.models import deepseek_v2
+from export.models.weights import Weight
 from export.quantization import BFloat16, Fp8
 from plugins.contract import DOMAIN
 from tests import checkpoints, ragged
@@ -123,7 +124,7 @@ def test_one_fp8_linear_is_the_formula():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, 32, generator=generator) * torch.tensor([1, 1e-3, 1e3, 0, 5, 1])[:, None]
     x[4, 3] = 300.0
-    x, weight = x.bfloat16(), deepseek_v2.Weight("linear.weight", (24, 32), "linear", (("w",),))
+    x, weight = x.bfloat16(), Weight("linear.weight", (24, 32), "linear", (("w",),))
     quantized, channel = Fp8().encode(weight, torch.randn(24, 32, generator=generator))
     bias = torch.randn(24, generator=generator).bfloat16()
     model = _linear_model()
@@ -141,7 +142,7 @@ def test_one_linear_with_a_static_scale_is_the_formula_and_saturates():
     """x beyond 448 times the scale becomes 448 times the scale."""
     generator, static = torch.Generator().manual_seed(0), 0.01
     x = torch.randn(6, 32, generator=generator) * torch.tensor([1, 1e-3, 100, 0, 5, 1])[:, None]
-    x, weight = x.bfloat16(), deepseek_v2.Weight("linear.weight", (24, 32), "linear", (("w",),))
+    x, weight = x.bfloat16(), Weight("linear.weight", (24, 32), "linear", (("w",),))
     assert x.abs().max() > 100 * static * 448 / 4
     quantized, channel = Fp8().encode(weight, torch.randn(24, 32, generator=generator))
     model = _linear_model()
@@ -203,7 +204,7 @@ def test_plugin_nodes_are_as_the_parser_wants_them(graphs):
 
 
 def test_fp8_keeps_the_largest_values_and_rows_of_zeros():
-    weight = deepseek_v2.Weight("w", (3, 4), "linear", (("w",),))
+    weight = Weight("w", (3, 4), "linear", (("w",),))
     values = torch.tensor([[448.0, -448, 1, 0], [0, 0, 0, 0], [1e30, -1e30, 1e29, 0]])
     quantized, scale = Fp8().encode(weight, values)
     assert torch.isfinite(quantized.float()).all() and scale.shape == (3,)
