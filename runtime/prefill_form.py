@@ -56,7 +56,8 @@ def chooser(where: str, target: Target, config: Mapping, asked: str = "auto") ->
         raise BundleError(f"{where}: prefill is {asked!r}, accepted: {', '.join(ASKED)}")
     if target.expanded is None:
         if asked == EXPANDED:
-            raise BundleError(f"{where}: prefill is 'expanded', but it has no expanded engine; build with --prefill expanded")
+            found = f"{where}: prefill is 'expanded', but it has no expanded engine, accepted: auto, absorbed"
+            raise BundleError(f"{found}; a GPU target gets one by build.py --prefill expanded")
         return None
     sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
     return Chooser(asked, *(config[size] for size in sizes))

@@ -80,14 +80,16 @@ def run_all(jobs: Mapping[Path, BuildJob], progress: Callable[[float], None]) ->
 
     One after another where TensorRT chooses kernels by timing them on the GPU. `progress` gets parts that add up to 1.
     """
-    timed = any(job.module == "tensorrt" for job in jobs.values())
-    pool = ThreadPoolExecutor(1 if timed else len(os.sched_getaffinity(0)))
-    try:
-        running = [pool.submit(run, job, folder, lambda part: progress(part / len(jobs))) for folder, job in jobs.items()]
-        for future in running:
+    def share(part: float) -> None:
+        progress(part / len(jobs))
+
+    if any(job.module == "tensorrt" for job in jobs.values()):
+        for folder, job in jobs.items():
+            run(job, folder, share)
+        return
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for future in [pool.submit(run, job, folder, share) for folder, job in jobs.items()]:
             future.result()
-    finally:
-        pool.shutdown(cancel_futures=True)
 
 
 def run(job: BuildJob, folder: Path, progress: Callable[[float], None]) -> None:

@@ -3,7 +3,7 @@
 The cached tokens of all sequences that have new rows lie one after another in a space of slots, each sequence from a
 multiple of TOKENS on, and are worked through in segments: `expand` writes keys and values of a segment's slots into the
 workspace, `attend` takes the query rows over them. A tile of rows that sees more than one segment keeps its sums in the
-workspace in between. Segments follow from shapes, and programs that lie beyond the real lengths return.
+workspace in between. Segments follow from shapes, and programs that lie beyond the real lengths, which `survey` notes, return.
 """
 
 import torch
@@ -17,9 +17,15 @@ from plugins.ragged_kernel import locate, tile_rows, tiles_before
 from plugins.torch_launch import contiguous, run, target_of, word
 
 
+@triton.jit(do_not_specialize=["sequences"])
+def survey(cached_lengths, query_starts, num_tokens, used, sequences, TOKENS: tl.constexpr, SEARCH: tl.constexpr):
+    """How many slots the sequences take, into used [1]: many programs ask, and most may lie beyond."""
+    tl.store(used, tiles_before(sequences, query_starts, num_tokens, cached_lengths, TOKENS, SEARCH) * TOKENS)
+
+
 @triton.jit(do_not_specialize=["begin", "segment", "sequences", "max_pages"])
-def expand(w_uk, w_uv, cache, block_table, cached_lengths, query_starts, num_tokens, keys, keys_pe, values, begin, segment,
-           sequences, max_pages, NOPE: tl.constexpr, VALUE: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
+def expand(w_uk, w_uv, cache, block_table, cached_lengths, query_starts, num_tokens, used, keys, keys_pe, values, begin,
+           segment, sequences, max_pages, NOPE: tl.constexpr, VALUE: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
            ROPE_PAD: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
            SEARCH: tl.constexpr):  # fmt: skip
     """Slots begin .. begin + segment: keys [H, segment, NOPE], keys_pe [segment, ROPE_PAD], values [H, segment, VALUE].
@@ -28,9 +34,9 @@ def expand(w_uk, w_uv, cache, block_table, cached_lengths, query_starts, num_tok
     """
     head = tl.program_id(1).to(tl.int64)
     tile = begin // TOKENS + tl.program_id(0)
-    sequence, first, _ = locate(query_starts, num_tokens, tile, sequences, TOKENS, SEARCH, cached_lengths)
-    if sequence == sequences:
+    if tile * TOKENS >= tl.load(used):
         return
+    sequence, first, _ = locate(query_starts, num_tokens, tile, sequences, TOKENS, SEARCH, cached_lengths)
     new = tl.minimum(tl.load(query_starts + sequence + 1), tl.load(num_tokens)) - tl.load(query_starts + sequence)
     token = (tile - first) * TOKENS + tl.arange(0, TOKENS)
     real = token < tl.load(cached_lengths + sequence) + new
@@ -89,8 +95,8 @@ def _attend_slots(q, pe, own, keys, keys_pe, values, lo, hi, acc, best, total, s
 
 
 @triton.jit(do_not_specialize=["begin", "segment", "tokens", "sequences"])
-def attend(q_nope, q_pe, keys, keys_pe, values, cached_lengths, query_starts, num_tokens, attended, sums, maxima, totals,
-           scale_log2e, begin, segment, tokens, sequences, HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr,
+def attend(q_nope, q_pe, keys, keys_pe, values, cached_lengths, query_starts, num_tokens, used, attended, sums, maxima,
+           totals, scale_log2e, begin, segment, tokens, sequences, HEADS: tl.constexpr, NOPE: tl.constexpr, ROPE: tl.constexpr,
            ROPE_PAD: tl.constexpr, VALUE: tl.constexpr, TOKENS: tl.constexpr, ROWS: tl.constexpr, BLOCK_N: tl.constexpr,
            STAGES: tl.constexpr, SEARCH: tl.constexpr):  # fmt: skip
     """Attention of ROWS query rows of one sequence and one head over the slots begin .. begin + segment.
@@ -98,6 +104,8 @@ def attend(q_nope, q_pe, keys, keys_pe, values, cached_lengths, query_starts, nu
     Rows that need a later segment too leave sums [T, HEADS, VALUE] float32, maxima and totals [T, HEADS]; otherwise
     attended [T, HEADS, VALUE] is written. sums, maxima, totals are None where there is one segment.
     """
+    if (begin > 0) & (begin >= tl.load(used)):
+        return
     head = tl.program_id(1)
     tile = tl.num_programs(0) - 1 - tl.program_id(0)  # later rows see more, so they begin first
     sequence, row, stop, shift, length = tile_rows(

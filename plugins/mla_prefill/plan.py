@@ -1,4 +1,4 @@
-"""Launch plans of `mla_prefill`: append, then expand and attend for every segment of the cached tokens."""
+"""Launch plans of `mla_prefill`: append, survey, then expand and attend for every segment of the cached tokens."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -55,21 +55,22 @@ def plan(config: Prefill, tokens: int, sequences: int, max_pages: int, target: T
     if tokens == 0:
         return Plan(())
     slots, segment = _segments(config, tokens, sequences, max_pages, target, segment)
-    tile, numbers = TILES[target.capability], dict(tokens=tokens, sequences=sequences, max_pages=max_pages)
-    states = {n: n for n in ("sums", "maxima", "totals")} if slots > segment else {}
+    tile, states = TILES[target.capability], slots > segment
+    numbers = dict(tokens=tokens, sequences=sequences, max_pages=max_pages)
     tiles = cdiv(tokens + min(sequences, tokens) * (tile.rows - 1), tile.rows)
-    launches = [append(config, numbers)]
+    launches = [append(config, numbers), _launch(_survey_kernel(config, target), (1,), numbers)]
+    expand, attend = _expand_kernel(config, target), _attend_kernel(config, states, target)
     for begin in range(0, slots, segment):
-        where = numbers | states | dict(begin=begin, segment=segment)
-        launches.append(_expand(config, min(segment, slots - begin) // tile.tokens, where, target))
-        launches.append(_attend(config, tiles, where, target))
-    return Plan(tuple(launches), _workspace(config, tokens, segment, bool(states)))
+        where = numbers | dict(begin=begin, segment=segment, scale_log2e=config.softmax_scale * log2(e))
+        launches.append(_launch(expand, (min(segment, slots - begin) // tile.tokens, config.heads), where))
+        launches.append(_launch(attend, (tiles, config.heads), where))
+    return Plan(tuple(launches), _workspace(config, tokens, segment, states))
 
 
 def kernels(config: Prefill, target: Target) -> tuple[KernelSpec, ...]:
     """Every kernel that a plan of `config` can name, whatever its shapes."""
     attend = [_attend_kernel(config, states, target) for states in (False, True)]
-    return (append_kernel(config), _expand_kernel(config, target), *attend)
+    return (append_kernel(config), _survey_kernel(config, target), _expand_kernel(config, target), *attend)
 
 
 def workspace_bytes(config: Prefill, tokens: int, sequences: int, max_pages: int, target: Target) -> int:
@@ -96,22 +97,16 @@ def _workspace(config: Prefill, tokens: int, segment: int, states: bool) -> tupl
     x, heads, value = ELEMENTS[config.dtype], config.heads, config.v_head_dim
     buffers = [
         ("keys", x, (heads, segment, config.qk_nope_head_dim)), ("values", x, (heads, segment, value)),
-        ("keys_pe", x, (segment, power_of_two(config.qk_rope_head_dim))),
+        ("keys_pe", x, (segment, power_of_two(config.qk_rope_head_dim))), ("used", "i32", (1,)),
     ]  # fmt: skip
     if states:
         buffers += [("sums", "fp32", (tokens, heads, value)), *((n, "fp32", (tokens, heads)) for n in ("maxima", "totals"))]
     return place(*buffers)
 
 
-def _expand(config: Prefill, tiles: int, numbers: dict[str, int], target: Target) -> Launch:
-    kernel = _expand_kernel(config, target)
-    return bind(kernel, (tiles, config.heads), **{n: numbers.get(n, n) for n, _ in kernel.arguments})
-
-
-def _attend(config: Prefill, tiles: int, numbers: dict[str, int | str], target: Target) -> Launch:
-    kernel = _attend_kernel(config, "sums" in numbers, target)
-    numbers = numbers | dict(scale_log2e=config.softmax_scale * log2(e))
-    return bind(kernel, (tiles, config.heads), **{n: numbers.get(n, n) for n, _ in kernel.arguments})
+def _launch(kernel: KernelSpec, grid: tuple[int, ...], numbers: dict[str, int | float]) -> Launch:
+    """Arguments that are no `numbers` are tensors or buffers of the same name."""
+    return bind(kernel, grid, **{n: numbers.get(n, n) for n, _ in kernel.arguments})
 
 
 def _dims(config: Prefill, target: Target) -> dict[str, int]:
@@ -122,12 +117,19 @@ def _dims(config: Prefill, target: Target) -> dict[str, int]:
     )  # fmt: skip
 
 
+def _survey_kernel(config: Prefill, target: Target) -> KernelSpec:
+    names = ("cached_lengths", "query_starts", "num_tokens", "used")
+    arguments = (*((name, "*i32") for name in names), ("sequences", "i32"))
+    constexprs = (("TOKENS", TILES[target.capability].tokens), ("SEARCH", SEARCH_BLOCK))
+    return KernelSpec("mla_prefill", "survey", arguments, constexprs, 4, 1, "(1,)")
+
+
 def _expand_kernel(config: Prefill, target: Target) -> KernelSpec:
     tile, x = TILES[target.capability], f"*{ELEMENTS[config.dtype]}"
     arguments = (
         ("w_uk", x), ("w_uv", x), ("cache", f"*{ELEMENTS[config.cache_format]}"), ("block_table", "*i32"),
-        ("cached_lengths", "*i32"), ("query_starts", "*i32"), ("num_tokens", "*i32"), ("keys", x), ("keys_pe", x),
-        ("values", x), ("begin", "i32"), ("segment", "i32"), ("sequences", "i32"), ("max_pages", "i32"),
+        ("cached_lengths", "*i32"), ("query_starts", "*i32"), ("num_tokens", "*i32"), ("used", "*i32"), ("keys", x),
+        ("keys_pe", x), ("values", x), ("begin", "i32"), ("segment", "i32"), ("sequences", "i32"), ("max_pages", "i32"),
     )  # fmt: skip
     constexprs = _dims(config, target) | dict(
         RANK=config.kv_lora_rank, PAGE=config.page_size, BLOCK_K=min(tile.block_k, config.kv_lora_rank),
@@ -143,9 +145,9 @@ def _attend_kernel(config: Prefill, states: bool, target: Target) -> KernelSpec:
     tile, x = TILES[target.capability], f"*{ELEMENTS[config.dtype]}"
     arguments = (
         ("q_nope", x), ("q_pe", x), ("keys", x), ("keys_pe", x), ("values", x), ("cached_lengths", "*i32"),
-        ("query_starts", "*i32"), ("num_tokens", "*i32"), ("attended", x), ("sums", "*fp32"), ("maxima", "*fp32"),
-        ("totals", "*fp32"), ("scale_log2e", "fp32"), ("begin", "i32"), ("segment", "i32"), ("tokens", "i32"),
-        ("sequences", "i32"),
+        ("query_starts", "*i32"), ("num_tokens", "*i32"), ("used", "*i32"), ("attended", x), ("sums", "*fp32"),
+        ("maxima", "*fp32"), ("totals", "*fp32"), ("scale_log2e", "fp32"), ("begin", "i32"), ("segment", "i32"),
+        ("tokens", "i32"), ("sequences", "i32"),
     )  # fmt: skip
     constexprs = _dims(config, target) | dict(
         HEADS=config.heads, ROWS=tile.rows, BLOCK_N=tile.block_n, STAGES=tile.stages,

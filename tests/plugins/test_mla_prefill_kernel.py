@@ -41,14 +41,14 @@ def check(arguments, target, segment=None):
     assert not attended[int(arguments[-1]) :].any(), "padding rows must be zero"
 
 
-@pytest.mark.parametrize("segment", [None, 128], ids=["one segment", "several"])
+@pytest.mark.parametrize("segment", [None, 256], ids=["one segment", "several"])
 @pytest.mark.parametrize(
     ("capability", "heads", "widths", "page_size", "dtype"),
     [
-        (90, 3, WIDTHS, 64, torch.bfloat16),
+        (90, 2, WIDTHS, 64, torch.bfloat16),
         (80, 2, dict(rank=64, nope=16, rope=16, v=64), 16, torch.float16),
         (100, 2, dict(rank=16, nope=64, rope=48, v=32), 32, torch.bfloat16),
-        (120, 4, dict(rank=32, nope=16, rope=32, v=16), 128, torch.float16),
+        (120, 1, dict(rank=32, nope=16, rope=32, v=16), 128, torch.float16),
     ],
 )
 def test_mixed_batch(capability, heads, widths, page_size, dtype, segment):
@@ -58,7 +58,7 @@ def test_mixed_batch(capability, heads, widths, page_size, dtype, segment):
 @pytest.mark.parametrize("capability", [86, 90])
 def test_chunks_longer_than_a_tile_continue_prefixes(capability):
     """Rows of one tile whose causal limits lie in different segments; sequences that begin inside a segment."""
-    check(prompt([150, 5, 200], [70, 390, 0], 1, page_size=64), Target.of(capability), 128)
+    check(prompt([150, 5, 180], [70, 260, 0], 1, page_size=64), Target.of(capability), 128)
 
 
 @pytest.mark.parametrize("capability", [89, 90])
@@ -106,11 +106,11 @@ def test_large_scores_do_not_overflow():
     assert mla_prefill_(*arguments, SCALE, "bfloat16", Target.of(90), 128).isfinite().all() and expected.isfinite().all()
 
 
-SEQUENCES = st.lists(st.tuples(st.integers(0, 300), st.sampled_from([0, 1, 2, 40, 130])), min_size=1, max_size=4)
+SEQUENCES = st.lists(st.tuples(st.integers(0, 150), st.sampled_from([0, 1, 2, 40, 130])), min_size=1, max_size=3)
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
-@given(SEQUENCES, st.integers(0, 3), st.sampled_from([16, 64]), st.sampled_from([64, 128, 192, None]))
+@settings(max_examples=6, deadline=None, derandomize=True)
+@given(SEQUENCES, st.integers(0, 3), st.sampled_from([16, 64]), st.sampled_from([64, 192, None]))
 def test_any_batch(sequences, padding, page_size, segment):
     past, new = zip(*sequences, strict=True)
     if sum(new) + padding:
@@ -119,9 +119,9 @@ def test_any_batch(sequences, padding, page_size, segment):
 
 def test_segments_do_not_change_the_result():
     """The same products in the same order: only the sums' way through memory differs, and they are float32 there too."""
-    arguments = prompt([150, 9], [70, 300], 1, page_size=64)
-    results = [mla_prefill_(*[a.clone() for a in arguments], SCALE, "bfloat16", Target.of(86), s) for s in (None, 64, 192)]
-    assert all(torch.equal(results[0], other) for other in results[1:])
+    arguments = prompt([140, 9], [70, 150], 1, page_size=64)
+    results = [mla_prefill_(*[a.clone() for a in arguments], SCALE, "bfloat16", Target.of(86), s) for s in (None, 128)]
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize(
