@@ -24,13 +24,14 @@ with interrupt.leaves_at_once():
     from export.calibration import Samples
     from export.checkpoint import Checkpoint, combined_digest
     from export.errors import BuildError, CheckpointError, ConfigError
-    from export.lowering.base import Lowered, Lowering, Request, described
-    from export.models import deepseek_v2
+    from export.lowering.base import Engine, Lowered, Lowering, Request, described
+    from export.models.deepseek_v2_weights import checkpoint_tensors
+    from export.models.deepseek_v2_weights import weights as model_weights
     from export.progress import Report
     from export.weight_set import StoredWeight
-    from runtime import bundle as records
-    from runtime.bundle import BundleError, BundleWriter, CheckpointInfo, FileRef, Manifest, Target, WeightSet, open_writer
+    from runtime.bundle import BundleError, BundleWriter, open_writer
     from runtime.first_step import check_tokenizer, execute
+    from runtime.manifest import FORMAT_VERSION, CheckpointInfo, FileRef, Manifest, Target, WeightSet
 
 VERSION = "0.1.0"
 
@@ -38,7 +39,7 @@ VERSION = "0.1.0"
 def build(
     checkpoint_path: Path, out: Path, target: str = "cpu", precision: str = "auto", accuracy: str = "fast",
     cache_format: str = "auto", max_context: int | None = None, force: bool = False, quiet: bool = True,
-    weights: str = "inputs", activations: str = "dynamic", calibration: Path | None = None,
+    weights: str = "inputs", activations: str = "dynamic", calibration: Path | None = None, prefill: str = "auto",
 ) -> dict:
     """Builds targets ("cpu", or several: "sm86,sm89") into the bundle at `out`, new or old. Returns a summary for machines.
 
@@ -47,13 +48,13 @@ def build(
     """
     rows = [targets.find(name) for name in dict.fromkeys(n.strip() for n in target.split(","))]
     precisions = {row.name: targets.precision(row, precision) for row in rows}
-    asked = {"accuracy": accuracy, "weights": weights, "activations": activations}
+    asked = {"accuracy": accuracy, "weights": weights, "activations": activations, "prefill": prefill}
     targets.check_choices(precisions, asked, calibrated=calibration is not None)
     chosen = [_lowering(row, precisions[row.name], asked, cache_format, max_context) for row in rows]
     with Report(quiet) as report:
         with report.stage("read checkpoint headers", shown=False):
             checkpoint = Checkpoint(checkpoint_path)
-            checkpoint.check(deepseek_v2.checkpoint_tensors(checkpoint.config))
+            checkpoint.check(checkpoint_tensors(checkpoint.config))
             check_tokenizer(checkpoint.path, checkpoint.tokenizer_files, checkpoint.config.model_dump())
             _check_context(checkpoint, max_context)
             samples = calibrations.read_samples(calibration, checkpoint) if calibration else None
@@ -123,18 +124,18 @@ class _Builder:
     def __init__(self, writer: BundleWriter, checkpoint: Checkpoint, info: CheckpointInfo, report, samples, reread: bool):
         self.writer, self.checkpoint, self.info, self.report, self.samples = writer, checkpoint, info, report, samples
         self.reread = reread
-        self.traced: dict[tuple, object] = {}
+        self.traced: dict[tuple, dict] = {}
 
     def add(self, lowering: Lowering, key: str) -> None:
         """Builds one target and commits it."""
         config, name = self.checkpoint.config, lowering.request.target.name
-        weights = lowering.stored_weights(deepseek_v2.weights(config))
+        weights = lowering.stored_weights(model_weights(config))
         set_key, located, weight_files = self._weights(lowering, weights)
-        model, stage = self._trace(lowering), self.report.stage
+        models, stage = self._trace(lowering), self.report.stage
         with tempfile.TemporaryDirectory(dir=self.writer.building) as scratch:
             scales = self.activation_scales if _static(lowering) else None
             given = located, self.writer.folder, Path(scratch), stage, scales
-            lowered = lowering.lower(model, config, weights, *given)
+            lowered = lowering.lower(models, config, weights, *given)
             target = self._target(lowering, lowered, set_key, key)
         with self.report.stage("tokenizer"):
             tokenizer = {f.name: self.writer.copy(f) for f in self.checkpoint.tokenizer_files}
@@ -170,27 +171,33 @@ class _Builder:
             )  # fmt: skip
         return key, located, [self.writer.ref(f) for f in dict.fromkeys(w.file for w in located.values())]
 
-    def _trace(self, lowering: Lowering):
-        """The step graph in what types the lowering wants; its own copy."""
-        kind = {"dtype": lowering.dtype, "cache_format": lowering.cache_format, "page_size": lowering.page_size}
-        if tuple(kind.values()) not in self.traced:
+    def _trace(self, lowering: Lowering) -> dict:
+        """The step graphs that the lowering wants, by form; its own copies."""
+        kind = {"dtype": lowering.dtype, "cache_format": lowering.cache_format, "page_size": lowering.page_size,
+                "forms": lowering.forms}  # fmt: skip
+        key = tuple(kind.values())
+        if key not in self.traced:
             with self.report.stage("export graph (torch -> ONNX)"):
-                self.traced[tuple(kind.values())] = step_graph.build(self.checkpoint.config, **kind)
-        return self.traced[tuple(kind.values())].clone()
+                self.traced[key] = step_graph.build_forms(self.checkpoint.config, **kind)
+        return {form: model.clone() for form, model in self.traced[key].items()}
 
     def _target(self, lowering: Lowering, lowered: Lowered, set_key: str, key: str) -> Target:
         row, copy = lowering.request.target, self.writer.copy
+        expanded = lowered.expanded and self._engine(lowered.expanded)
         kernels = [{"op": k.op, "function": k.function, "cubin": copy(k.cubin), "manifest": copy(k.manifest)}
                    for k in lowered.kernels]  # fmt: skip
         return Target(
             backend=row.backend, backend_version=lowering.backend_version, compute_capability=row.compute_capability,
             precision=lowering.request.precision, options=lowering.options() | _calibrated(lowering, self.samples),
-            graph=copy(lowered.graph), weight_set=set_key, kernels=kernels,
-            inputs=described(lowered.inputs), outputs=described(lowered.outputs),
-            onnx=lowered.onnx and copy(lowered.onnx), network=lowered.network and copy(lowered.network),
-            weight_inputs=lowered.weight_inputs, profiles=lowered.profiles,
+            **self._engine(lowered.engine), expanded=expanded, weight_set=set_key, kernels=kernels,
+            inputs=described(lowered.inputs), outputs=described(lowered.outputs), weight_inputs=lowered.weight_inputs,
             cache=lowering.cache(self.checkpoint.config), limits=vars(lowered.limits), request=key, executed=None,
         )  # fmt: skip
+
+    def _engine(self, engine: Engine) -> dict:
+        """An engine's fields of the manifest; its files are copied into the bundle."""
+        files = {"graph": engine.graph, "onnx": engine.onnx, "network": engine.network}
+        return {name: file and self.writer.copy(file) for name, file in files.items()} | {"profiles": engine.profiles}
 
     def _manifest(self, tokenizer, sets: dict[str, WeightSet], new: dict[str, Target]) -> Manifest:
         """The new manifest: targets and weight sets of the same checkpoint are kept beside the new ones."""
@@ -200,7 +207,7 @@ class _Builder:
         all_targets, all_sets = (kept.targets if kept else {}) | new, (kept.weight_sets if kept else {}) | sets
         used = {t.weight_set for t in all_targets.values()}
         return Manifest(
-            format_version=records.FORMAT_VERSION, producer=f"latentrt {VERSION}", created=now,
+            format_version=FORMAT_VERSION, producer=f"latentrt {VERSION}", created=now,
             architecture="DeepseekV2ForCausalLM", config=self.checkpoint.config.model_dump(), checkpoint=self.info,
             tokenizer=tokenizer, weight_sets={k: s for k, s in all_sets.items() if k in used}, targets=all_targets,
         )  # fmt: skip
@@ -238,13 +245,14 @@ def main(
     weights: Annotated[str, typer.Option(help="GPUs: inputs (shared by targets) or embedded in the plan.")] = "inputs",
     activations: Annotated[str, typer.Option(help="Scales of fp8 activations: dynamic, or static per linear.")] = "dynamic",
     calibration: Annotated[Path | None, typer.Option(help="Sample tokens for static: a text, or JSON lists of ids.")] = None,
+    prefill: Annotated[str, typer.Option(help="Prompt chunks on GPUs: expanded (a second plan) or absorbed.")] = "auto",
     force: Annotated[bool, typer.Option(help="Replace a target, or a bundle of another checkpoint.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, no progress.")] = False,
 ) -> None:
     """Builds an engine bundle for one or more targets from a DeepSeek-V2-family checkpoint."""
     choices = (target, precision, accuracy, cache_format, max_context, force, as_json, weights, activations, calibration)
     try:
-        summary = build(checkpoint, out, *choices)
+        summary = build(checkpoint, out, *choices, prefill)
     except (BuildError, ConfigError, CheckpointError, BundleError, OSError) as error:
         if as_json:
             print(json.dumps({"error": str(error), "kind": type(error).__name__}))

@@ -27,7 +27,7 @@ PACKAGES = ("torch", "triton", "cuda-bindings", "onnx", "pydantic", "transformer
 # name: (function, seconds at most, share of what is left of the whole)
 SECTIONS = {
     "ceilings": ("run:ceilings", 20),
-    "attention": ("attention:check", 60),
+    "attention": ("attention:check", 90),
     "routing": ("experts:check_route", 30),
     "experts": ("experts:check_experts", 60),
     "fused": ("experts:check_fused", 30),
@@ -35,9 +35,9 @@ SECTIONS = {
     "probe": ("probe:probe", 60),
     "example": ("model:check", 90),
     "engines": ("engines:check", 150),
-    "measure-attention": ("attention:measure", 100),
+    "measure-attention": ("attention:measure", 130),
     "measure-experts": ("experts:measure", 60),
-    "measure-model": ("model:measure", 150),
+    "measure-model": ("model_speed:measure", 150),
 }  # fmt: skip
 
 

@@ -52,6 +52,7 @@ CHOICES = (
     Choice("accuracy", ("fast", "exact"), "target cpu has a choice of it", lambda row, precision: row.name == "cpu"),
     Choice("weights", ("inputs", "embedded"), "GPU targets have a plan for them", lambda row, precision: row.name != "cpu"),
     Choice("activations", ("dynamic", "static"), "fp8 products scale them", lambda row, precision: precision == "fp8"),
+    Choice("prefill", ("auto", "expanded", "absorbed"), "GPU targets have two forms", lambda row, precision: row.name != "cpu"),
 )
 
 
@@ -90,8 +91,21 @@ def check_choices(built: Mapping[str, str], asked: Mapping[str, str], calibrated
 
 
 def choices(target: BuildTarget, precision: str, asked: Mapping[str, str]) -> dict[str, str]:
-    """The choices as one target takes them: the default where it is not concerned."""
-    return {c.name: asked[c.name] if c.applies(target, precision) else c.values[0] for c in CHOICES}
+    """The choices as one target takes them: the default where it is not concerned, "auto" resolved."""
+    found = {c.name: asked[c.name] if c.applies(target, precision) else c.values[0] for c in CHOICES}
+    return found | {"prefill": _prefill(target, found["weights"], found["prefill"])}
+
+
+def _prefill(target: BuildTarget, weights: str, asked: str) -> str:
+    """How prompt chunks attend. BuildError where a second, expanded engine would hold all weights again."""
+    if target.backend == "onnxruntime":  # each of its graphs loads the weights
+        return "absorbed"
+    if asked == "expanded" and weights == "embedded":
+        why = "which would hold all weights twice: with embedded weights each plan holds them"
+        raise BuildError(f"prefill is 'expanded', {why}; leave it out, or give --weights inputs")
+    if asked == "auto":
+        return "absorbed" if weights == "embedded" else "expanded"
+    return asked
 
 
 def capability(target: BuildTarget) -> int:

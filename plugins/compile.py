@@ -52,7 +52,7 @@ def cache_directory() -> Path:
 
 @lru_cache
 def _sources_digest(op: str) -> str:
-    files = sorted([*(PLUGINS / op).rglob("*kernel*.py"), PLUGINS / "compile.py"])
+    files = sorted([*(PLUGINS / op).rglob("*kernel*.py"), *PLUGINS.glob("*_kernel.py"), PLUGINS / "compile.py"])
     digest = hashlib.sha256()
     for file in files:
         digest.update(str(file.relative_to(PLUGINS)).encode() + b"\0" + file.read_bytes() + b"\0")

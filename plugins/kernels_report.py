@@ -5,7 +5,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
@@ -19,17 +19,20 @@ V2_LITE = dict(heads=16, experts=64, hidden=2048, inner=1408, method="greedy", n
 V2 = dict(heads=128, experts=160, hidden=5120, inner=1536, method="group_limited_greedy", n_group=8, topk_group=3)
 MODELS = {"V2-Lite": V2_LITE, "V2": V2}
 FORMATS = ("bfloat16", "float16", "float8_e4m3fn")
+PROGRESS_SECONDS = 10
 
 
 def configs(model: dict, weights: str) -> dict[str, object]:
-    """Static parts of the three ops for a model; `weights` float8_e4m3fn goes with bfloat16 activations."""
+    """Static parts of the ops for a model; `weights` float8_e4m3fn goes with bfloat16 activations."""
     from plugins.mla_attention.plan import Attention
+    from plugins.mla_prefill.plan import Prefill
     from plugins.moe_experts.plan import Experts
     from plugins.moe_route.plan import Routing
 
     dtype = "bfloat16" if weights == "float8_e4m3fn" else weights
     return {
         "mla_attention": Attention(model["heads"], 512, 64, 64, dtype, dtype, 0.1147),
+        "mla_prefill": Prefill(model["heads"], 512, 128, 64, 128, 64, dtype, dtype, 0.1147),
         "moe_route": Routing(
             model["experts"], "softmax", model["method"], "max", model["n_group"], model["topk_group"], 6, 0, 1.0, False
         ),
@@ -70,12 +73,12 @@ def report(capabilities: tuple[int, ...], jobs: int, cache: Path | None) -> int:
     from rich.console import Console
     from rich.table import Table
 
+    console = Console(width=None if sys.stdout.isatty() else 160)
     work = [(label, spec, c, cache) for c in capabilities for label, spec in tuned(c)]
     table = Table("kernel", "shape", "sm", "shared", "regs", "stack", "tensor cores", "verdict")
     bad, started = 0, time.perf_counter()
-    console = Console(width=None if sys.stdout.isatty() else 160)
     with ProcessPoolExecutor(jobs) as pool:
-        for label, spec, capability, kernel in pool.map(_compile, work):
+        for label, spec, capability, kernel in _watched(pool.map(_compile, work), len(work), console):
             row, wrong = _row(spec, capability, kernel)
             table.add_row(f"{spec.op}.{spec.function}", _shape(label, spec), str(capability), *row)
             bad += wrong
@@ -84,10 +87,25 @@ def report(capabilities: tuple[int, ...], jobs: int, cache: Path | None) -> int:
     return bad
 
 
+def _watched(results: Iterable, total: int, console) -> Iterator:
+    """The results as they come, with a progress bar on a terminal, elsewhere a line every PROGRESS_SECONDS."""
+    from rich.progress import track
+
+    if console.is_terminal:
+        yield from track(results, "compiling kernels", total, console=console, transient=True)
+        return
+    said = time.monotonic()
+    for done, result in enumerate(results, 1):
+        if time.monotonic() - said >= PROGRESS_SECONDS:
+            said = time.monotonic()
+            print(f"{done} of {total} kernels", flush=True)
+        yield result
+
+
 def _shape(label: str, spec: KernelSpec) -> str:
     constants = dict(spec.constexprs)
     sizes = [f"{k[6:].lower()}{constants[k]}" for k in ("BLOCK_M", "BLOCK_H", "BLOCK_N", "BLOCK_K") if k in constants]
-    split = ["direct"] if "lse" in constants else []
+    split = ["direct"] if "lse" in constants else ["one segment"] if "sums" in constants else []
     return " ".join([label, *sizes, *split])
 
 

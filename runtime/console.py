@@ -8,9 +8,10 @@ from contextlib import contextmanager
 from rich.console import Console
 from rich.table import Table
 
-from runtime.bundle import Bundle, BundleError, Target
+from runtime.bundle import Bundle, BundleError
 from runtime.chat import Conversation
 from runtime.errors import RequestError
+from runtime.manifest import Target
 from runtime.sequence import Event, GenerationResult
 
 
@@ -44,11 +45,18 @@ def _target_rows(bundle: Bundle, name: str, target: Target) -> dict[str, str]:
         f"target {name}": f"{target.backend} {target.backend_version}, {target.compute_capability or 'any CPU'}",
         "precision": f"{target.precision}{f' ({options})' if options else ''}",
         "weights": f"{_bytes(sum(ref.size for ref in weights))} in {len(weights)} files, graph {_bytes(target.graph.size)}",
+        "prefill": _prefill(target),
         "latent cache": f"{cache.format}, pages of {cache.page_size}: {per_token} per token, {per_context} per context",
         "limits": f"context {limits.max_context}, {limits.max_batch_tokens} rows and {limits.max_sequences} sequences a step",
         "executed": f"{target.executed.date} on {target.executed.machine}" if target.executed else "never",
         "evidence": str(evidence) if evidence.is_file() else none,
     }
+
+
+def _prefill(target: Target) -> str:
+    if target.expanded is None:
+        return "absorbed"
+    return f"expanded (a second graph, {_bytes(target.expanded.graph.size)}) or absorbed, whichever takes fewer operations"
 
 
 def _add(table: Table, rows: dict[str, str]) -> None:

@@ -10,7 +10,8 @@ import numpy as np
 from runtime import tokenizer as tokenizers
 from runtime.backends.base import SequenceRows, StepBatch
 from runtime.backends.onnxruntime import OnnxRuntimeBackend
-from runtime.bundle import BundleError, BundleWriter, Executed, Target
+from runtime.bundle import BundleError, BundleWriter
+from runtime.manifest import Executed, Target
 
 
 def execute(writer: BundleWriter, name: str, target: Target) -> Executed:

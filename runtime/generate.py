@@ -17,7 +17,7 @@ from runtime.backends.base import Backend
 from runtime.bundle import Bundle, BundleError
 from runtime.errors import RequestError
 from runtime.sampler import SamplingParams
-from runtime.scheduler import CHUNK, Scheduler
+from runtime.scheduler import Scheduler
 from runtime.sequence import Event, GenerationResult, Sequence
 from runtime.text_stream import TextStream
 
@@ -29,7 +29,7 @@ DEFAULT = SamplingParams()
 class Engine:
     """A loaded target of a bundle. For one thread at a time; streams may be interleaved, they share the steps."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, chunk: int = CHUNK):
+    def __init__(self, bundle: Bundle, backend: Backend, chunk: int | None = None):
         self.bundle, self.backend = bundle, backend
         self.limits = backend.target.limits
         self.vocab_size = _vocab_size(bundle, backend)

@@ -15,17 +15,18 @@ from runtime.backends.base import Backend, SequenceRows, StepBatch
 from runtime.latent_cache import LatentCache
 from runtime.sequence import Sequence
 
-CHUNK = 256  # rows of prompts in one step
-
 
 class Scheduler:
-    """Runs sequences on a backend, step by step. Not for several threads at once."""
+    """Runs sequences on a backend, step by step. Not for several threads at once.
 
-    def __init__(self, backend: Backend, chunk: int = CHUNK):
+    chunk: rows of prompts in one step, the backend's own number by default.
+    """
+
+    def __init__(self, backend: Backend, chunk: int | None = None):
         limits = backend.target.limits
         self.backend, self.limits = backend, limits
         self.cache = LatentCache(backend.num_pages, backend.target.cache.page_size)
-        self.chunk = min(chunk, limits.max_batch_tokens)
+        self.chunk = min(chunk or backend.prefill_chunk, limits.max_batch_tokens)
         self.max_running = min(limits.max_sequences, limits.max_batch_tokens)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first

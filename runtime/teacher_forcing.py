@@ -6,9 +6,10 @@ import numpy as np
 
 from runtime.backends.base import SequenceRows, StepBatch
 from runtime.errors import RequestError
-from runtime.scheduler import CHUNK, Scheduler
+from runtime.scheduler import Scheduler
 
 Slice = tuple[int, int, int]  # list, first token, end
+ROWS = 256  # of one step: every row has logits [vocab_size], and a plan's profiles take as many
 
 
 def blocks(scheduler: Scheduler, lists: list[list[int]]) -> Iterator[np.ndarray]:
@@ -32,7 +33,7 @@ def blocks(scheduler: Scheduler, lists: list[list[int]]) -> Iterator[np.ndarray]
 
 def _steps(scheduler: Scheduler, lists: list[list[int]], ids: list[int]) -> Iterator[list[Slice]]:
     """Cuts lists, one after another, into steps that keep to the limits, and makes room in the cache for each."""
-    rows = min(CHUNK, scheduler.limits.max_batch_tokens)
+    rows = min(ROWS, scheduler.limits.max_batch_tokens)
     step: list[Slice] = []
     for index, tokens in enumerate(lists):
         start = 0

@@ -18,7 +18,7 @@ with interrupt.leaves_at_once():
 
     from export.checkpoint import Checkpoint, combined_digest
     from export.errors import CheckpointError, ConfigError
-    from export.models import deepseek_v2
+    from export.models.deepseek_v2_weights import checkpoint_tensors
     from runtime.bundle import Bundle, BundleError
     from validation import report, tokens, tolerances
     from validation.compare import Comparison, Subject
@@ -63,7 +63,7 @@ def validate(
 
 def _check_pair(bundle: Bundle, checkpoint: Checkpoint) -> None:
     """The checkpoint must fit its own config.json, and that must be the bundle's."""
-    checkpoint.check(deepseek_v2.checkpoint_tensors(checkpoint.config))
+    checkpoint.check(checkpoint_tensors(checkpoint.config))
     theirs, ours = bundle_config(bundle), checkpoint.config
     for field in type(ours).model_fields:
         found, expected = getattr(ours, field), getattr(theirs, field)

@@ -1,4 +1,7 @@
-"""mla_attention: checked against float64 on real shapes, and decode measured against both roofline terms."""
+"""mla_attention: checked against float64 on real shapes, and decode measured against both roofline terms.
+
+Both sections go on with mla_prefill (benchmarks/gpu/prefill.py).
+"""
 
 import torch
 
@@ -45,6 +48,13 @@ def check(run: Run) -> None:
         for dtype in (torch.bfloat16,) if run.dry else (torch.bfloat16, torch.float16):
             for name, (new, past) in (DRY_CASES if run.dry else CASES).items():
                 _check_case(run, f"{name}, {heads} heads, {dtype}", batch(run, new, past, heads, dtype, **sizes))
+    _prefill().check(run)
+
+
+def _prefill():
+    from benchmarks.gpu import prefill
+
+    return prefill
 
 
 def _check_case(run: Run, name: str, arguments: list) -> None:
@@ -63,6 +73,7 @@ def _check_case(run: Run, name: str, arguments: list) -> None:
 
 def measure(run: Run) -> None:
     """Decode: batch x context x heads. Several launches in a row read different pages where one set would fit in the L2."""
+    _prefill().measure(run)
     heads = (16,) if run.dry else (16, 128)
     contexts = (128,) if run.dry else (1024, 4096, 16384, 65536)
     batches = (2,) if run.dry else (1, 16, 64, 128)

@@ -44,13 +44,14 @@ def _check_engine(run: Run, out: Path, name: str, precision: str, texts, referen
     summary = build.build(model.EXAMPLE, out, name, precision)
     run.measure(f"engine {name} {precision} built", seconds=float(sum(summary["seconds"].values())))
     tokens = sum(map(len, texts)) + 64 * len(texts)
-    for attempt in ("first", "second"):
-        backend = backends.load(Bundle(out), name, cache_tokens=tokens)
-        label = f"engine {name} {precision}, {attempt} load"
+    for attempt, form in (("first load", "expanded"), ("second load", "expanded"), ("third load", "absorbed")):
+        backend = backends.load(Bundle(out), name, cache_tokens=tokens, prefill=form)
+        label = f"engine {name} {precision}, {form}, {attempt}"
         found = model.teacher_forced(backend.step, texts)
         model.compare(run, f"{label} against {reference}", found, expected, model.LIMITS[precision])
         run.measure(label, **{k: v for k, v in backend.load_seconds.items()})
         backend.close()
-    interpreted = backends.load(Bundle(out), name, backend="torch", cache_tokens=tokens)
-    found = model.teacher_forced(interpreted.step, texts)
-    model.compare(run, f"torch backend on {name} {precision} bundle", found, expected, model.LIMITS[precision])
+    for form in model.FORMS:
+        interpreted = backends.load(Bundle(out), name, backend="torch", cache_tokens=tokens, prefill=form)
+        found = model.teacher_forced(interpreted.step, texts)
+        model.compare(run, f"torch backend on {name} {precision} bundle, {form}", found, expected, model.LIMITS[precision])

@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import torch
 
-from benchmarks.gpu import attention, experts
+from benchmarks.gpu import attention, experts, prefill
 from benchmarks.gpu.run import Run
 from plugins import trt
 from plugins.architecture import Target
@@ -51,6 +51,8 @@ def _cases(run: Run) -> dict[str, list[tuple[str, list, dict]]]:
         mixed = attention.batch(run, [7, 1, 0, 33], [5, 300, 3, 130], heads, torch.bfloat16, **narrow)
         decode = attention.batch(run, [1] * 4, [0, 63, 64, 5000 if not run.dry else 100], heads, torch.bfloat16, **narrow)
         calls = [("mla_attention", batch, ATTENTION) for batch in (mixed, decode)]
+        chunks = prefill.inputs(run, [200, 0, 70], [5 if run.dry else 5000, 9, 300], heads, torch.bfloat16)
+        calls.append(("mla_prefill", chunks, ATTENTION))  # several segments at 128 heads
         logits = torch.randn(9, count, device=run.device)
         tokens = torch.tensor([8], dtype=torch.int32, device=run.device)
         options = dict(scoring_func="softmax", group_score="max", top_k=top_k, norm_topk_prob=0) | routing

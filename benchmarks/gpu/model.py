@@ -1,47 +1,54 @@
-"""The torch backend: the example model against transformers in float32, and a V2-Lite-sized model's speed."""
+"""The torch backend: the example model against transformers in float32, in both forms of attention."""
 
-import json
-import time
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from benchmarks.gpu.run import HBM, Run, timed
+from benchmarks.gpu.run import Run
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "tiny-deepseek-v2"
 LIMITS = {"bf16": 0.05, "fp8": 0.15}  # median relative error of a row of logits, five layers
 LENGTHS, DRY_LENGTHS = (97, 5, 64, 130), (9, 6)
-CONTEXT = 1024
+FORMS = ("absorbed", "expanded")
 
 
-def graph(config, precision: str, weights=None):
-    """The step graph as the TensorRT lowering writes it (weights as inputs), as an ONNX model."""
+def graphs(config, precision: str) -> dict:
+    """The step graphs as the TensorRT lowering writes them (weights as inputs): ONNX models by form."""
     import onnx_ir as ir
 
     from export import graph as step_graph
     from export.lowering.tensorrt import prepare
-    from export.models import deepseek_v2
+    from export.models.deepseek_v2_weights import weights
     from export.quantization import BFloat16, Fp8
 
-    model = step_graph.build(config, torch.bfloat16, "bfloat16")
-    prepare(model, weights or deepseek_v2.weights(config), Fp8() if precision == "fp8" else BFloat16())
-    return ir.to_proto(model)
+    models = step_graph.build_forms(config, torch.bfloat16, "bfloat16")
+    for model in models.values():
+        prepare(model, weights(config), Fp8() if precision == "fp8" else BFloat16())
+    return {form: ir.to_proto(model) for form, model in models.items()}
 
 
-def runner(run: Run, model, weights: dict, config, num_pages: int, **options):
-    """A StepRunner with a latent cache full of NaN."""
+def runner(run: Run, models: dict, weights: dict, config, num_pages: int, **options):
+    """A StepRunner of both forms with a latent cache full of NaN."""
     from runtime.backends.torch_graph import StepProgram
     from runtime.backends.torch_step import StepRunner
 
-    program = StepProgram(model, weights, run.device, "triton")
+    folded: dict = {}
+    programs = {form: StepProgram(m, weights, run.device, "triton", folded=folded) for form, m in models.items()}
     shape = (num_pages, 64, config.kv_lora_rank + config.qk_rope_head_dim)
     caches = {
         f"latent_cache.{i}": torch.full(shape, float("nan"), dtype=torch.bfloat16, device=run.device)
         for i in range(config.num_hidden_layers)
     }
-    return StepRunner(program, caches, **options)
+    return StepRunner(programs["absorbed"], caches, expanded=programs["expanded"], chooser=chooser(config), **options)
+
+
+def chooser(config, prefill: str = "auto"):
+    """What decides on the form of eager steps, or forces one."""
+    from runtime.prefill_form import Chooser
+
+    return Chooser(prefill, config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim)
 
 
 def precisions(run: Run) -> list[str]:
@@ -53,25 +60,27 @@ def precisions(run: Run) -> list[str]:
 
 
 def check(run: Run) -> None:
-    """Prefill, decode steps (captured on a GPU) and their mixture, teacher-forced, at every position."""
+    """Prefill, decode steps (captured on a GPU) and their mixture, teacher-forced, at every position, in both forms."""
     from export.checkpoint import Checkpoint
-    from export.models import deepseek_v2
+    from export.models.deepseek_v2_weights import weights
     from export.quantization import BFloat16, Fp8
 
     checkpoint = Checkpoint(EXAMPLE)
     texts = _texts(checkpoint.config.vocab_size, DRY_LENGTHS if run.dry else LENGTHS)
     name, expected = reference(run, checkpoint, texts)
     for precision in precisions(run)[: 1 if run.dry else None]:
-        scheme, weights = (Fp8() if precision == "fp8" else BFloat16()), deepseek_v2.weights(checkpoint.config)
+        scheme = Fp8() if precision == "fp8" else BFloat16()
         stored = {
             w.name + kind.suffix: tensor.contiguous().to(run.device)
-            for w in weights
+            for w in weights(checkpoint.config)
             for kind, tensor in zip(scheme.stored(w), scheme.encode(w, w.read(checkpoint.read)), strict=True)
         }
-        model = graph(checkpoint.config, precision, weights)
-        steps = runner(run, model, stored, checkpoint.config, 2 + sum(-(-len(t) // 64) for t in texts))
-        found = teacher_forced(steps.step, texts)
-        compare(run, f"torch backend {precision} against {name}", found, expected, LIMITS[precision])
+        pages = 2 + sum(-(-len(t) // 64) for t in texts)
+        steps = runner(run, graphs(checkpoint.config, precision), stored, checkpoint.config, pages)
+        for form in FORMS:
+            steps.chooser = chooser(checkpoint.config, form)
+            found = teacher_forced(steps.step, texts)
+            compare(run, f"torch backend {precision}, {form}, against {name}", found, expected, LIMITS[precision])
 
 
 def _texts(vocab_size: int, lengths) -> list[list[int]]:
@@ -138,141 +147,3 @@ def compare(run: Run, name: str, found: list[np.ndarray], expected: list[np.ndar
     errors = np.linalg.norm(f - e, axis=1) / np.linalg.norm(e, axis=1)
     same = float((f.argmax(1) == e.argmax(1)).mean())
     run.check(name, float(np.median(errors)), limit, f"largest {errors.max():.3g}, same best token {same:.3f}")
-
-
-def measure(run: Run) -> None:
-    """Decode at 1 to 128 sequences of 1K tokens, random weights made on the device; transformers in the same section."""
-    from export.config import parse
-
-    raw = _raw_config(run)
-    config = parse(raw)
-    sizes = (2,) if run.dry else (1, 2, 4, 8, 16, 32, 64, 128)
-    for precision in precisions(run)[: 1 if run.dry else None]:
-        start = time.monotonic()
-        model = graph(config, precision)
-        weights = random_weights(run, model)
-        steps = runner(run, model, weights, config, 1 + max(sizes) * (CONTEXT // 64 + 1), sizes=sizes)
-        for cache in steps.caches.values():
-            cache.normal_()
-        run.measure(f"V2-Lite {precision} loaded", seconds=time.monotonic() - start, weights_GB=_bytes(weights.values()) / 1e9)
-        for size in sizes:
-            if not run.late(f"V2-Lite {precision}, batch {size}"):
-                _measure_one(run, steps, config, weights, precision, size)
-        _measure_prefill(run, steps, precision)
-        del steps, weights
-        if run.device.type == "cuda":
-            torch.cuda.empty_cache()
-    if not run.late("transformers"):
-        _transformers(run, raw)
-
-
-def random_weights(run: Run, model) -> dict[str, torch.Tensor]:
-    """Every weight input of `model`, made on the device: sizes that keep activations finite."""
-    from runtime.backends.torch_ops import DTYPES
-
-    found = {}
-    for value in model.graph.input:
-        name, kind = value.name, value.type.tensor_type
-        if not (name.startswith("model.") or name.startswith("lm_head")):
-            continue
-        shape, dtype = [d.dim_value for d in kind.shape.dim], DTYPES[kind.elem_type]
-        tensor = torch.empty(shape, dtype=dtype, device=run.device)
-        if name.endswith(".scale"):
-            tensor.fill_(1.0 / 448 * 0.1)
-        elif dtype == torch.float8_e4m3fn:
-            tensor.view(torch.uint8).random_(0, 0x78)  # positive, finite
-            tensor.view(torch.uint8).bitwise_or_(torch.randint_like(tensor.view(torch.uint8), 2) << 7)
-        elif "norm" in name:
-            tensor.fill_(1.0)
-        else:
-            tensor.normal_(0, 0.02)
-        found[name] = tensor
-    return found
-
-
-def _bytes(tensors) -> int:
-    return sum(t.nbytes for t in tensors)
-
-
-def _measure_one(run: Run, steps, config, weights: dict, precision: str, size: int) -> None:
-    """Device time of a captured step, and a whole step with its logits on the host."""
-    from runtime.backends.base import SequenceRows, StepBatch
-    from runtime.backends.padding import decode_shape
-
-    context = 64 if run.dry else CONTEXT
-    table = np.arange(1, 1 + size * (context // 64 + 1)).reshape(size, -1)
-    batch = StepBatch.of([SequenceRows([7 + i], context, [0]) for i in range(size)], table)
-    logits = steps.step(batch)
-    run.check(f"V2-Lite {precision}, batch {size}: logits that are not numbers", float((~np.isfinite(logits)).sum()), 0)
-    if run.device.type == "cuda":
-        captured = steps.captured(decode_shape(batch, steps.sizes, steps.max_pages))
-        seconds = timed(run, {"step": captured.graph.replay})["step"]
-    else:
-        seconds = timed(run, {"step": lambda: steps.step(batch)})["step"]
-    start = time.perf_counter()
-    for _ in range(1 if run.dry else 10):
-        steps.step(batch)
-    wall = (time.perf_counter() - start) / (1 if run.dry else 10)
-    read = touched(config, weights, size) + size * context * config.num_hidden_layers * 2 * 576
-    run.measure(
-        f"V2-Lite {precision}, batch {size}, context {context}", tokens_per_s=size / seconds, step_ms=seconds * 1e3,
-        with_logits_tokens_per_s=size / wall, of_bandwidth=read / HBM / seconds,
-        of_copy=read / seconds / run.ceilings["copy"], read_GB=read / 1e9,
-    )  # fmt: skip
-
-
-def _measure_prefill(run: Run, steps, precision: str) -> None:
-    """One chunk of a prompt, not captured: launches from Python are part of the time."""
-    from runtime.backends.base import SequenceRows, StepBatch
-
-    rows = 16 if run.dry else 2048
-    batch = StepBatch.of([SequenceRows(range(rows), 0, [rows - 1])], np.arange(1, 2 + rows // 64)[None])
-    seconds = []
-    for _ in range(1 if run.dry else 5):
-        start = time.perf_counter()
-        steps.step(batch)
-        seconds.append(time.perf_counter() - start)
-    run.measure(f"V2-Lite {precision}, chunk of {rows}", tokens_per_s=rows / float(np.median(seconds)))
-
-
-def touched(config, weights: dict, tokens: int) -> float:
-    """Bytes of weights that a step of `tokens` rows reads, if routing is even: all but the embedding and idle experts."""
-    share = 1 - (1 - config.num_experts_per_tok / config.n_routed_experts) ** tokens
-    routed = _bytes(t for n, t in weights.items() if ".mlp.experts." in n)
-    rest = _bytes(t for n, t in weights.items() if ".mlp.experts." not in n and "embed_tokens" not in n)
-    return rest + share * routed
-
-
-def _raw_config(run: Run) -> dict:
-    path = EXAMPLE / "config.json" if run.dry else ROOT / "tests" / "configs" / "v2_lite.json"
-    return json.loads(path.read_text())
-
-
-def _transformers(run: Run, config: dict) -> None:
-    """transformers' model of the same shape with random bf16 weights: time of a decode step with its own cache."""
-    import transformers
-
-    raw = {k: v for k, v in config.items() if k not in ("architectures", "auto_map", "torch_dtype")}
-    with torch.device("meta"):
-        model = transformers.DeepseekV2ForCausalLM(transformers.DeepseekV2Config(**raw)).to(torch.bfloat16)
-    model = model.to_empty(device=run.device).eval()
-    with torch.no_grad():
-        for tensor in (*model.parameters(), *model.buffers()):
-            tensor.normal_(0, 0.02)
-        for size in (2,) if run.dry else (1, 16, 64):
-            if not run.late(f"transformers, batch {size}"):
-                seconds = _transformers_step(run, model, size)
-                run.measure(f"transformers bf16, batch {size}", tokens_per_s=size / seconds, step_ms=seconds * 1e3)
-
-
-def _transformers_step(run: Run, model, size: int) -> float:
-    prompt = torch.randint(0, 1000, (size, 4 if run.dry else 128), device=run.device)
-    out = model(prompt, use_cache=True)
-    cache, token, times = out.past_key_values, out.logits[:, -1:].argmax(-1), []
-    for _ in range(2 if run.dry else 12):
-        start = time.perf_counter()
-        token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
-        if run.device.type == "cuda":
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
-    return float(np.median(times[len(times) // 4 :]))

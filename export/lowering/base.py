@@ -10,6 +10,7 @@ import onnx_ir as ir
 import torch
 
 from export.config import DeepseekV2Config
+from export.models.deepseek_v2 import ABSORBED, EXPANDED
 from export.models.weights import Weight
 from export.quantization import WeightFormat
 from export.targets import BuildTarget
@@ -39,6 +40,7 @@ class Request:
     max_context: int
     weights: str  # "inputs" or "embedded" in the plan; a matter of TensorRT
     activations: str = "dynamic"  # scales of FP8 activations: one per token, or "static": one per linear
+    prefill: str = "absorbed"  # attention of prompt chunks; "expanded" adds a second engine for them
 
 
 @dataclass(frozen=True)
@@ -52,23 +54,33 @@ class Kernel:
 
 
 @dataclass(frozen=True)
-class Lowered:
-    """What a lowering made. Files lie in the scratch folder or in a cache until the bundle copies them.
+class Engine:
+    """What a backend loads (`graph`), the model that it was built from (`onnx`) and its layers (`network`).
 
-    graph is what the backend loads; onnx is the model that an engine was built from, and network lists its layers.
-    weight_inputs are the stored tensors that the graph takes as inputs, under their own names.
     profiles: name -> input -> smallest, usual and largest shape.
     """
 
     graph: Path
+    onnx: Path | None = None
+    network: Path | None = None
+    profiles: dict[str, dict[str, list[list[int]]]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Lowered:
+    """What a lowering made. Files lie in the scratch folder or in a cache until the bundle copies them.
+
+    weight_inputs are the stored tensors that the graph takes as inputs, under their own names. `expanded` is the engine of
+    the expanded form: the same inputs, outputs and weights; `kernels` are those of both.
+    """
+
+    engine: Engine
     inputs: list[ir.Value]
     outputs: list[ir.Value]
     limits: Limits
-    onnx: Path | None = None
-    network: Path | None = None
     kernels: list[Kernel] = field(default_factory=list)
     weight_inputs: list[str] = field(default_factory=list)
-    profiles: dict[str, dict[str, list[list[int]]]] = field(default_factory=dict)
+    expanded: Engine | None = None
 
 
 def described(values: Sequence[ir.Value]) -> list[dict]:
@@ -92,6 +104,11 @@ class Lowering(ABC):
     @abstractmethod
     def backend_version(self) -> str:
         """Version of the package that builds; BuildError if it is missing."""
+
+    @property
+    def forms(self) -> tuple[str, ...]:
+        """Forms of attention whose step graphs it lowers (export.models.deepseek_v2.FORMS)."""
+        return (ABSORBED, EXPANDED) if self.request.prefill == EXPANDED else (ABSORBED,)
 
     @property
     def cache_format(self) -> str:
@@ -134,12 +151,13 @@ class Lowering(ABC):
 
     @abstractmethod
     def lower(
-        self, model: ir.Model, config: DeepseekV2Config, weights: list[Weight], located: Mapping[str, StoredWeight],
-        files: Path, scratch: Path, stage: Stage, activation_scales: Mapping[str, float] | None = None,
-    ) -> Lowered:
-        """Lowers `model`, which it may change. `located`: where each stored tensor lies, in the folder `files`, which the
-        bundle's files go to as well. What is made is written to `scratch`. activation_scales: weight name of every linear
-        -> scale of its input, where the request's activations are static.
+        self, models: Mapping[str, ir.Model], config: DeepseekV2Config, weights: list[Weight],
+        located: Mapping[str, StoredWeight], files: Path, scratch: Path, stage: Stage,
+        activation_scales: Mapping[str, float] | None = None,
+    ) -> Lowered:  # fmt: skip
+        """Lowers `models`, one of each of `forms`, which it may change. `located`: where each stored tensor lies, in the folder
+        `files`, which the bundle's files go to as well. What is made is written to `scratch`. activation_scales: weight name
+        of every linear -> scale of its input, where the request's activations are static.
 
         `stage` times a named part of the work and yields the function that advances its bar. Raises BuildError.
         """

@@ -15,6 +15,7 @@ from plugins import compile as compiler
 from plugins.architecture import Target
 from plugins.contract import DOMAIN
 from plugins.launch import KernelSpec, PlanError
+from plugins.mla_prefill.op import CONTRACT as MLA_PREFILL
 from plugins.trt import OPS
 from plugins.trt_base import PluginOp, sizes
 
@@ -39,7 +40,8 @@ def needed(graph: ir.Graph, capability: int) -> list[KernelSpec]:
             try:
                 specs |= dict.fromkeys(_of(node, by_type[node.op_type], capability))
             except PlanError as error:
-                raise BuildError(f"no kernel for sm{capability} takes {node.name}: {error}") from None
+                todo = "; build with --prefill absorbed" if node.op_type == MLA_PREFILL.onnx_type else ""
+                raise BuildError(f"no kernel for sm{capability} takes {node.name}: {error}{todo}") from None
     return list(specs)
 
 

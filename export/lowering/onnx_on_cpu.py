@@ -11,6 +11,7 @@ from onnx import TensorProto, helper
 
 from plugins.contract import DOMAIN
 from plugins.mla_attention import ort as mla_attention
+from plugins.mla_prefill import ort as mla_prefill
 from plugins.moe_experts import ort as moe_experts
 from plugins.moe_route import ort as moe_route
 
@@ -64,6 +65,8 @@ def _bodies(model: onnx.ModelProto, types: dict[str, int]) -> list[onnx.Function
     bodies = []
     if "MlaAttention" in found:
         bodies.append(mla_attention.body())
+    if "MlaPrefill" in found:
+        bodies.append(mla_prefill.body())
     if "MoeRoute" in found:
         bodies.append(moe_route.body(attributes["MoeRoute"]))
     if "MoeExperts" in found:

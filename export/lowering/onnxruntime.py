@@ -15,7 +15,8 @@ import torch
 
 from export.config import DeepseekV2Config
 from export.errors import BuildError
-from export.lowering.base import Lowered, Lowering, Request, Stage
+from export.lowering.base import Engine, Lowered, Lowering, Request, Stage
+from export.models.deepseek_v2 import ABSORBED
 from export.models.weights import Weight
 from export.quantization import Float32, Int8, WeightFormat
 from export.weight_set import StoredWeight
@@ -81,16 +82,17 @@ class OnnxruntimeLowering(Lowering):
         return stored_weights(weights)
 
     def lower(
-        self, model: ir.Model, config: DeepseekV2Config, weights: list[Weight], located: Mapping[str, StoredWeight],
-        files: Path, scratch: Path, stage: Stage, activation_scales: Mapping[str, float] | None = None,
-    ) -> Lowered:
-        names = {w.name for w in weights}
+        self, models: Mapping[str, ir.Model], config: DeepseekV2Config, weights: list[Weight],
+        located: Mapping[str, StoredWeight], files: Path, scratch: Path, stage: Stage,
+        activation_scales: Mapping[str, float] | None = None,
+    ) -> Lowered:  # fmt: skip
+        model, names = models[ABSORBED], {w.name for w in weights}
         inputs, outputs = [v for v in model.graph.inputs if v.name not in names], list(model.graph.outputs)
         with stage("lower to ONNX Runtime"):
             proto = lower(model, config, weights, located, self.weight_format(config), self.choices)
             graph = scratch / "graph.onnx"
             graph.write_bytes(proto.SerializeToString())
-        return Lowered(graph, inputs, outputs, self.limits(config))
+        return Lowered(Engine(graph), inputs, outputs, self.limits(config))
 
 
 def weight_format(config: DeepseekV2Config, options: CpuOptions) -> WeightFormat:

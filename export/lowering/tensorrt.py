@@ -1,11 +1,12 @@
 """Lowering for TensorRT and TensorRT-RTX: the step graph as an ONNX file with plugin nodes, built into a plan.
 
+Two plans where prompt chunks attend expanded: the absorbed graph's, which can run every step, and the expanded graph's.
 The caches' outputs alias their inputs. Weights are network inputs unless they are asked to be embedded: plans are small
 then, and weights are shared by all targets of one precision. The latent cache is bfloat16, and so is everything that FP8
 is not used for.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,8 +18,9 @@ from export.config import DeepseekV2Config
 from export.errors import BuildError
 from export.graph import cache_name
 from export.lowering import fp8_graph, gpu_kernels, tensorrt_package
-from export.lowering.base import Limits, Lowered, Lowering, Request, Stage
+from export.lowering.base import Engine, Limits, Lowered, Lowering, Request, Stage, described
 from export.lowering.tensorrt_build import BuildJob
+from export.models.deepseek_v2 import ABSORBED, EXPANDED
 from export.models.weights import Weight
 from export.quantization import BFloat16, Fp8, WeightFormat
 from export.weight_set import StoredWeight
@@ -26,6 +28,7 @@ from plugins.contract import DOMAIN, VERSION
 
 CACHE_FORMATS = ("bfloat16",)
 WEIGHTS = ("inputs", "embedded")
+PROFILES = {ABSORBED: ("decode", "prefill"), EXPANDED: ("prefill",)}
 _MAX_ELEMENTS = 2**31 - 1  # of one network input: TensorRT counts its elements in int32 where it makes kernels of its own
 
 
@@ -62,37 +65,59 @@ class TensorrtLowering(Lowering):
 
     def options(self) -> dict[str, str | int | float | bool]:
         float8 = {"activations": self.request.activations} if self.request.precision == "fp8" else {}
-        return {"weights": self.request.weights} | float8
+        return {"weights": self.request.weights, "prefill": self.request.prefill} | float8
 
     def weight_format(self, config: DeepseekV2Config) -> WeightFormat:
         return Fp8() if self.request.precision == "fp8" else BFloat16()
 
     def lower(
-        self, model: ir.Model, config: DeepseekV2Config, weights: list[Weight], located: Mapping[str, StoredWeight],
-        files: Path, scratch: Path, stage: Stage, activation_scales: Mapping[str, float] | None = None,
-    ) -> Lowered:
+        self, models: Mapping[str, ir.Model], config: DeepseekV2Config, weights: list[Weight],
+        located: Mapping[str, StoredWeight], files: Path, scratch: Path, stage: Stage,
+        activation_scales: Mapping[str, float] | None = None,
+    ) -> Lowered:  # fmt: skip
         name, limits = self.request.target.name, self.limits(config)
         with stage(f"{name}: network"):
-            prepare(model, weights, self.weight_format(config), activation_scales)
-            if self.request.weights == "embedded":
-                embed(model, located, files, scratch)
-            onnx = scratch / "network.onnx"
-            ir.save(model, onnx)
+            engines = {}
+            for form, model in models.items():
+                prepare(model, weights, self.weight_format(config), activation_scales)
+                engines[form] = engine_files(scratch / form, profiles(model.graph, limits, self.page_size, PROFILES[form]))
+                if self.request.weights == "embedded":
+                    embed(model, located, files, scratch / form)
+                ir.save(model, engines[form].onnx)
+        graph = _common(models)
         with stage(f"{name}: kernels") as advance:
-            kernels = gpu_kernels.compile_all(gpu_kernels.needed(model.graph, self.capability), self.capability, advance)
-        shapes = profiles(model.graph, limits, self.page_size)
-        plan, network = scratch / "engine.plan", scratch / "network.json"
+            specs = dict.fromkeys(spec for m in models.values() for spec in gpu_kernels.needed(m.graph, self.capability))
+            kernels = gpu_kernels.compile_all(list(specs), self.capability, advance)
         with stage(f"{name}: {self.module}") as advance:
-            files_of_job = [str(f) for f in (onnx, plan, network)]
             streamed = self.request.weights == "embedded"
-            job = BuildJob(self.module, self.capability, *files_of_job, list(shapes.values()), streamed)
-            tensorrt_package.run(job, scratch, advance)
-        stored = set(located)
+            jobs = {scratch / form: build_job(self.module, self.capability, e, streamed) for form, e in engines.items()}
+            tensorrt_package.run_all(jobs, advance)
         return Lowered(
-            graph=plan, inputs=[v for v in model.graph.inputs if v.name not in stored], outputs=list(model.graph.outputs),
-            limits=limits, onnx=onnx, network=network, kernels=kernels,
-            weight_inputs=[v.name for v in model.graph.inputs if v.name in stored], profiles=shapes,
+            engine=engines[ABSORBED], expanded=engines.get(EXPANDED), limits=limits, kernels=kernels,
+            inputs=[v for v in graph.inputs if v.name not in located], outputs=list(graph.outputs),
+            weight_inputs=[v.name for v in graph.inputs if v.name in located],
         )  # fmt: skip
+
+
+def engine_files(folder: Path, shapes: dict[str, dict[str, list[list[int]]]]) -> Engine:
+    """Where one engine's files are to be written, in a new folder."""
+    folder.mkdir()
+    return Engine(folder / "engine.plan", folder / "network.onnx", folder / "network.json", shapes)
+
+
+def build_job(module: str, capability: int, engine: Engine, streamed: bool = False) -> BuildJob:
+    """What the child process that builds `engine` is asked for."""
+    files = map(str, (engine.onnx, engine.graph, engine.network))
+    return BuildJob(module, capability, *files, list(engine.profiles.values()), streamed)
+
+
+def _common(models: Mapping[str, ir.Model]) -> ir.Graph:
+    """The absorbed graph; all forms must have its inputs and outputs, in its order, since they share all memory."""
+    first = models[ABSORBED].graph
+    for form, model in models.items():
+        for ours, theirs in ((first.inputs, model.graph.inputs), (first.outputs, model.graph.outputs)):
+            assert described(ours) == described(theirs), f"the {form} graph has other inputs or outputs than the absorbed one"
+    return first
 
 
 def prepare(
@@ -129,7 +154,9 @@ def _as_plugin(node: ir.Node) -> None:
     node.resize_inputs(len(inputs))
 
 
-def profiles(graph: ir.Graph, limits: Limits, page_size: int) -> dict[str, dict[str, list[list[int]]]]:
+def profiles(
+    graph: ir.Graph, limits: Limits, page_size: int, names: Sequence[str] = ("decode", "prefill")
+) -> dict[str, dict[str, list[list[int]]]]:
     """Ranges of every dynamic input: "decode" (one new token a sequence) and "prefill" (whole prompts or chunks).
 
     name -> input -> smallest, usual and largest shape.
@@ -142,10 +169,10 @@ def profiles(graph: ir.Graph, limits: Limits, page_size: int) -> dict[str, dict[
     rows = {"decode": batch, "prefill": (1, min(512, limits.max_batch_tokens), limits.max_batch_tokens)}
     return {
         name: _profile(graph, {
-            "T": t, "B": batch, "N": batch, "max_pages": (1, -(-max_pages // 4), max_pages), "num_pages": pages,
+            "T": rows[name], "B": batch, "N": batch, "max_pages": (1, -(-max_pages // 4), max_pages), "num_pages": pages,
             "B + 1": tuple(b + 1 for b in batch),
         })
-        for name, t in rows.items()
+        for name in names
     }  # fmt: skip
 
 

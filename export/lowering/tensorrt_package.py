@@ -5,7 +5,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
@@ -72,6 +73,23 @@ def require_gpu(target: str, capability: int) -> None:
     _, minor = driver.cuDeviceGetAttribute(attribute.CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR, device)
     if major * 10 + minor != capability:
         raise BuildError(f"target {target} is built on the GPU itself; this machine's is sm{major * 10 + minor}")
+
+
+def run_all(jobs: Mapping[Path, BuildJob], progress: Callable[[float], None]) -> None:
+    """Runs jobs, each in a folder of its own, as many at once as this process has cores; the first error is raised.
+
+    One after another where TensorRT chooses kernels by timing them on the GPU. `progress` gets parts that add up to 1.
+    """
+    def share(part: float) -> None:
+        progress(part / len(jobs))
+
+    if any(job.module == "tensorrt" for job in jobs.values()):
+        for folder, job in jobs.items():
+            run(job, folder, share)
+        return
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+        for future in [pool.submit(run, job, folder, share) for folder, job in jobs.items()]:
+            future.result()
 
 
 def run(job: BuildJob, folder: Path, progress: Callable[[float], None]) -> None:

@@ -1,8 +1,9 @@
-"""DeepSeek-V2 as step graphs: weight-absorbed MLA over a paged latent cache, and DeepSeekMoE (arXiv 2405.04434).
+"""DeepSeek-V2 as step graphs: multi-head latent attention over a paged latent cache, and DeepSeekMoE (arXiv 2405.04434).
 
 A step takes T token rows of B sequences (ragged: rows query_starts[b] .. query_starts[b + 1] belong to sequence b).
-kv_b_proj is absorbed: its key half maps queries into the latent space (w_uk), its value half maps the attended latent
-back (w_uv). Embedding, layers and head are modules of their own, so that each is traced once and stamped.
+Attention has two forms over the same weights and cache. Absorbed: kv_b_proj's key half maps queries into the latent space
+(w_uk), its value half maps the attended latent back (w_uv). Expanded: mla_prefill makes keys and values of the latent.
+Embedding, layers and head are modules of their own, so that each is traced once and stamped.
 """
 
 from collections.abc import Callable
@@ -12,11 +13,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from export.config import DeepseekV2Config
-from export.models.weights import Weight
+from export.models.deepseek_v2_weights import weights
 from plugins.mla_attention.op import mla_attention
+from plugins.mla_prefill.op import mla_prefill
 from plugins.moe_experts.op import moe_experts
 from plugins.moe_route.op import moe_route
 
+FORMS = ABSORBED, EXPANDED = "absorbed", "expanded"
 LATENT_NORM_EPS = 1e-6  # q_a_layernorm and kv_a_layernorm ignore rms_norm_eps in the family's own code
 
 
@@ -39,9 +42,11 @@ class KvUp(nn.Module):
 
 
 class MlaAttention(nn.Module):
-    def __init__(self, c: DeepseekV2Config, cache_format: str):
+    def __init__(self, c: DeepseekV2Config, cache_format: str, form: str = ABSORBED):
         super().__init__()
-        self.config, self.cache_format = c, cache_format
+        assert form in FORMS, form
+        self.config, self.form = c, form
+        self.attributes = {"softmax_scale": c.softmax_scale, "cache_format": cache_format}
         heads, bias = c.num_attention_heads, c.attention_bias
         if c.q_lora_rank is None:
             self.q_proj = nn.Linear(c.hidden_size, heads * c.qk_head_dim, bias=False)
@@ -60,13 +65,22 @@ class MlaAttention(nn.Module):
         q = self.query(hidden).unflatten(-1, (c.num_attention_heads, c.qk_head_dim))  # [T, H, qk_head_dim]
         q_nope, q_pe = q.split([c.qk_nope_head_dim, c.qk_rope_head_dim], -1)
         latent, k_pe = self.kv_a_proj_with_mqa(hidden).split([c.kv_lora_rank, c.qk_rope_head_dim], -1)
-        q_latent = torch.matmul(q_nope.transpose(0, 1), self.kv_b_proj.w_uk).transpose(0, 1)  # [T, H, kv_lora_rank]
-        attended, cache = mla_attention(
-            q_latent, rotate(q_pe, cos[:, None], sin[:, None]), self.kv_a_layernorm(latent), rotate(k_pe, cos, sin),
-            cache, *batch, softmax_scale=c.softmax_scale, cache_format=self.cache_format,
-        )  # fmt: skip
-        values = torch.matmul(attended.transpose(0, 1), self.kv_b_proj.w_uv).transpose(0, 1)  # [T, H, v_head_dim]
+        attend = self._expanded if self.form == EXPANDED else self._absorbed
+        q_pe, latent, k_pe = rotate(q_pe, cos[:, None], sin[:, None]), self.kv_a_layernorm(latent), rotate(k_pe, cos, sin)
+        values, cache = attend(q_nope, q_pe, latent, k_pe, cache, *batch)
         return self.o_proj(values.flatten(1)), cache
+
+    def _absorbed(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, cache: Tensor, *batch: Tensor):
+        """Values [T, H, v_head_dim] and the cache, by one product on each side of attention over the latent."""
+        up = self.kv_b_proj
+        q_latent = torch.matmul(q_nope.transpose(0, 1), up.w_uk).transpose(0, 1)  # [T, H, kv_lora_rank]
+        attended, cache = mla_attention(q_latent, q_pe, latent, k_pe, cache, *batch, **self.attributes)
+        return torch.matmul(attended.transpose(0, 1), up.w_uv).transpose(0, 1), cache
+
+    def _expanded(self, q_nope: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, cache: Tensor, *batch: Tensor):
+        """The same, with keys and values expanded inside the op."""
+        up = self.kv_b_proj
+        return mla_prefill(q_nope, q_pe, latent, k_pe, up.w_uk, up.w_uv, cache, *batch, **self.attributes)
 
     def query(self, hidden: Tensor) -> Tensor:
         if self.config.q_lora_rank is None:
@@ -125,10 +139,10 @@ class Moe(nn.Module):
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, c: DeepseekV2Config, is_moe: bool, cache_format: str):
+    def __init__(self, c: DeepseekV2Config, is_moe: bool, cache_format: str, form: str = ABSORBED):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.self_attn = MlaAttention(c, cache_format)
+        self.self_attn = MlaAttention(c, cache_format, form)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.mlp = Moe(c) if is_moe else DenseMlp(c.hidden_size, c.intermediate_size)
 
@@ -173,12 +187,12 @@ class Head(nn.Module):
 class DeepseekV2Step(nn.Module):
     """The whole step: what the stamped graph must equal, and the first link of the comparison chain."""
 
-    def __init__(self, c: DeepseekV2Config, cache_format: str = "float32"):
+    def __init__(self, c: DeepseekV2Config, cache_format: str = "float32", form: str = ABSORBED):
         super().__init__()
         self.config, self.cache_format = c, cache_format
         self.embed, self.head = Embed(c), Head(c)
         self.layers = nn.ModuleList(
-            DecoderLayer(c, c.is_moe_layer(i), cache_format) for i in range(c.num_hidden_layers)
+            DecoderLayer(c, c.is_moe_layer(i), cache_format, form) for i in range(c.num_hidden_layers)
         )
 
     def forward(
@@ -208,113 +222,3 @@ def _parameter_name(weight_name: str) -> str:
         return weight_name.removeprefix("model.")
     part = "embed" if weight_name.startswith("model.embed_tokens") else "head"
     return f"{part}.{weight_name.removeprefix('model.')}"
-
-
-def weights(c: DeepseekV2Config) -> list[Weight]:
-    """Every weight of the step graph, in the order of the data's way, named as the graph's initializers are."""
-    embedding = ("model.embed_tokens.weight",)
-    head = embedding if c.tie_word_embeddings else ("lm_head.weight",)
-    result = [Weight("model.embed_tokens.weight", (c.vocab_size, c.hidden_size), "embedding", (embedding,))]
-    for i in range(c.num_hidden_layers):
-        result += _layer_weights(c, i)
-    result.append(_norm("model.norm", c.hidden_size))
-    result.append(Weight("lm_head.weight", (c.vocab_size, c.hidden_size), "head", (head,)))
-    return result
-
-
-def checkpoint_tensors(c: DeepseekV2Config) -> dict[str, tuple[int, ...]]:
-    """Names and shapes of the tensors that a checkpoint with this configuration has to hold."""
-    shapes: dict[str, tuple[int, ...]] = {}
-    kv_b = (c.num_attention_heads * (c.qk_nope_head_dim + c.v_head_dim), c.kv_lora_rank)
-    for weight in weights(c):
-        for group in weight.sources:
-            for name in group:
-                if weight.role == "absorbed":
-                    shapes[name] = kv_b
-                elif weight.role == "gate_up":
-                    shapes[name] = (c.moe_intermediate_size, c.hidden_size)
-                else:
-                    shapes[name] = weight.shape[1:] if weight.role == "down" else weight.shape
-    return shapes
-
-
-def _norm(prefix: str, size: int) -> Weight:
-    return Weight(f"{prefix}.weight", (size,), "norm", ((f"{prefix}.weight",),))
-
-
-def _linear(prefix: str, inputs: int, outputs: int, bias: bool = False) -> list[Weight]:
-    found = [Weight(f"{prefix}.weight", (outputs, inputs), "linear", ((f"{prefix}.weight",),))]
-    if bias:
-        found.append(Weight(f"{prefix}.bias", (outputs,), "bias", ((f"{prefix}.bias",),)))
-    return found
-
-
-def _mlp(prefix: str, hidden_size: int, intermediate_size: int) -> list[Weight]:
-    return [
-        *_linear(f"{prefix}.gate_proj", hidden_size, intermediate_size),
-        *_linear(f"{prefix}.up_proj", hidden_size, intermediate_size),
-        *_linear(f"{prefix}.down_proj", intermediate_size, hidden_size),
-    ]
-
-
-def _layer_weights(c: DeepseekV2Config, layer: int) -> list[Weight]:
-    prefix = f"model.layers.{layer}"
-    mlp = _moe(c, f"{prefix}.mlp") if c.is_moe_layer(layer) else _mlp(f"{prefix}.mlp", c.hidden_size, c.intermediate_size)
-    return [
-        _norm(f"{prefix}.input_layernorm", c.hidden_size),
-        *_attention(c, f"{prefix}.self_attn"),
-        _norm(f"{prefix}.post_attention_layernorm", c.hidden_size),
-        *mlp,
-    ]
-
-
-def _attention(c: DeepseekV2Config, prefix: str) -> list[Weight]:
-    heads, nope = c.num_attention_heads, c.qk_nope_head_dim
-    if c.q_lora_rank is None:
-        found = _linear(f"{prefix}.q_proj", c.hidden_size, heads * c.qk_head_dim)
-    else:
-        found = _linear(f"{prefix}.q_a_proj", c.hidden_size, c.q_lora_rank, c.attention_bias)
-        found.append(_norm(f"{prefix}.q_a_layernorm", c.q_lora_rank))
-        found += _linear(f"{prefix}.q_b_proj", c.q_lora_rank, heads * c.qk_head_dim)
-    latent_and_rope = c.kv_lora_rank + c.qk_rope_head_dim
-    found += _linear(f"{prefix}.kv_a_proj_with_mqa", c.hidden_size, latent_and_rope, c.attention_bias)
-    found.append(_norm(f"{prefix}.kv_a_layernorm", c.kv_lora_rank))
-
-    def per_head(kv_b: Tensor) -> Tensor:  # [H * (nope + v), kv_lora_rank] -> [H, nope + v, kv_lora_rank]
-        return kv_b.unflatten(0, (heads, nope + c.v_head_dim))
-
-    source = ((f"{prefix}.kv_b_proj.weight",),)
-    found.append(
-        Weight(
-            f"{prefix}.kv_b_proj.w_uk", (heads, nope, c.kv_lora_rank), "absorbed", source,
-            lambda kv_b: per_head(kv_b)[:, :nope],
-        )
-    )  # fmt: skip
-    found.append(
-        Weight(
-            f"{prefix}.kv_b_proj.w_uv", (heads, c.kv_lora_rank, c.v_head_dim), "absorbed", source,
-            lambda kv_b: per_head(kv_b)[:, nope:].transpose(1, 2),
-        )
-    )  # fmt: skip
-    return found + _linear(f"{prefix}.o_proj", heads * c.v_head_dim, c.hidden_size, c.attention_bias)
-
-
-def _moe(c: DeepseekV2Config, prefix: str) -> list[Weight]:
-    experts, inner, hidden = c.n_routed_experts, c.moe_intermediate_size, c.hidden_size
-    expert = [f"{prefix}.experts.{e}" for e in range(experts)]
-    found = [
-        Weight(f"{prefix}.gate.weight", (experts, hidden), "router", ((f"{prefix}.gate.weight",),)),
-        Weight(
-            f"{prefix}.experts.gate_up_proj", (experts, 2 * inner, hidden), "gate_up",
-            tuple((f"{e}.gate_proj.weight", f"{e}.up_proj.weight") for e in expert),
-            lambda gate, up: torch.cat([gate, up])[None],
-        ),
-        Weight(
-            f"{prefix}.experts.down_proj", (experts, hidden, inner), "down",
-            tuple((f"{e}.down_proj.weight",) for e in expert),
-            lambda down: down[None],
-        ),
-    ]  # fmt: skip
-    if c.shared_intermediate_size:
-        found += _mlp(f"{prefix}.shared_experts", hidden, c.shared_intermediate_size)
-    return found

@@ -1,8 +1,7 @@
 """Triton kernels of `mla_attention`, and their launcher on torch tensors.
 
 A program of `attend` owns a tile: ROWS query rows of one sequence times BLOCK_H heads, M = ROWS * BLOCK_H pairs, and the
-share of one split of the cached tokens. Which sequence that is it finds in query_starts, so the grid never depends on
-lengths. Tiles after the last sequence's own the padding rows.
+share of one split of the cached tokens. Which sequence that is it finds in query_starts (plugins/ragged_kernel.py).
 """
 
 import torch
@@ -12,28 +11,8 @@ import triton.language as tl
 from plugins.architecture import Target
 from plugins.launch import PlanError
 from plugins.mla_attention.plan import Attention, plan
+from plugins.ragged_kernel import locate, tile_rows
 from plugins.torch_launch import contiguous, run, target_of, word
-
-
-@triton.jit
-def _locate(query_starts, num_tokens, tile, sequences, ROWS: tl.constexpr, SEARCH: tl.constexpr):
-    """Sequence, its first tile, and the number of tiles of all sequences; sequence == sequences past the last tile."""
-    limit = tl.load(num_tokens)
-    sequence = 0
-    first = 0
-    total = 0
-    for base in range(0, sequences, SEARCH):
-        b = base + tl.arange(0, SEARCH)
-        real = b < sequences
-        start = tl.minimum(tl.load(query_starts + b, mask=real, other=0), limit)
-        stop = tl.minimum(tl.load(query_starts + b + 1, mask=real, other=0), limit)
-        tiles = (stop - start + ROWS - 1) // ROWS  # [SEARCH]
-        ends = total + tl.cumsum(tiles, 0)
-        passed = real & (ends <= tile)
-        sequence += tl.sum(passed.to(tl.int32), 0)
-        first = tl.maximum(first, tl.max(tl.where(passed, ends, 0), 0))
-        total += tl.sum(tiles, 0)
-    return sequence, first, total
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "max_pages"])
@@ -42,7 +21,7 @@ def append(latent, k_pe, cache, block_table, cached_lengths, query_starts, num_t
            SEARCH: tl.constexpr):  # fmt: skip
     """Row program_id of latent [T, RANK] and k_pe [T, ROPE] -> its slot of cache [num_pages, PAGE, RANK + ROPE]."""
     row = tl.program_id(0)
-    sequence, _, _ = _locate(query_starts, num_tokens, row, sequences, 1, SEARCH)
+    sequence, _, _ = locate(query_starts, num_tokens, row, sequences, 1, SEARCH)
     if sequence < sequences:
         position = tl.load(cached_lengths + sequence) + row - tl.load(query_starts + sequence)
         page = tl.load(block_table + sequence.to(tl.int64) * max_pages + position // PAGE).to(tl.int64)
@@ -117,16 +96,9 @@ def attend(q_latent, q_pe, cache, block_table, cached_lengths, query_starts, num
     M: tl.constexpr = ROWS * BLOCK_H
     BLOCKS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
     tile = tl.program_id(0) // BLOCKS
-    sequence, first, total = _locate(query_starts, num_tokens, tile, sequences, ROWS, SEARCH)
-    start = tl.load(query_starts + sequence)  # of the padding rows if sequence == sequences
-    limit = tl.load(num_tokens)
-    padding = sequence == sequences
-    start = tl.minimum(start, limit)
-    row = start + (tile - tl.where(padding, total, first)) * ROWS
-    stop = tl.where(padding, tokens, tl.minimum(tl.load(query_starts + tl.minimum(sequence + 1, sequences)), limit))
-    past = tl.load(cached_lengths + sequence, mask=sequence < sequences, other=0)
-    length = tl.where(padding, 0, past + tl.minimum(row + ROWS, stop) - start)
-
+    sequence, row, stop, shift, length = tile_rows(
+        tile, query_starts, num_tokens, cached_lengths, tokens, sequences, ROWS, SEARCH
+    )
     pair = tl.arange(0, M)
     t = row + pair // BLOCK_H
     h = (tl.program_id(0) % BLOCKS) * BLOCK_H + pair % BLOCK_H
@@ -148,7 +120,7 @@ def attend(q_latent, q_pe, cache, block_table, cached_lengths, query_starts, num
     q = tl.load(q_latent + at[:, None] * RANK + d[None, :], mask=real[:, None], other=0.0)
     pe = tl.load(q_pe + at[:, None] * ROPE + r[None, :], mask=real[:, None] & (r < ROPE)[None, :], other=0.0)
     pages = block_table + sequence.to(tl.int64) * max_pages
-    acc, best, total = _attend_pages(q, pe, past + t - start, cache, pages, lo, hi, scale_log2e, M, RANK, ROPE,
+    acc, best, total = _attend_pages(q, pe, t + shift, cache, pages, lo, hi, scale_log2e, M, RANK, ROPE,
                                      ROPE_PAD, PAGE, BLOCK_N, SWAP, STAGES)  # fmt: skip
     divisor = tl.where(total > 0, total, 1.0)
     if SWAP:

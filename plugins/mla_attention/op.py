@@ -14,7 +14,8 @@ from plugins.contract import ACTIVATIONS, INT32, AttributeSpec, OpContract, Outp
 from plugins.mla_attention import formats
 
 
-def _check_cache(tensors: dict, attributes: dict) -> str | None:
+def check_cache(tensors: dict, attributes: dict) -> str | None:
+    """What the contract's dimensions cannot say: the cache fits its format."""
     layout, cache = formats.get(attributes["cache_format"]), tensors["cache"]
     width = layout.width(tensors["latent"].shape[-1], tensors["k_pe"].shape[-1])
     if (cache.dtype, cache.shape[-1]) == (layout.dtype, width):
@@ -46,7 +47,7 @@ CONTRACT = OpContract(
         AttributeSpec("cache_format", str, choices=formats.NAMES),
     ),
     aliases=(("cache_out", "cache"),),
-    check=_check_cache,
+    check=check_cache,
 )
 
 

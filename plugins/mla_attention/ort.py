@@ -35,10 +35,10 @@ def MlaAttention(  # noqa: N802 (the name is the op's, the parameters are its in
     page_size = op.Shape(cache, start=1, end=2)
     width = op.Shape(cache, start=2, end=3)
     rank = op.Shape(q_latent, start=2, end=3)
-    starts = op.Cast(query_starts, to=_INT64)
+    count = op.Cast(num_tokens, to=_INT64)
+    starts = op.Min(op.Cast(query_starts, to=_INT64), count)
     cached = op.Cast(cached_lengths, to=_INT64)
     table = op.Cast(block_table, to=_INT64)
-    count = op.Cast(num_tokens, to=_INT64)
 
     row = op.Range(first_axis, op.Squeeze(tokens), step)
     valid = op.Less(row, count)

@@ -55,7 +55,7 @@ def plan(config: Attention, tokens: int, sequences: int, max_pages: int, target:
     programs = cdiv(tokens + sequences * (rows - 1), rows) * cdiv(config.heads, block_h)
     splits = _splits(programs, max_pages * config.page_size, tile.block_n, target)
     numbers = dict(tokens=tokens, sequences=sequences, max_pages=max_pages)
-    launches = [_append(config, numbers)]
+    launches = [append(config, numbers)]
     kernel = _attend_kernel(config, size, splits > 1, target)
     attend = dict(numbers, scale_log2e=config.softmax_scale * log2(e), output="partial" if splits > 1 else "attended")
     if splits > 1:
@@ -75,7 +75,7 @@ def kernels(config: Attention, target: Target) -> tuple[KernelSpec, ...]:
     """Every kernel that a plan of `config` can name, whatever its shapes."""
     sizes = ("few", "many") if power_of_two(config.heads) <= FEW else ("many",)
     attend = [_attend_kernel(config, size, split, target) for size in sizes for split in (False, True)]
-    return tuple(dict.fromkeys((_append_kernel(config), *attend, _combine_kernel(config))))
+    return tuple(dict.fromkeys((append_kernel(config), *attend, _combine_kernel(config))))
 
 
 def workspace_bytes(config: Attention, target: Target) -> int:
@@ -111,7 +111,8 @@ def _dims(config: Attention) -> dict[str, int]:
     return dict(RANK=config.kv_lora_rank, ROPE=rope, ROPE_PAD=power_of_two(rope), PAGE=config.page_size)
 
 
-def _append_kernel(config: Attention) -> KernelSpec:
+def append_kernel(config) -> KernelSpec:
+    """The kernel that appends; `config` is an `Attention`, or `mla_prefill`'s."""
     x, cache = f"*{ELEMENTS[config.dtype]}", f"*{ELEMENTS[config.cache_format]}"
     arguments = (
         ("latent", x), ("k_pe", x), ("cache", cache), ("block_table", "*i32"), ("cached_lengths", "*i32"),
@@ -121,9 +122,10 @@ def _append_kernel(config: Attention) -> KernelSpec:
     return KernelSpec("mla_attention", "append", arguments, constexprs, 4, 1, "(tokens,)")
 
 
-def _append(config: Attention, numbers: dict[str, int]) -> Launch:
+def append(config, numbers: dict[str, int]) -> Launch:
+    """Its launch; numbers: tokens, sequences, max_pages."""
     tensors = ("latent", "k_pe", "cache", "block_table", "cached_lengths", "query_starts", "num_tokens")
-    return bind(_append_kernel(config), (numbers["tokens"],), **numbers, **{n: n for n in tensors})
+    return bind(append_kernel(config), (numbers["tokens"],), **numbers, **{n: n for n in tensors})
 
 
 def _attend_kernel(config: Attention, size: str, split: bool, target: Target) -> KernelSpec:

@@ -1,5 +1,7 @@
 """Plain torch form of `mla_attention`: the naive twin of every kernel and plugin. Loops over sequences, clear not fast."""
 
+from collections.abc import Iterator
+
 import torch
 
 from plugins.mla_attention import formats
@@ -19,23 +21,32 @@ def mla_attention(
     cache_format: str,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns attended [T, H, kv_lora_rank] and the updated cache (a copy). Scores and sums are float32."""
-    layout = formats.get(cache_format)
-    rank = latent.shape[-1]
-    page_size = cache.shape[1]
     cache, attended = cache.clone(), torch.zeros_like(q_latent)
+    batch = latent, k_pe, cache, block_table, cached_lengths, query_starts, num_tokens, cache_format
+    for rows, past, keys, keys_pe in appended(*batch):
+        attended[rows] = _attend(q_latent[rows], q_pe[rows], keys, keys_pe, past, softmax_scale)
+    return attended, cache
+
+
+def appended(
+    latent, k_pe, cache, block_table, cached_lengths, query_starts, num_tokens, cache_format: str
+) -> Iterator[tuple[slice, int, torch.Tensor, torch.Tensor]]:
+    """Appends to `cache`, sequence by sequence: its rows, the tokens before them, keys [total, rank] and [total, rope].
+
+    Sequences without new rows are left out.
+    """
+    layout, page_size = formats.get(cache_format), cache.shape[1]
     encoded = layout.encode(latent, k_pe)
     starts = query_starts.tolist()
     for b, past in enumerate(cached_lengths.tolist()):
         rows = slice(starts[b], min(starts[b + 1], int(num_tokens)))
         total = past + rows.stop - rows.start
-        if total == past:
+        if total <= past:
             continue
         positions = torch.arange(total)
         pages, slots = block_table[b].cpu().long()[positions // page_size], positions % page_size
         cache[pages[past:], slots[past:]] = encoded[rows]
-        keys, keys_pe = layout.decode(cache[pages, slots], rank)  # [total, rank], [total, rope]
-        attended[rows] = _attend(q_latent[rows], q_pe[rows], keys, keys_pe, past, softmax_scale)
-    return attended, cache
+        yield rows, past, *layout.decode(cache[pages, slots], latent.shape[-1])
 
 
 def _attend(q_latent, q_pe, keys, keys_pe, past: int, softmax_scale: float) -> torch.Tensor:

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.bundle import Target
+from runtime.manifest import Target
+
+CPU_CHUNK = 256
 
 
 @dataclass(frozen=True)
@@ -58,6 +60,11 @@ class Backend(ABC):
     name: str
     target: Target
     num_pages: int
+
+    @property
+    def prefill_chunk(self) -> int:
+        """Rows of prompts that a step should hold: few, so that sequences that decode need not wait for long."""
+        return CPU_CHUNK
 
     @abstractmethod
     def step(self, batch: StepBatch) -> np.ndarray:

@@ -6,16 +6,25 @@ import numpy as np
 import onnxruntime as ort
 
 from runtime.backends.base import Backend, StepBatch, pages_for
-from runtime.bundle import Bundle, BundleError, Target
+from runtime.bundle import Bundle, BundleError
+from runtime.manifest import Target
+from runtime.prefill_form import chooser
 
 LOGITS = "logits"
 
 
 class OnnxRuntimeBackend(Backend):
-    """Runs a cpu target. `cache_tokens` sizes the cache, `threads` the pool (default: all cores this process may use)."""
+    """Runs a cpu target. `cache_tokens` sizes the cache, `threads` the pool (default: all cores this process may use).
 
-    def __init__(self, bundle: Bundle, name: str, target: Target, cache_tokens: int | None = None, threads: int = 0):
+    prefill: "auto" or "absorbed", which are the same here.
+    """
+
+    def __init__(
+        self, bundle: Bundle, name: str, target: Target, cache_tokens: int | None = None, threads: int = 0,
+        prefill: str = "auto",
+    ):  # fmt: skip
         self.name, self.target = name, target
+        chooser(f"{bundle.path}: target {name}", target, {}, prefill)
         self.num_pages = pages_for(target, cache_tokens)
         self._session = _session(bundle, target, threads or len(os.sched_getaffinity(0)))
         spec = target.cache

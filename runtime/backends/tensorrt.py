@@ -23,7 +23,9 @@ from runtime.backends.cuda_device import Device, NoGpuError
 from runtime.backends.padding import FIELDS, StepShape
 from runtime.backends.tensorrt_cache import RuntimeCache
 from runtime.backends.tensorrt_engine import Bindings, EngineRunner
-from runtime.bundle import Bundle, BundleError, Target
+from runtime.bundle import Bundle, BundleError
+from runtime.manifest import ExpandedEngine, Target
+from runtime.prefill_form import ABSORBED, EXPANDED, chooser
 
 DISTRIBUTIONS = {"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 _BYTES = {"float32": 4, "float": 4, "float16": 2, "bfloat16": 2, "int32": 4}
@@ -34,45 +36,63 @@ class TensorRtBackend(Backend):
     """Runs a GPU target. `load_seconds` tells how long each part of loading took; "runtime_cache" in it is "cold", "warm"
     or "none". `threads` is accepted and means nothing here.
 
+    The expanded engine, where the target has one, is bound to the same weights, caches and outputs. prefill: how steps that
+    are not of one token a sequence attend: "absorbed", "expanded", or "auto", by runtime/prefill_form.py.
     BundleError for everything that does not fit; EngineError where the engine refuses a step.
     """
 
     def __init__(
         self, bundle: Bundle, name: str, target: Target, cache_tokens: int | None = None, threads: int = 0,
-        capture: bool = True, gpu: int = 0,
+        capture: bool = True, gpu: int = 0, prefill: str = "auto",
     ):  # fmt: skip
         self.name, self.target, self.load_seconds = name, target, {}
+        choose = chooser(f"{bundle.path}: target {name}", target, bundle.manifest.config, prefill)
         self.device = _device(bundle, name, target, gpu)
         trt = package(bundle, name, target)
         with self._timed("kernels"):
             self._plugins = _plugins(trt, self.device, kernels(bundle, target))
+        plans = {ABSORBED: target} | ({EXPANDED: target.expanded} if target.expanded else {})
         with self._timed("plan"):
             self._logger = trt.Logger(trt.Logger.WARNING)
             self._runtime = trt.Runtime(self._logger)
-            self.engine = _engine(self._runtime, bundle, target)
+            self.engines = {form: _engine(self._runtime, bundle, target, plan) for form, plan in plans.items()}
         with self._timed("weights"):
             self._weights = _upload(self.device, bundle, target)
         limits = _limits(target)
         self.num_pages = _pages(target, cache_tokens)
         bindings = self._bind(limits)
-        self.runtime_cache = RuntimeCache(trt, self.engine, self.device, bundle.file(target.graph))
+        self.runtime_caches = {
+            form: RuntimeCache(trt, self.engines[form], self.device, bundle.file(plan.graph)) for form, plan in plans.items()
+        }
         with self._timed("contexts"):
-            contexts = {profile: self.runtime_cache.context() for profile in target.profiles}
-            self.runner = EngineRunner(self.device, bindings, list(target.profiles), limits, contexts, capture)
-        self.load_seconds["runtime_cache"] = self.runtime_cache.state
+            contexts = {
+                profile if form == ABSORBED else form: (self.runtime_caches[form].context(), index)
+                for form, plan in plans.items()
+                for index, profile in enumerate(plan.profiles)
+            }
+            self.runner = EngineRunner(self.device, bindings, limits, contexts, capture, choose)
+        self.load_seconds["runtime_cache"] = self.runtime_caches[ABSORBED].state
+
+    @property
+    def prefill_chunk(self) -> int:
+        return self.target.limits.max_batch_tokens
 
     def step(self, batch: StepBatch) -> np.ndarray:
         first = "first_step" not in self.load_seconds
         with self._timed("first_step") if first else _nothing():
             logits = self.runner.step(batch)
         if first:
-            self.runtime_cache.save()
+            self._save()
         return logits
 
     def close(self) -> None:
         """Keeps what was compiled, and frees the GPU's memory."""
-        self.runtime_cache.save()
+        self._save()
         self.device.close()
+
+    def _save(self) -> None:
+        for cache in self.runtime_caches.values():
+            cache.save()
 
     def _bind(self, limits: StepShape) -> Bindings:
         spec = self.target.cache
@@ -89,7 +109,8 @@ class TensorRtBackend(Backend):
         for output in self.target.outputs:
             if output.name not in fixed:
                 fixed[output.name] = self.device.allocate(limits.logit_rows * output.shape[-1] * _BYTES[output.dtype])
-        _complete(self.engine, fixed, self.name)
+        for form, engine in self.engines.items():
+            _complete(engine, fixed, f"target {self.name}: the {form} plan")
         return Bindings(fixed, shapes, fixed["logits"], vocab_size)
 
     @contextmanager
@@ -181,14 +202,15 @@ def _launcher(gpu: GpuTarget):
     return CudaLauncher(gpu, {})
 
 
-def _engine(runtime, bundle: Bundle, target: Target):
-    path = bundle.file(target.graph)
+def _engine(runtime, bundle: Bundle, target: Target, plan: Target | ExpandedEngine):
+    """The engine of a plan: the target's own, or its expanded one."""
+    path = bundle.file(plan.graph)
     engine = runtime.deserialize_cuda_engine(path.read_bytes())
     if engine is None:
         raise BundleError(f"{path}: {target.backend} {target.backend_version} refuses this plan, see its messages above")
-    if engine.num_optimization_profiles != len(target.profiles):
+    if engine.num_optimization_profiles != len(plan.profiles):
         found = engine.num_optimization_profiles
-        raise BundleError(f"{path}: the plan has {found} profiles, the manifest names {len(target.profiles)}; build it again")
+        raise BundleError(f"{path}: the plan has {found} profiles, the manifest names {len(plan.profiles)}; build it again")
     return engine
 
 
@@ -224,10 +246,10 @@ def _pages(target: Target, cache_tokens: int | None) -> int:
     return min(max(pages_for(target, cache_tokens), shapes[0][0][0]), min(s[2][0] for s in shapes))
 
 
-def _complete(engine, fixed: dict[str, int], name: str) -> None:
+def _complete(engine, fixed: dict[str, int], plan: str) -> None:
     """Every tensor of the engine is bound, and nothing else."""
     tensors = {engine.get_tensor_name(i) for i in range(engine.num_io_tensors)}
     bound = {*fixed, *FIELDS}
     if tensors != bound:
         extra, missing = sorted(tensors - bound), sorted(bound - tensors)
-        raise BundleError(f"target {name}: the plan is not the manifest's: only in the plan {extra}, not in it {missing}")
+        raise BundleError(f"{plan} is not the manifest's: only in the plan {extra}, not in it {missing}")

@@ -9,14 +9,15 @@ from runtime.backends.base import StepBatch
 from runtime.backends.cuda_device import Device
 from runtime.backends.padding import SIZES, StepShape, decode_shape, fill, prefill_shape
 from runtime.errors import EngineError
+from runtime.prefill_form import ABSORBED, EXPANDED, Chooser
 
-DECODE, PREFILL = "decode", "prefill"
+DECODE, PREFILL = "decode", "prefill"  # contexts are named by the profile, and by the form where that is expanded
 _WARM_UP = 2  # runs before a capture: the engine's kernels of this shape are compiled or chosen
 
 
 @dataclass(frozen=True)
 class Bindings:
-    """Device memory of an engine. `fixed` holds addresses by tensor name that never change: weights, caches and their
+    """Device memory of engines. `fixed` holds addresses by tensor name that never change: weights, caches and their
     updated outputs (the same memory), other outputs. `shapes` holds the shapes of dynamic inputs that never change."""
 
     fixed: Mapping[str, int]
@@ -26,22 +27,23 @@ class Bindings:
 
 
 class EngineRunner:
-    """Runs steps. `profiles` are names in the order they were built in, `limits` the largest T, B, N and max_pages.
+    """Runs steps. contexts: name -> context and the profile's index in its engine; the names are DECODE, PREFILL and
+    EXPANDED, the second engine's, where there is one. `limits` are the largest T, B, N and max_pages.
 
     Steps of one token a sequence are padded, captured once per shape and replayed; others are padded to a few shapes and
-    enqueued, so that an engine that compiles per shape sees few of them.
+    enqueued, so that an engine that compiles per shape sees few of them. `chooser` says which of those are expanded.
     """
 
     def __init__(
-        self, device: Device, bindings: Bindings, profiles: list[str], limits: StepShape, contexts: dict,
-        capture: bool = True,
+        self, device: Device, bindings: Bindings, limits: StepShape, contexts: Mapping[str, tuple], capture: bool = True,
+        chooser: Chooser | None = None,
     ):  # fmt: skip
         self.device, self.bindings = device, bindings
-        self.limits, self.capture = limits, capture
+        self.limits, self.capture, self.chooser = limits, capture, chooser
         self.stream = device.stream()
-        self.contexts = contexts
-        for index, name in enumerate(profiles):
-            self._prepare(self.contexts[name], index, name)
+        self.contexts = {name: context for name, (context, _) in contexts.items()}
+        for name, (context, index) in contexts.items():
+            self._prepare(context, index, name)
         length = StepShape(limits.rows, limits.sequences, limits.logit_rows, limits.max_pages).offsets()[1]
         self._host, self._inputs = device.pinned(length), device.allocate(length * 4)
         self._graphs: dict[StepShape, object] = {}
@@ -50,7 +52,7 @@ class EngineRunner:
         """Logits [N, vocab_size] float32."""
         shape = decode_shape(batch, self._sizes(), self.limits.max_pages) if DECODE in self.contexts else None
         graph = self._graph(shape) if shape is not None and self.capture else None
-        name = DECODE if shape is not None else PREFILL
+        name = DECODE if shape is not None else self._prefill(batch)
         shape = shape or prefill_shape(batch, self.limits)
         self._upload(batch, shape)
         if graph is not None:
@@ -60,6 +62,11 @@ class EngineRunner:
         logits = np.empty((len(batch.logit_rows), self.bindings.vocab_size), np.float32)
         self.device.download(logits, self.bindings.logits, self.stream)
         return logits
+
+    def _prefill(self, batch: StepBatch) -> str:
+        """The context of a step that is not of one token a sequence."""
+        form = self.chooser.form(batch.query_starts, batch.cached_lengths) if self.chooser else ABSORBED
+        return PREFILL if form == ABSORBED else EXPANDED
 
     def _sizes(self) -> tuple[int, ...]:
         return tuple(s for s in SIZES if s <= min(self.limits.sequences, self.limits.logit_rows))

@@ -9,7 +9,9 @@ from safetensors import SafetensorError, safe_open
 from runtime.backends import torch_graph
 from runtime.backends.base import Backend, StepBatch, pages_for
 from runtime.backends.torch_step import StepRunner
-from runtime.bundle import Bundle, BundleError, FileRef, Target
+from runtime.bundle import Bundle, BundleError
+from runtime.manifest import FileRef, Target
+from runtime.prefill_form import chooser
 
 
 class TorchBackend(Backend):
@@ -17,22 +19,22 @@ class TorchBackend(Backend):
 
     device: "auto" (a GPU where there is one), "cuda", "cuda:1", "cpu". custom_ops: "auto" (triton on a GPU, else
     reference), "triton" or "reference". capture: decode steps as CUDA graphs. `threads` is for the CPU, 0 leaves torch's.
-    BundleError if the graph, the weights or the machine do not fit.
+    prefill: how eager steps attend: "absorbed", "expanded", or "auto", by runtime/prefill_form.py. BundleError if the graph,
+    the weights or the machine do not fit.
     """
 
     def __init__(
         self, bundle: Bundle, name: str, target: Target, cache_tokens: int | None = None, threads: int = 0,
-        device: str = "auto", custom_ops: str = "auto", capture: bool = True,
+        device: str = "auto", custom_ops: str = "auto", capture: bool = True, prefill: str = "auto",
     ):  # fmt: skip
         self.name, self.target = name, target
+        choose = chooser(f"{bundle.path}: target {name}", target, bundle.manifest.config, prefill)
         self.device = resolve_device(device)
         if threads:
             torch.set_num_threads(threads)
-        model = torch_graph.read(bundle.file(onnx_file(bundle, name, target)))
-        weights = load_weights(bundle, target, model, self.device)
         kind = ("triton" if self.device.type == "cuda" else "reference") if custom_ops == "auto" else custom_ops
         try:
-            program = torch_graph.StepProgram(model, weights, self.device, kind)
+            programs = self._programs(bundle, kind)
         except torch_graph.UnknownOpError as error:
             raise BundleError(f"{bundle.path}: target {name} ({target.precision}): {error}") from None
         self.num_pages = pages_for(target, cache_tokens)
@@ -43,10 +45,22 @@ class TorchBackend(Backend):
         ]
         named = {f"latent_cache.{layer}": cache for layer, cache in enumerate(self.caches)}
         max_pages = -(-target.limits.max_context // spec.page_size)
-        self.runner = StepRunner(program, named, capture=capture, max_pages=max_pages)
+        expanded = programs[1] if choose else None
+        self.runner = StepRunner(programs[0], named, capture=capture, max_pages=max_pages, expanded=expanded, chooser=choose)
+
+    @property
+    def prefill_chunk(self) -> int:
+        return self.target.limits.max_batch_tokens if self.device.type == "cuda" else super().prefill_chunk
 
     def step(self, batch: StepBatch):
         return self.runner.step(batch)
+
+    def _programs(self, bundle: Bundle, custom_ops: str) -> list[torch_graph.StepProgram]:
+        """The absorbed program, and the expanded one where the target has it, on the same weights in memory."""
+        refs = [onnx_file(bundle, self.name, self.target), *([self.target.expanded.onnx] if self.target.expanded else [])]
+        models = [torch_graph.read(bundle.file(ref)) for ref in refs]
+        weights, folded = load_weights(bundle, self.target, models[0], self.device), {}
+        return [torch_graph.StepProgram(m, weights, self.device, custom_ops, folded=folded) for m in models]
 
 
 def resolve_device(device: str) -> torch.device:

@@ -1,4 +1,4 @@
-"""The three latentrt ops for the torch backend: "triton" kernels, or the plain torch "reference"."""
+"""The four latentrt ops for the torch backend: "triton" kernels, or the plain torch "reference"."""
 
 from collections.abc import Callable
 from importlib import import_module
@@ -6,12 +6,13 @@ from importlib import import_module
 import torch
 
 from plugins.mla_attention import op as mla_attention
+from plugins.mla_prefill import op as mla_prefill
 from plugins.moe_experts import op as moe_experts
 from plugins.moe_route import op as moe_route
 from runtime.backends.torch_ops import Node
 
 KINDS = ("triton", "reference")
-CONTRACTS = {m.CONTRACT.onnx_type: m.CONTRACT for m in (mla_attention, moe_route, moe_experts)}
+CONTRACTS = {m.CONTRACT.onnx_type: m.CONTRACT for m in (mla_attention, mla_prefill, moe_route, moe_experts)}
 
 
 def table(kind: str) -> dict[str, Callable[[Node], Callable]]:

@@ -30,12 +30,14 @@ def read(path: Path) -> onnx.ModelProto:
 class StepProgram:
     """A step graph ready to run on `device`. `weights` holds the graph's weight inputs and external initializers by name.
 
-    custom_ops: "triton" or "reference", see torch_custom_ops. UnknownOpError names what the graph needs and is not here.
+    custom_ops: "triton" or "reference", see torch_custom_ops. folded: what was made of weights alone, such as merged weights;
+    programs of the same weights that are given one dictionary hold it once. UnknownOpError names what the graph needs and is
+    not here.
     """
 
     def __init__(
         self, model: onnx.ModelProto, weights: Mapping[str, torch.Tensor], device: torch.device | str,
-        custom_ops: str, fuse: bool = True,
+        custom_ops: str, fuse: bool = True, folded: dict[tuple, tuple[torch.Tensor, ...]] | None = None,
     ):  # fmt: skip
         self.device = torch.device(device)
         self._table = TABLE | torch_custom_ops.table(custom_ops) | torch_fusion.table() | torch_merging.table()
@@ -47,6 +49,7 @@ class StepProgram:
             nodes = torch_fusion.fuse(nodes, self._host, [o.name for o in model.graph.output])
             nodes = torch_merging.merge(nodes, weights)
         self._known: dict[str, torch.Tensor] = dict(weights)
+        self._weights, self._folded = weights.keys(), {} if folded is None else folded
         self._on_device: dict[str, torch.Tensor] = {}
         self._slots: dict[str, int] = {}
         self.inputs = {i.name: self._slot(i.name) for i in model.graph.input if i.name not in weights}
@@ -56,6 +59,7 @@ class StepProgram:
         for name, slot in self._slots.items():
             self._template[slot] = self._value(name)
         self._known.clear()  # weights that were merged or folded may go
+        self._folded = {}
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
         """One step. `inputs` by name, on the device; caches are written in place. Returns outputs by name."""
@@ -132,11 +136,24 @@ class StepProgram:
             return False
         named = {self._slots[n]: n for n in node.inputs if n in self._slots}
         values = [a[0] if isinstance(a, tuple) else self._value(named[a]) for a in arguments]
-        results = function(*values)
+        results = self._once(node, lambda: function(*values))
         target = self._host if all(not n or n in self._host for n in node.inputs) else self._known
-        for name, result in zip(node.outputs, results if isinstance(results, tuple) else (results,), strict=False):
+        for name, result in zip(node.outputs, results, strict=False):
             target[name] = result
         return True
+
+    def _once(self, node: Node, compute: Callable) -> tuple[torch.Tensor, ...]:
+        """What a node makes of weights alone is the same for every program that has the weights; other nodes are computed."""
+        def results() -> tuple[torch.Tensor, ...]:
+            found = compute()
+            return found if isinstance(found, tuple) else (found,)
+
+        if not node.inputs or not self._weights >= set(node.inputs):
+            return results()
+        key = (node.op_type, node.inputs, repr(sorted(node.attributes.items())))
+        if key not in self._folded:
+            self._folded[key] = results()
+        return self._folded[key]
 
 
 def _call(function: Callable, arguments: list, outputs: list[int], dead: list[int]) -> Callable[[list], None]:

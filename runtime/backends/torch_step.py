@@ -8,6 +8,7 @@ import torch
 from runtime.backends.base import StepBatch
 from runtime.backends.padding import SIZES, StepShape, decode_shape, fill
 from runtime.backends.torch_graph import StepProgram
+from runtime.prefill_form import ABSORBED, Chooser
 
 LOGITS = "logits"
 _WARM_UP = 3  # runs before a capture: kernels compile, libraries choose their algorithms
@@ -17,14 +18,16 @@ class StepRunner:
     """A program with its latent caches [num_pages, page_size, width], one per layer, by their input names.
 
     On a GPU, steps that decode one token a sequence are captured once per padded shape (`sizes`, widths of the block
-    table in powers of two) and replayed; all others run eagerly. `capture=False` runs everything eagerly.
+    table in powers of two) and replayed; all others run eagerly. `capture=False` runs everything eagerly. `expanded` is a
+    program of the expanded form, which runs those eager steps that `chooser` says; there are both or neither.
     """
 
     def __init__(
         self, program: StepProgram, caches: Mapping[str, torch.Tensor], sizes: tuple[int, ...] = SIZES,
-        capture: bool = True, max_pages: int = 1 << 30,
+        capture: bool = True, max_pages: int = 1 << 30, expanded: StepProgram | None = None, chooser: Chooser | None = None,
     ):  # fmt: skip
         self.program, self.caches = program, dict(caches)
+        self.expanded, self.chooser = expanded, chooser
         self.sizes, self.max_pages = sizes, max_pages
         self.capture = capture and program.device.type == "cuda"
         self._graphs: dict[StepShape, CapturedStep] = {}
@@ -48,7 +51,11 @@ class StepRunner:
         host, device = _buffers(shape, self.program.device)
         fill(batch, shape, host.numpy())
         device.copy_(host)
-        return self.program.run(_views(device, shape) | self.caches)
+        return self._program(batch).run(_views(device, shape) | self.caches)
+
+    def _program(self, batch: StepBatch) -> StepProgram:
+        form = self.chooser.form(batch.query_starts, batch.cached_lengths) if self.chooser else ABSORBED
+        return self.program if form == ABSORBED else self.expanded
 
 
 class CapturedStep:

@@ -35,14 +35,15 @@ def traced(shared):
     """`export.graph.build`, remembered on disk: the same arguments are traced once a run. Returns fresh models."""
     from export import graph
 
-    build = graph.build
+    build_forms = graph.build_forms  # the real one: tests replace it
 
-    def cached(config, dtype=torch.float32, cache_format="float32", page_size=64) -> ir.Model:
-        key = json.dumps([config.model_dump(), str(dtype), cache_format, page_size], sort_keys=True)
+    def cached(config, dtype=torch.float32, cache_format="float32", page_size=64, form="absorbed") -> ir.Model:
+        key = json.dumps([config.model_dump(), str(dtype), cache_format, page_size, form], sort_keys=True)
         file = shared / f"graph.{hashlib.sha256(key.encode()).hexdigest()[:16]}.onnx"
         with locked(file.with_suffix(".lock")):
             if not file.exists():
-                file.write_bytes(ir.to_proto(build(config, dtype, cache_format, page_size)).SerializeToString())
+                model = build_forms(config, dtype, cache_format, page_size, (form,))[form]
+                file.write_bytes(ir.to_proto(model).SerializeToString())
         return ir.from_proto(onnx.load(file))
 
     return cached
@@ -53,7 +54,12 @@ def fast_trace(traced, monkeypatch) -> None:
     """Lets build.py take remembered graphs, in tests whose subject is not the trace."""
     from export import graph
 
-    monkeypatch.setattr(graph, "build", traced)
+    monkeypatch.setattr(graph, "build_forms", forms_of(traced))
+
+
+def forms_of(traced):
+    """`export.graph.build_forms` made of a remembered `build`."""
+    return lambda *args, forms, **kwargs: {form: traced(*args, **kwargs, form=form) for form in forms}
 
 
 @pytest.fixture(scope="session")

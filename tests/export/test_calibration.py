@@ -143,7 +143,8 @@ def test_build_records_samples_and_builds_anew_for_others(fast_trace, monkeypatc
     monkeypatch.setattr(tensorrt_package, "run", run)
     assert static([[1, 2, 3]], "a") and not static([[1, 2, 3]], "a") and not static([[1, 2, 3]], "b")
     first = Bundle(tmp_path / "bundle").target("sm89")[1]
-    assert first.options == {"weights": "inputs", "activations": "static", "calibration": Samples(((1, 2, 3),)).digest}
+    calibrated = {"activations": "static", "calibration": Samples(((1, 2, 3),)).digest}
+    assert first.options == {"weights": "inputs", "prefill": "expanded"} | calibrated
     assert static([[1, 2, 4]], "a")
     second = Bundle(tmp_path / "bundle").target("sm89")[1]
     assert second.options["calibration"] == Samples(((1, 2, 4),)).digest and second.onnx.sha256 != first.onnx.sha256

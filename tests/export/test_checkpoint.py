@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 from export import checkpoint as module
 from export.checkpoint import Checkpoint, combined_digest
 from export.errors import CheckpointError
-from export.models.deepseek_v2 import DeepseekV2Step, checkpoint_tensors
+from export.models.deepseek_v2 import DeepseekV2Step
+from export.models.deepseek_v2_weights import checkpoint_tensors
 from tests import checkpoints
 
 NORM, ROUTER = "model.layers.0.self_attn.kv_a_layernorm.weight", "model.layers.1.mlp.gate.weight"

@@ -19,7 +19,7 @@ from runtime import backends
 from runtime.bundle import Bundle
 from tests import checkpoints, ragged
 from tests.checkpoints import PLAIN_ROPE, YARN
-from tests.export.conftest import locked
+from tests.export.conftest import forms_of, locked
 from tests.formula import Formula
 
 PAGE_SIZE = 4
@@ -44,7 +44,7 @@ def engines(shared, traced):
     def built(case: str = "limited", precision="fp32", accuracy="exact", cache_format="float32") -> tuple[Path, Path]:
         checkpoint, out = shared / f"engine.{case}", shared / f"engine.{case}.{precision}.{accuracy}.{cache_format}"
         with locked(shared / f"engine.{case}.lock"), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(build.step_graph, "build", traced)
+            patch.setattr(build.step_graph, "build_forms", forms_of(traced))
             patch.setattr(Lowering, "page_size", PAGE_SIZE)
             if not checkpoint.exists():
                 checkpoints.write(checkpoint, seed=21, **CASES[case])

@@ -10,7 +10,8 @@ from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
 from export.checkpoint import Checkpoint
-from export.models.deepseek_v2 import DeepseekV2Step, checkpoint_tensors
+from export.models.deepseek_v2 import FORMS, DeepseekV2Step
+from export.models.deepseek_v2_weights import checkpoint_tensors
 from tests import checkpoints, ragged
 from tests.checkpoints import PLAIN_ROPE, YARN
 from tests.formula import Formula
@@ -22,10 +23,10 @@ TOLERANCE = 1e-4
 SAFE_MARGIN = 1e-5
 
 
-def our_model(folder: Path) -> DeepseekV2Step:
+def our_model(folder: Path, form: str = "absorbed") -> DeepseekV2Step:
     checkpoint = Checkpoint(folder)
     checkpoint.check(checkpoint_tensors(checkpoint.config))
-    return DeepseekV2Step(checkpoint.config).load_weights(checkpoint.read)
+    return DeepseekV2Step(checkpoint.config, form=form).load_weights(checkpoint.read)
 
 
 def worst(found: list[np.ndarray], expected: list) -> float:
@@ -88,9 +89,9 @@ def test_equals_transformers(config, plan):
         reference = checkpoints.reference(Path(folder))
         expected = [checkpoints.reference_logits(reference, s) for s in sequences if s]
         pages = ragged.Pages(lengths, page_size, seed)
-        step = ragged.torch_step(our_model(Path(folder)), pages, torch.float32)
-        found = ragged.run(step, sequences, schedule, pages, padding)
-    assert worst(found, expected) < TOLERANCE
+        for form in FORMS:
+            step = ragged.torch_step(our_model(Path(folder), form), pages, torch.float32)
+            assert worst(ragged.run(step, sequences, schedule, pages, padding), expected) < TOLERANCE, form
 
 
 @pytest.fixture(scope="module")
@@ -158,9 +159,10 @@ def test_honours_fields_that_transformers_ignores(tmp_path, case):
             assert worst([wrong.logits(sequences[0])], expected[:1]) > 100 * TOLERANCE
 
 
-def test_other_sequences_and_padding_do_not_show(plain):
+@pytest.mark.parametrize("form", FORMS)
+def test_other_sequences_and_padding_do_not_show(plain, form):
     """A sequence's logits are the same alone and beside others, to the last bit of float32 sums in another order."""
-    model = our_model(plain)
+    model = our_model(plain, form)
     sequences = checkpoints.random_tokens([9, 21, 1], seed=8)
     together = ragged.Pages([9, 21, 1], 4, seed=1)
     found = ragged.run(ragged.torch_step(model, together, torch.float32), sequences, [[3, 9, 0], [6, 2, 1]], together, (3, 0))
@@ -170,9 +172,10 @@ def test_other_sequences_and_padding_do_not_show(plain):
         np.testing.assert_allclose(logits, expected, rtol=0, atol=2e-5)  # logits of size 5: 40 ulp
 
 
-def test_only_its_own_cells_are_written(plain):
+@pytest.mark.parametrize("form", FORMS)
+def test_only_its_own_cells_are_written(plain, form):
     """Cells below cached_lengths and pages of others keep their bits; padding rows touch page 0 at most."""
-    model = our_model(plain)
+    model = our_model(plain, form)
     pages = ragged.Pages([10, 6], 4, seed=4)
     step = ragged.torch_step(model, pages, torch.float32)
     sequences = checkpoints.random_tokens([10, 6])

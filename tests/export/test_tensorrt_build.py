@@ -14,6 +14,7 @@ from export.lowering.base import Kernel
 from export.lowering.tensorrt_build import BuildJob
 from runtime.bundle import Bundle
 from tests.conftest import EXAMPLE
+from tests.export.conftest import forms_of
 from tests.export.plan_text import products
 
 pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13: the package that builds")
@@ -42,7 +43,8 @@ def no_tensorrt(monkeypatch) -> list[BuildJob]:
 
     def run(job: BuildJob, folder: Path, progress) -> None:
         jobs.append(job)
-        Path(job.plan).write_bytes(b"plan %d" % job.compute_capability)
+        form = Path(job.plan).parent.name
+        Path(job.plan).write_bytes(b"plan %d %s" % (job.compute_capability, form.encode()))
         Path(job.network).write_text("[]")
 
     monkeypatch.setattr(tensorrt_package, "run", run)
@@ -54,7 +56,7 @@ def built(traced, tmp_path_factory) -> Path:
     """The example for three GPUs, precision auto."""
     folder = tmp_path_factory.mktemp("tensorrt")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("export.graph.build", traced)
+        patch.setattr("export.graph.build_forms", forms_of(traced))
         patch.setattr(gpu_kernels, "compile_all", lambda specs, capability, progress=None: kernel_files(folder, capability))
         build.build(EXAMPLE, folder / "bundle", "sm86,sm89,sm120")
     return folder / "bundle"
@@ -68,13 +70,12 @@ def test_targets(built, name, precision):
     assert target.executed is None
     assert target.cache.format == "bfloat16" and target.cache.layers == LAYERS
     assert set(target.profiles) == {"decode", "prefill"}
-    listing = json.loads(bundle.file(target.network).read_text())
-    plugins = [layer["plugin"] for layer in listing if layer["type"] == "plugin_v3"]
-    assert {p: plugins.count(p) for p in plugins} == {
-        "MlaAttention": LAYERS, "MoeRoute": MOE_LAYERS, "MoeExperts": MOE_LAYERS,
-    }  # fmt: skip
-    types = {t for layer in listing for t in layer["outputs"]}
-    assert ("fp8" in types) == (precision == "fp8") and "bf16" in types
+    for network, attention in ((target.network, "MlaAttention"), (target.expanded.network, "MlaPrefill")):
+        listing = json.loads(bundle.file(network).read_text())
+        plugins = [layer["plugin"] for layer in listing if layer["type"] == "plugin_v3"]
+        assert {p: plugins.count(p) for p in plugins} == {attention: LAYERS, "MoeRoute": MOE_LAYERS, "MoeExperts": MOE_LAYERS}
+        types = {t for layer in listing for t in layer["outputs"]}
+        assert ("fp8" in types) == (precision == "fp8") and "bf16" in types
 
 
 @pytest.mark.parametrize(("name", "precision"), [("sm86", "bf16"), ("sm89", "fp8"), ("sm120", "fp8")])
@@ -82,13 +83,14 @@ def test_products_of_the_plan_run_in_the_precision_asked_for(built, name, precis
     """TensorRT may answer an FP8 graph with bf16 products; the plan tells. Every profile has its own instructions."""
     bundle = Bundle(built)
     _, target = bundle.target(name)
-    found = products(bundle.file(target.graph))
-    if not found:
-        pytest.skip("this TensorRT-RTX writes no readable instructions")
-    profiles, fp8 = len(target.profiles), LINEARS[precision]
-    assert found["fp8_e4m3", "fp8_e4m3", "bf16"] == profiles * fp8
-    assert found["bf16", "bf16", "bf16"] == profiles * (35 - fp8 + ABSORBED + 1)  # and the head
-    assert found["float", "float", "float"] == profiles * MOE_LAYERS  # router logits
+    for plan, absorbed in ((target, ABSORBED), (target.expanded, 0)):
+        found = products(bundle.file(plan.graph))
+        if not found:
+            pytest.skip("this TensorRT-RTX writes no readable instructions")
+        profiles, fp8 = len(plan.profiles), LINEARS[precision]
+        assert found["fp8_e4m3", "fp8_e4m3", "bf16"] == profiles * fp8
+        assert found["bf16", "bf16", "bf16"] == profiles * (35 - fp8 + absorbed + 1)  # and the head
+        assert found["float", "float", "float"] == profiles * MOE_LAYERS  # router logits
 
 
 def test_static_scales_keep_fp8_products(fast_trace, tmp_path):
@@ -113,8 +115,9 @@ def test_weights_are_inputs_that_targets_share(built):
     assert targets["sm89"].weight_set == targets["sm120"].weight_set != targets["sm86"].weight_set
     for target in targets.values():
         stored = bundle.manifest.weight_sets[target.weight_set].tensors
-        graph = onnx.load(bundle.file(target.onnx)).graph
-        inputs = {i.name: i.type.tensor_type for i in graph.input}
+        graphs = [onnx.load(bundle.file(plan.onnx)).graph for plan in (target, target.expanded)]
+        inputs = {i.name: i.type.tensor_type for i in graphs[0].input}
+        assert list(graphs[0].input) == list(graphs[1].input) and list(graphs[0].output) == list(graphs[1].output)
         assert set(inputs) == {i.name for i in target.inputs} | set(target.weight_inputs)
         assert set(target.weight_inputs) == set(stored)
         for name, tensor in stored.items():
@@ -137,6 +140,7 @@ def test_profiles_cover_the_limits(built):
         assert largest["latent_cache.0"][0] * target.cache.page_size * target.cache.width < 2**31
     assert decode["input_ids"][2] == [target.limits.max_sequences]
     assert prefill["input_ids"][2] == [target.limits.max_batch_tokens]
+    assert target.expanded.profiles == {"prefill": prefill}
 
 
 def test_repeated_it_does_nothing(built, no_tensorrt, monkeypatch):
@@ -158,10 +162,29 @@ def test_a_new_target_shares_the_weights_that_are_there(started, no_tensorrt, fa
     monkeypatch.setattr(weight_set, "write", None)  # writing them again would fail
     summary = build.build(EXAMPLE, started, "sm89,sm120,sm121")
     assert [t["built"] for t in summary["targets"]] == [False, True, True]
-    assert [j.compute_capability for j in no_tensorrt] == [89, 120, 121]
+    assert [j.compute_capability for j in no_tensorrt] == [89, 89, 120, 120, 121, 121], "two plans each"
     bundle = Bundle(started)
     assert set(bundle.manifest.targets) == {"sm89", "sm120", "sm121"} and len(bundle.manifest.weight_sets) == 1
     assert bundle.verify() == []
+
+
+def test_absorbed_prefill_is_one_plan(fast_trace, no_tensorrt, tmp_path):
+    out = tmp_path / "bundle"
+    build.build(EXAMPLE, out, "sm89", prefill="absorbed")
+    _, target = Bundle(out).target()
+    assert target.expanded is None and len(no_tensorrt) == 1 and target.options["prefill"] == "absorbed"
+    with pytest.raises(BuildError, match=r"has target sm89 already .*'prefill': 'absorbed'.*--force"):
+        build.build(EXAMPLE, out, "sm89")
+
+
+def test_the_kernels_are_those_of_both_plans(fast_trace, no_tensorrt, tmp_path, monkeypatch):
+    asked = []
+    monkeypatch.setattr(
+        gpu_kernels, "compile_all", lambda specs, capability, progress: asked.extend(specs) or kernel_files(tmp_path, 89)
+    )
+    build.build(EXAMPLE, tmp_path / "bundle", "sm89")
+    assert {s.op for s in asked} == {"mla_attention", "mla_prefill", "moe_route", "moe_experts"}
+    assert len(asked) == len(set(asked))
 
 
 def test_a_target_is_built_anew_where_the_tools_changed(started, no_tensorrt, fast_trace, monkeypatch):
@@ -191,7 +214,8 @@ def test_embedded_weights_are_in_the_plan(fast_trace, tmp_path, built):
     build.build(EXAMPLE, tmp_path / "bundle", "sm86", weights="embedded")
     bundle = Bundle(tmp_path / "bundle")
     _, target = bundle.target()
-    assert target.weight_inputs == [] and target.options["weights"] == "embedded"
+    assert target.weight_inputs == [] and target.options == {"weights": "embedded", "prefill": "absorbed"}
+    assert target.expanded is None, "a second plan would hold all weights again"
     weights = sum(f.size for f in bundle.manifest.weight_sets[target.weight_set].files)
     assert target.graph.size > 0.9 * weights + Bundle(built).manifest.targets["sm86"].graph.size / 2
     initializers = onnx.load(bundle.file(target.onnx)).graph.initializer  # with the files that it names, beside it
@@ -217,35 +241,15 @@ def test_refused_before_anything_is_built(arguments, message, tmp_path):
     assert message in str(error.value) and not (tmp_path / "bundle").exists()
 
 
-@pytest.mark.skipif(tensorrt_package.find_spec("tensorrt") is not None, reason="the full TensorRT is installed")
-def test_data_centre_targets_say_what_to_install_and_where(tmp_path):
-    for name in ("sm90", "sm100"):
-        with pytest.raises(BuildError, match=f"on a machine with an {name} GPU, pip install tensorrt-cu13"):
-            build.build(EXAMPLE, tmp_path / "bundle", name)
-
-
-def test_a_missing_package_is_named(monkeypatch, tmp_path):
-    monkeypatch.setattr(tensorrt_package, "find_spec", lambda name: None)
-    with pytest.raises(BuildError, match="target sm89 needs TensorRT-RTX: pip install tensorrt-rtx-cu13"):
-        build.build(EXAMPLE, tmp_path / "bundle", "sm89")
-
-
-def test_a_native_abort_is_an_error_with_the_logs_end(monkeypatch, tmp_path):
-    name = "tests.export.crashing_tensorrt"
-    package = tensorrt_package.Package(name, (), "tensorrt_rtx_libs", ())
-    monkeypatch.setitem(tensorrt_package.PACKAGES, name, package)
-    job = BuildJob(name, 89, "none.onnx", str(tmp_path / "plan"), str(tmp_path / "network"), [])
-    with pytest.raises(BuildError, match=r"ended by signal 6 while building for sm89:\n(.|\n)*something native is wrong"):
-        tensorrt_package.run(job, tmp_path, lambda part: None)
-
-
-def test_a_graph_that_tensorrt_refuses_is_an_error_that_names_the_node(tmp_path):
-    node = onnx.helper.make_node("NoSuchOp", ["x"], ["y"], domain="latentrt", name="the_node")
-    values = [onnx.helper.make_tensor_value_info(n, 1, [4]) for n in "xy"]
-    opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid("latentrt", 1)]
-    model = onnx.helper.make_model(onnx.helper.make_graph([node], "g", values[:1], values[1:]), opset_imports=opsets)
-    model.ir_version = 11
-    onnx.save(model, tmp_path / "bad.onnx")
-    job = BuildJob("tensorrt_rtx", 89, str(tmp_path / "bad.onnx"), str(tmp_path / "plan"), str(tmp_path / "network"), [])
-    with pytest.raises(BuildError, match=r"failed \(exit code 1\)(.|\n)*the_node"):
-        tensorrt_package.run(job, tmp_path, lambda part: None)
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(target="cpu", prefill="expanded"), "would hold all weights twice: target cpu loads its weights with each graph"),
+        (dict(target="sm89", prefill="expanded", weights="embedded"), "with embedded weights each plan holds them; leave it"),
+        (dict(target="sm89", prefill="naive"), "prefill is 'naive', accepted: auto, expanded, absorbed"),
+    ],
+)
+def test_prefill_that_cannot_be_had(options, message, tmp_path):
+    with pytest.raises(BuildError) as error:
+        build.build(EXAMPLE, tmp_path / "bundle", **options)
+    assert message in str(error.value) and not (tmp_path / "bundle").exists()

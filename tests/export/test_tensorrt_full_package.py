@@ -48,9 +48,10 @@ def full_package(tmp_path, monkeypatch) -> None:
     monkeypatch.setitem(tensorrt_package.PACKAGES, "tensorrt", package)
 
 
-def test_builds_the_engine_with_its_plugins(full_package, traced, tmp_path):
+@pytest.mark.parametrize(("form", "attention"), [("absorbed", "MlaAttention"), ("expanded", "MlaPrefill")])
+def test_builds_the_engine_with_its_plugins(full_package, traced, tmp_path, form, attention):
     config = Checkpoint(EXAMPLE).config
-    model = traced(config, torch.bfloat16, "bfloat16", 64)
+    model = traced(config, torch.bfloat16, "bfloat16", 64, form)
     tensorrt.prepare(model, deepseek_v2.weights(config), BFloat16())
     ir.save(model, tmp_path / "network.onnx")
     profiles = tensorrt.profiles(model.graph, Limits(256, 64, 8), 64)
@@ -61,7 +62,7 @@ def test_builds_the_engine_with_its_plugins(full_package, traced, tmp_path):
     assert plan.stat().st_size > 1 << 20
     assert len(parts) > 10 and 0.5 < sum(parts) <= 1.0  # the monitor told how far it was
     plugins = Counter(layer.get("plugin") for layer in json.loads(network.read_text()))
-    assert (plugins["MlaAttention"], plugins["MoeRoute"], plugins["MoeExperts"]) == (5, 4, 4)
+    assert (plugins[attention], plugins["MoeRoute"], plugins["MoeExperts"]) == (5, 4, 4)
     assert b"cache_format" in plan.read_bytes()  # what a plugin is made of at load time
 
 

@@ -16,6 +16,8 @@ from export.checkpoint import Checkpoint
 from export.lowering import fp8_graph, tensorrt
 from export.lowering.onnx_on_cpu import runnable
 from export.models import deepseek_v2
+from export.models.deepseek_v2 import FORMS
+from export.models.weights import Weight
 from export.quantization import BFloat16, Fp8
 from plugins.contract import DOMAIN
 from tests import checkpoints, ragged
@@ -23,6 +25,7 @@ from tests.conftest import EXAMPLE
 from tests.export.graph_on_cpu import CpuGraph, stored, value
 
 FORMATS = {"bf16": BFloat16(), "fp8": Fp8(), "static": Fp8()}
+CASES = [(name, form) for name in FORMATS for form in FORMS]
 LENGTHS, SCHEDULE = [200, 64, 1, 119], [[130, 0, 1, 60], [0, 63, 0, 1], [1, 1, 0, 57]]
 
 
@@ -43,27 +46,27 @@ def example() -> SimpleNamespace:
 
 
 @pytest.fixture(scope="module")
-def graphs(traced, example, tmp_path_factory) -> dict[str, onnx.ModelProto]:
-    """The files as the lowering writes them, read again."""
+def graphs(traced, example, tmp_path_factory) -> dict[tuple[str, str], onnx.ModelProto]:
+    """The files as the lowering writes them, read again: by format and form."""
     config, folder, found = example.checkpoint.config, tmp_path_factory.mktemp("graphs"), {}
-    for name, weight_format in FORMATS.items():
-        model = traced(config, torch.bfloat16, "bfloat16", 64)
+    for name, form in CASES:
+        model, file = traced(config, torch.bfloat16, "bfloat16", 64, form), folder / f"{name}.{form}.onnx"
         scales = example.scales if name == "static" else None
-        tensorrt.prepare(model, deepseek_v2.weights(config), weight_format, scales)
-        ir.save(model, folder / f"{name}.onnx")
-        found[name] = onnx.load(folder / f"{name}.onnx")
+        tensorrt.prepare(model, deepseek_v2.weights(config), FORMATS[name], scales)
+        ir.save(model, file)
+        found[name, form] = onnx.load(file)
     return found
 
 
 @pytest.fixture(scope="module")
-def logits(graphs, example) -> dict[str, torch.Tensor]:
+def logits(graphs, example) -> dict[tuple[str, str], torch.Tensor]:
     """What the graphs answer to the held-out sequences in four ragged steps with shuffled pages and padding rows."""
     found = {}
-    for name, weight_format in FORMATS.items():
+    for name, form in CASES:
         pages = ragged.Pages(LENGTHS, 64)
-        graph = CpuGraph(graphs[name], stored(example.checkpoint, weight_format), pages.num_pages)
+        graph = CpuGraph(graphs[name, form], stored(example.checkpoint, FORMATS[name]), pages.num_pages)
         answers = ragged.run(graph.step, example.sequences, SCHEDULE, pages, padding=(3, 0))
-        found[name] = torch.from_numpy(np.concatenate(answers))
+        found[name, form] = torch.from_numpy(np.concatenate(answers))
     return found
 
 
@@ -102,19 +105,29 @@ def fp8_emulation(example, monkeypatch, static: bool) -> torch.Tensor:
     return torch.from_numpy(np.concatenate(answers))
 
 
-def test_bf16_graph_matches_the_reference(logits, example):
-    kl, same = divergence(example.logits, logits["bf16"])
+@pytest.mark.parametrize("form", FORMS)
+def test_bf16_graph_matches_the_reference(form, logits, example):
+    kl, same = divergence(example.logits, logits["bf16", form])
+    print(f"KL to the reference: bf16 {form} {kl:.2e} (same first choice {same:.3f})")
     assert kl < 1e-3 and same > 0.97, (kl, same)
 
 
-@pytest.mark.parametrize("name", ["fp8", "static"])
-def test_fp8_graph_matches_the_reference_within_what_fp8_explains(name, logits, example, monkeypatch):
-    kl, same = divergence(example.logits, logits[name])
+@pytest.mark.parametrize("name", FORMATS)
+def test_both_forms_of_a_graph_are_as_near_to_each_other_as_to_the_reference(name, logits, example):
+    """They round in other places; nothing else differs."""
+    absorbed, expanded = (logits[name, form] for form in FORMS)
+    between, _ = divergence(absorbed, expanded)
+    assert 0 < between < 2 * divergence(example.logits, absorbed)[0]
+
+
+@pytest.mark.parametrize(("name", "form"), CASES[2:])
+def test_fp8_graph_matches_the_reference_within_what_fp8_explains(name, form, logits, example, monkeypatch):
+    kl, same = divergence(example.logits, logits[name, form])
     assert kl < 1e-2 and same > 0.92, (kl, same)
     emulated = fp8_emulation(example, monkeypatch, name == "static")
     explained, _ = divergence(example.logits, emulated)
-    bf16, _ = divergence(example.logits, logits["bf16"])
-    print(f"KL to the reference: bf16 {bf16:.2e}, {name} {kl:.2e} (same first choice {same:.3f}), emulation {explained:.2e}")
+    bf16, _ = divergence(example.logits, logits["bf16", form])
+    print(f"KL to the reference: {name} {form} {kl:.2e} (same first choice {same:.3f}), emulation {explained:.2e}")
     assert 0.5 * explained < kl < 1.5 * explained + bf16  # rounding is chaotic: sizes of errors agree, errors do not
 
 
@@ -123,7 +136,7 @@ def test_one_fp8_linear_is_the_formula():
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(6, 32, generator=generator) * torch.tensor([1, 1e-3, 1e3, 0, 5, 1])[:, None]
     x[4, 3] = 300.0
-    x, weight = x.bfloat16(), deepseek_v2.Weight("linear.weight", (24, 32), "linear", (("w",),))
+    x, weight = x.bfloat16(), Weight("linear.weight", (24, 32), "linear", (("w",),))
     quantized, channel = Fp8().encode(weight, torch.randn(24, 32, generator=generator))
     bias = torch.randn(24, generator=generator).bfloat16()
     model = _linear_model()
@@ -141,7 +154,7 @@ def test_one_linear_with_a_static_scale_is_the_formula_and_saturates():
     """x beyond 448 times the scale becomes 448 times the scale."""
     generator, static = torch.Generator().manual_seed(0), 0.01
     x = torch.randn(6, 32, generator=generator) * torch.tensor([1, 1e-3, 100, 0, 5, 1])[:, None]
-    x, weight = x.bfloat16(), deepseek_v2.Weight("linear.weight", (24, 32), "linear", (("w",),))
+    x, weight = x.bfloat16(), Weight("linear.weight", (24, 32), "linear", (("w",),))
     assert x.abs().max() > 100 * static * 448 / 4
     quantized, channel = Fp8().encode(weight, torch.randn(24, 32, generator=generator))
     model = _linear_model()
@@ -179,23 +192,26 @@ def test_static_activation_scales(traced, example):
     assert {k.removesuffix(".x_scale"): float(v) for k, v in constants.items()} == pytest.approx(scales)
 
 
-def test_what_is_quantized(graphs, example):
-    """FP8: linears and experts. bf16: absorbed products, embedding, norms, head. float32: router logits, scales."""
-    types = {i.name: i.type.tensor_type.elem_type for i in graphs["fp8"].graph.input}
+@pytest.mark.parametrize("form", FORMS)
+def test_what_is_quantized(form, graphs, example):
+    """FP8: linears and experts. bf16: w_uk and w_uv, embedding, norms, head. float32: router logits, scales."""
+    graph = graphs["fp8", form].graph
+    types = {i.name: i.type.tensor_type.elem_type for i in graph.input}
     for weight in deepseek_v2.weights(example.checkpoint.config):
         quantized = weight.role in ("linear", "gate_up", "down")
         assert types[weight.name] == (onnx.TensorProto.FLOAT8E4M3FN if quantized else onnx.TensorProto.BFLOAT16), weight.name
         assert (f"{weight.name}.scale" in types) == quantized
         assert types.get(f"{weight.name}.scale", onnx.TensorProto.FLOAT) == onnx.TensorProto.FLOAT
-    known = {v.name: v.type.tensor_type.elem_type for v in graphs["fp8"].graph.value_info}
-    routes = [n for n in graphs["fp8"].graph.node if n.op_type == "MoeRoute"]
+    known = {v.name: v.type.tensor_type.elem_type for v in graph.value_info}
+    routes = [n for n in graph.node if n.op_type == "MoeRoute"]
     assert routes and all(known[n.input[0]] == onnx.TensorProto.FLOAT for n in routes)
 
 
 def test_plugin_nodes_are_as_the_parser_wants_them(graphs):
-    for graph in graphs.values():
+    for (_, form), graph in graphs.items():
         nodes = [n for n in graph.graph.node if n.domain == DOMAIN]
-        assert {n.op_type for n in nodes} == {"MlaAttention", "MoeRoute", "MoeExperts"}
+        attention = {"absorbed": "MlaAttention", "expanded": "MlaPrefill"}[form]
+        assert {n.op_type for n in nodes} == {attention, "MoeRoute", "MoeExperts"}
         for node in nodes:
             attributes = {a.name: a.s for a in node.attribute}
             assert attributes["plugin_namespace"] == DOMAIN.encode() and attributes["plugin_version"] == b"1"
@@ -203,7 +219,7 @@ def test_plugin_nodes_are_as_the_parser_wants_them(graphs):
 
 
 def test_fp8_keeps_the_largest_values_and_rows_of_zeros():
-    weight = deepseek_v2.Weight("w", (3, 4), "linear", (("w",),))
+    weight = Weight("w", (3, 4), "linear", (("w",),))
     values = torch.tensor([[448.0, -448, 1, 0], [0, 0, 0, 0], [1e30, -1e30, 1e29, 0]])
     quantized, scale = Fp8().encode(weight, values)
     assert torch.isfinite(quantized.float()).all() and scale.shape == (3,)

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from export import weight_set
 from export.checkpoint import Checkpoint
 from export.lowering.onnxruntime import stored_weights
-from export.models.deepseek_v2 import checkpoint_tensors, weights
+from export.models.deepseek_v2_weights import checkpoint_tensors, weights
 from export.models.weights import Weight
 from export.quantization import Float32, Int8
 from tests import checkpoints
@@ -215,7 +215,7 @@ torch.set_num_threads(1)
 from export import weight_set
 from export.checkpoint import Checkpoint
 from export.lowering.onnxruntime import stored_weights
-from export.models.deepseek_v2 import checkpoint_tensors, weights
+from export.models.deepseek_v2_weights import checkpoint_tensors, weights
 from export.quantization import Float32, Int8
 from tests.export.test_weight_set import Store
 

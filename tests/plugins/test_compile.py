@@ -6,9 +6,11 @@ import os
 import pytest
 
 from plugins import compile as aot
+from plugins import kernels_report
 from plugins.architecture import ARCHITECTURES, Target, get
 from plugins.kernels_report import FORMATS, MODELS, V2, V2_LITE, configs, tuned
 from plugins.mla_attention import plan as attention
+from plugins.mla_prefill import plan as prefill
 from plugins.moe_experts import plan as experts
 from plugins.moe_route import plan as route
 
@@ -60,12 +62,14 @@ def test_manifest_says_what_a_launcher_needs(covering):
 
 def test_example_model_fits_small_gpus():
     attend = attention.Attention(6, 64, 16, 64, "bfloat16", "bfloat16", 0.1)
+    expanded = prefill.Prefill(6, 64, 32, 16, 32, 64, "bfloat16", "bfloat16", 0.1)
     for capability, weights in ((86, "bfloat16"), (120, "float8_e4m3fn")):
         target = Target.of(capability)
         ffn = experts.Experts(16, 192, 64, 4, "bfloat16", weights, 0, "concatenated")
         router = route.Routing(16, "softmax", "group_limited_greedy", "max", 4, 2, 4, 0, 2.5, False)
         specs = [*attention.kernels(attend, target), *experts.kernels(ffn, target), *route.kernels(router, target)]
-        for kernel in aot.compile_in_child([(s, capability) for s in specs]):
+        specs += prefill.kernels(expanded, target)
+        for kernel in aot.compile_in_child(dict.fromkeys((s, capability) for s in specs)):
             assert not aot.findings(kernel)
 
 
@@ -82,6 +86,26 @@ def test_cache_is_used_and_content_addressed(tmp_path, monkeypatch):
     name = aot.digest(smallest(), 89)
     monkeypatch.setenv("TRITON_PTXAS_PATH", "/usr/local/cuda/bin/ptxas")
     assert aot.digest(smallest(), 89) != name
+
+
+def test_digest_covers_what_kernels_share(tmp_path, monkeypatch):
+    monkeypatch.setattr(aot, "PLUGINS", tmp_path)
+    (tmp_path / "op").mkdir()
+    files = [tmp_path / name for name in ("compile.py", "op/kernel.py", "shared_kernel.py", "op/plan.py")]
+    found = []
+    for file in (*files, *files):
+        file.write_text(f"{len(found)}")
+        if all(f.exists() for f in files):
+            found.append(aot._sources_digest.__wrapped__("op"))
+    assert len(set(found)) == 4 and found[-1] == found[-2]  # a plan is in the spec that it makes, not in the sources
+
+
+def test_report_says_how_far_it_is(capsys, monkeypatch):
+    from rich.console import Console
+
+    monkeypatch.setattr(kernels_report, "PROGRESS_SECONDS", 0)
+    assert list(kernels_report._watched(iter("abc"), 3, Console(force_terminal=False))) == list("abc")
+    assert capsys.readouterr().out.splitlines()[-1] == "3 of 3 kernels"
 
 
 def test_nothing_is_compiled_in_a_process_that_interprets(tmp_path):

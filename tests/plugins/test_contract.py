@@ -7,11 +7,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from plugins.contract import DOMAIN, AttributeSpec, ContractError, OpContract, OutputSpec, TensorSpec
 from plugins.mla_attention import op as mla_attention
+from plugins.mla_prefill import op as mla_prefill
 from plugins.moe_experts import op as moe_experts
 from plugins.moe_route import op as moe_route
 
 ops = torch.ops.latentrt
-OPS = {m.CONTRACT.name: m.CONTRACT for m in (mla_attention, moe_route, moe_experts)}
+OPS = {m.CONTRACT.name: m.CONTRACT for m in (mla_attention, mla_prefill, moe_route, moe_experts)}
 
 
 def int32(*values):
@@ -33,6 +34,15 @@ def mla_inputs(dtype=torch.float32, cache_dtype=torch.float32) -> dict:
     }  # fmt: skip
 
 
+def prefill_inputs(dtype=torch.float32) -> dict:
+    """The batch of `mla_inputs`, queries 5 wide and values 7."""
+    g = torch.Generator().manual_seed(3)
+    q_nope, w_uk, w_uv = (torch.randn(s, generator=g).to(dtype) for s in ((4, 3, 5), (3, 5, 6), (3, 6, 7)))
+    inputs = mla_inputs(dtype)
+    rows = {k: inputs.pop(k) for k in ("q_latent", "q_pe", "latent", "k_pe")}
+    return {"q_nope": q_nope, **dict(list(rows.items())[1:]), "w_uk": w_uk, "w_uv": w_uv, **inputs}
+
+
 def route_inputs() -> dict:
     return {
         "router_logits": torch.randn(5, 6, generator=torch.Generator().manual_seed(1)), "num_tokens": int32(4),
@@ -51,7 +61,7 @@ def experts_inputs(dtype=torch.float32) -> dict:
     }  # fmt: skip
 
 
-INPUTS = {"mla_attention": mla_inputs, "moe_route": route_inputs, "moe_experts": experts_inputs}
+INPUTS = {"mla_attention": mla_inputs, "mla_prefill": prefill_inputs, "moe_route": route_inputs, "moe_experts": experts_inputs}
 
 
 def refuses(name: str, changes: dict, *words: str) -> None:
@@ -75,6 +85,10 @@ def refuses(name: str, changes: dict, *words: str) -> None:
     ("mla_attention", {"cache_format": "int4"}, ["cache_format", "'int4'", "'float32'", "'bfloat16'"]),
     ("mla_attention", {"cache": torch.zeros(6, 2, 9)}, ["cache", "(6, 2, 9)", "8"]),
     ("mla_attention", {"cache_format": "float16"}, ["cache", "torch.float32", "float16"]),
+    ("mla_prefill", {"w_uk": torch.zeros(3, 5, 7)}, ["w_uk", "(3, 5, 7)", "axis 2", "kv_lora_rank", "6"]),
+    ("mla_prefill", {"w_uv": torch.zeros(2, 6, 7)}, ["w_uv", "(2, 6, 7)", "axis 0", "H", "3"]),
+    ("mla_prefill", {"q_nope": torch.zeros(4, 3, 6)}, ["axis 1 (qk_nope_head_dim)", "6"]),
+    ("mla_prefill", {"cache": torch.zeros(6, 2, 9)}, ["cache", "(6, 2, 9)", "8"]),
     ("moe_route", {"router_logits": torch.zeros(5, 6, dtype=torch.bfloat16)}, ["router_logits", "bfloat16", "float32"]),
     ("moe_route", {"correction_bias": torch.zeros(7)}, ["correction_bias", "(7,)", "E", "6"]),
     ("moe_route", {"scoring_func": "relu"}, ["scoring_func", "'relu'", "'softmax'", "'sigmoid'"]),
@@ -116,9 +130,9 @@ def test_sums_and_products_of_dimensions():
 def test_fake_equals_real(name, rows):
     """Shapes, dtypes and devices of the outputs under FakeTensorMode are the real ones, for no rows too."""
     arguments = INPUTS[name]()
-    if name == "mla_attention":
+    if name.startswith("mla_"):
         starts = min(rows, 2)
-        arguments |= {k: arguments[k][:rows] for k in ("q_latent", "q_pe", "latent", "k_pe")}
+        arguments |= {k: arguments[k][:rows] for k in ("q_latent", "q_nope", "q_pe", "latent", "k_pe") if k in arguments}
         arguments |= {"query_starts": int32(0, starts, starts), "num_tokens": int32(starts)}
     else:
         rowwise = ("router_logits",) if name == "moe_route" else ("x", "topk_ids", "topk_weights")
@@ -137,13 +151,16 @@ def test_fake_equals_real(name, rows):
 def test_outputs_take_the_dtype_of_their_input(dtype):
     attended, cache = ops.mla_attention(*mla_inputs(dtype).values())
     assert attended.dtype == dtype and cache.dtype == torch.float32
+    attended, cache = ops.mla_prefill(*prefill_inputs(dtype).values())
+    assert attended.dtype == dtype and attended.shape == (4, 3, 7) and cache.dtype == torch.float32
     assert ops.moe_experts(*experts_inputs(dtype).values()).dtype == dtype
 
 
-def test_functional_op_writes_nothing_and_shares_nothing():
-    arguments = mla_inputs()
+@pytest.mark.parametrize("name", ["mla_attention", "mla_prefill"])
+def test_functional_op_writes_nothing_and_shares_nothing(name):
+    arguments = INPUTS[name]()
     before = {k: v.clone() for k, v in arguments.items() if isinstance(v, torch.Tensor)}
-    outputs = ops.mla_attention(*arguments.values())
+    outputs = getattr(ops, name)(*arguments.values())
     assert all(torch.equal(arguments[k], v) for k, v in before.items())
     pointers = {v.untyped_storage().data_ptr() for v in arguments.values() if isinstance(v, torch.Tensor)}
     assert all(o.untyped_storage().data_ptr() not in pointers for o in outputs)
@@ -159,6 +176,13 @@ def test_mutating_twin_equals_functional(cache_format):
     assert arguments["cache"].data_ptr() == place
 
 
+def test_mutating_twin_of_prefill_equals_functional():
+    arguments = prefill_inputs()
+    attended, cache_out = ops.mla_prefill(*arguments.values())
+    twin = ops.mla_prefill_(*arguments.values())
+    assert torch.equal(twin, attended) and torch.equal(arguments["cache"], cache_out)
+
+
 def test_mutating_twin_writes_through_a_view():
     """A cache that is a strided view of something larger: cells of the view are written, the rest is not."""
     arguments = mla_inputs()
@@ -169,7 +193,7 @@ def test_mutating_twin_writes_through_a_view():
     assert torch.equal(twin, attended) and torch.equal(large[..., ::2], cache_out) and (large[..., 1::2] == 7).all()
 
 
-@pytest.mark.parametrize("name", ["mla_attention", "mla_attention_", "moe_route", "moe_experts"])
+@pytest.mark.parametrize("name", ["mla_attention", "mla_attention_", "mla_prefill", "mla_prefill_", "moe_route", "moe_experts"])
 def test_pytorch_opcheck(name):
     """Schema (what is mutated and aliased), fake registration, and tracing with AOT dispatch, checked by PyTorch itself."""
     arguments = INPUTS[name.removesuffix("_")]()

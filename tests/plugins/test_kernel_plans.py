@@ -11,6 +11,7 @@ import pytest
 from plugins.architecture import ARCHITECTURES, Target
 from plugins.launch import ALIGNMENT, PlanError, bind, cdiv, place
 from plugins.mla_attention import plan as attention
+from plugins.mla_prefill import plan as prefill
 from plugins.moe_experts import plan as experts
 from plugins.moe_route import plan as route
 
@@ -19,6 +20,10 @@ TOKENS = (1, 2, 3, 7, 16, 64, 65, 300, 4096)
 
 def attention_config(heads):
     return attention.Attention(heads, 512, 64, 64, "bfloat16", "bfloat16", 0.1)
+
+
+def prefill_config(heads):
+    return prefill.Prefill(heads, 512, 128, 64, 128, 64, "bfloat16", "bfloat16", 0.1)
 
 
 def experts_config(weights="bfloat16", num_experts=64):
@@ -39,6 +44,44 @@ def test_attention_plans_name_only_known_kernels(capability, heads):
     assert named <= known
 
 
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+@pytest.mark.parametrize("heads", [6, 16, 128])
+def test_prefill_plans_name_only_known_kernels(capability, heads):
+    target, config = Target.of(capability), prefill_config(heads)
+    named = set()
+    for tokens, sequences, pages in itertools.product(TOKENS, (1, 2, 64), (1, 16, 1024)):
+        plan = prefill.plan(config, tokens, sequences, pages, target)
+        named |= set(plan.kernels)
+        assert plan.workspace_bytes <= prefill.workspace_bytes(config, tokens, sequences, pages, target)
+        assert plan.workspace_bytes <= prefill.workspace_bytes(config, TOKENS[-1], 64, 1024, target)
+        assert all(1 <= n < 2**31 for launch in plan.launches for n in launch.grid)
+        assert all(launch.grid[1] <= 65535 for launch in plan.launches)
+    assert named == set(prefill.kernels(config, target))
+
+
+@pytest.mark.parametrize(("heads", "segment"), [(16, 32768), (128, 4096), (1024, 1024)])
+def test_prefill_segments_keep_to_their_budget(heads, segment):
+    """256 MiB of keys and values, but 1024 slots at least; every slot that the block table can hold lies in one segment."""
+    target, config = Target.of(90), prefill_config(heads)
+    plan = prefill.plan(config, 300, 3, 600, target)
+    sizes = {b.name: b.shape for b in plan.workspace}
+    assert sizes["keys"] == (heads, segment, 128) and sizes["keys_pe"] == (segment, 64) and sizes["sums"] == (300, heads, 128)
+    tokens = prefill.TILES[90].tokens
+    grids = [launch.grid[0] for launch in plan.launches if launch.kernel.function == "expand"]
+    assert len(grids) == cdiv(3 * 600 * 64, segment) and sum(grids) * tokens == 3 * 600 * 64
+
+
+def test_prefill_workspace_is_no_larger_than_short_sequences_need():
+    plan = prefill.plan(prefill_config(16), 300, 2, 5, Target.of(90))
+    slots = 2 * 384  # five pages of 64, rounded up to tiles of 128
+    assert {b.name: b.shape for b in plan.workspace} == {
+        "keys": (16, slots, 128), "values": (16, slots, 128), "keys_pe": (slots, 64), "used": (1,)
+    }  # fmt: skip
+    assert [k.function for k in plan.kernels] == ["append", "survey", "expand", "attend"]
+    one = prefill.plan(prefill_config(16), 1, 64, 5, Target.of(90))  # one row cannot be of more than one sequence
+    assert one.workspace[0].shape == (16, 384, 128)
+
+
 @pytest.mark.parametrize("capability", [86, 90])
 @pytest.mark.parametrize("weights", ["bfloat16", "float8_e4m3fn"])
 def test_expert_plans_name_only_known_kernels(capability, weights):
@@ -56,6 +99,7 @@ def test_expert_plans_name_only_known_kernels(capability, weights):
 def test_no_tokens_no_launches():
     target = Target.of(90)
     assert not attention.plan(attention_config(16), 0, 3, 4, target).launches
+    assert not prefill.plan(prefill_config(16), 0, 3, 4, target).launches
     assert not experts.plan(experts_config(), 0, target).launches
     config = route.Routing(64, "softmax", "greedy", "max", 1, 1, 6, 0, 1.0, False)
     assert not route.plan(config, 0, target).launches
@@ -68,6 +112,8 @@ def test_attention_tiles_suffice_for_every_batch_of_a_shape():
         new = [rng.choice((0, 1, 1, rng.randrange(40))) for _ in range(sequences)]
         tiles = cdiv(sum(new) + padding + sequences * (rows - 1), rows)
         assert sum(cdiv(n, rows) for n in new) + cdiv(padding, rows) <= tiles
+        nonempty = min(sequences, sum(new) + padding)
+        assert sum(cdiv(n, rows) for n in new) + cdiv(padding, rows) <= cdiv(sum(new) + padding + nonempty * (rows - 1), rows)
 
 
 @pytest.mark.parametrize("by_pair", [False, True])
@@ -113,7 +159,7 @@ def test_place():
 
 def test_plans_need_neither_torch_nor_triton():
     code = (
-        "import sys, plugins.mla_attention.plan, plugins.moe_route.plan, plugins.moe_experts.plan\n"
+        "import sys, plugins.mla_attention.plan, plugins.mla_prefill.plan, plugins.moe_route.plan, plugins.moe_experts.plan\n"
         "assert not {'torch', 'triton', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -1,4 +1,4 @@
-"""The plain torch forms of the three ops against formulas written out here in float64, one token at a time."""
+"""The plain torch forms of routing and experts against formulas written out here in float64, one token at a time."""
 
 import math
 
@@ -7,8 +7,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plugins.mla_attention import formats
-from plugins.mla_attention.reference import mla_attention
 from plugins.moe_experts.reference import moe_experts
 from plugins.moe_route.reference import moe_route
 
@@ -19,59 +17,6 @@ TOLERANCE = 1e-5
 
 def int32(values):
     return torch.tensor(list(values), dtype=torch.int32)
-
-
-@SETTINGS
-@given(
-    st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)), min_size=1, max_size=4), st.integers(1, 4),
-    st.sampled_from([1, 2, 5]), st.integers(0, 3), st.integers(0, 99),
-)  # fmt: skip
-def test_mla_attention(sequences, page_size, heads, padding, seed):
-    """Every row by itself: softmax over the sequence's own history. Cells that nobody owns are NaN and stay NaN."""
-    g = torch.Generator().manual_seed(seed)
-    rank, rope, rows = 6, 4, sum(new for _, new in sequences)
-    history = [torch.randn(past + new, rank + rope, generator=g) for past, new in sequences]
-    q = torch.randn(rows + padding, heads, rank + rope, generator=g)
-    counts = [-(-len(h) // page_size) for h in history]
-    free = (1 + torch.randperm(sum(counts), generator=g)).tolist()
-    last = sum(counts) + 1  # a page of nobody, which stray entries of the table point to
-    cache = torch.full((last + 1, page_size, rank + rope), float("nan"))
-    table = torch.full((len(sequences), max(counts) + 1), last, dtype=torch.int32)
-    for b, (past, _) in enumerate(sequences):
-        for i in range(counts[b]):
-            table[b, i] = free.pop()
-        for p in range(past):
-            cache[table[b, p // page_size], p % page_size] = history[b][p]
-    new = torch.cat([h[past:] for h, (past, _) in zip(history, sequences, strict=True)] + [torch.randn(padding, rank + rope)])
-    starts = int32([0, *torch.tensor([n for _, n in sequences]).cumsum(0).tolist()])
-    attended, updated = mla_attention(
-        q[..., :rank], q[..., rank:], new[:, :rank], new[:, rank:], cache, table, int32(p for p, _ in sequences), starts,
-        int32([rows]), 0.3, "float32",
-    )  # fmt: skip
-    row = 0
-    for b, (past, count) in enumerate(sequences):
-        for p in range(past, past + count):
-            assert torch.equal(updated[table[b, p // page_size], p % page_size], history[b][p])
-            keys = history[b][: p + 1].double()
-            for h in range(heads):
-                weights = (0.3 * keys @ q[row, h].double()).softmax(0)
-                torch.testing.assert_close(attended[row, h].double(), weights @ keys[:, :rank], rtol=0, atol=TOLERANCE)
-            cache[table[b, p // page_size], p % page_size] = history[b][p]
-            row += 1
-    assert (attended[rows:] == 0).all()
-    torch.testing.assert_close(updated[1:], cache[1:], rtol=0, atol=0, equal_nan=True)  # nothing else was written
-
-
-def test_mla_attention_half_cache_rounds_once():
-    """A float16 cache holds the nearest float16 of each element, and attention sees that value, for new tokens too."""
-    g = torch.Generator().manual_seed(4)
-    q, new = torch.randn(3, 2, 8, generator=g), torch.randn(3, 8, generator=g)
-    arguments = [int32([0]), int32([0, 3]), int32([3]), 0.5]
-    table, split = torch.tensor([[1]], dtype=torch.int32), (q[..., :6], q[..., 6:])
-    half, _ = mla_attention(*split, new[:, :6], new[:, 6:], torch.zeros(2, 4, 8).half(), table, *arguments, "float16")
-    rounded = new.half().float()
-    full, _ = mla_attention(*split, rounded[:, :6], rounded[:, 6:], torch.zeros(2, 4, 8), table, *arguments, "float32")
-    torch.testing.assert_close(half, full, rtol=0, atol=TOLERANCE)
 
 
 def route_one(logits: list[float], bias, scoring, method, group_score, n_group, topk_group, top_k, normalize, factor):
@@ -184,19 +129,3 @@ def test_moe_experts_reads_chosen_experts_only():
         torch.ones(3, 6), int32([2, 2, -1])[:, None], torch.ones(3, 1), gate_up, down, None, None, 0, "concatenated"
     )
     assert torch.isfinite(y).all() and (y[2] == 0).all() and (y[0] != 0).all()
-
-
-@pytest.mark.parametrize("name", formats.NAMES)
-def test_cache_formats_keep_what_they_can(name):
-    layout = formats.get(name)
-    latent, k_pe = torch.randn(3, 6), torch.randn(3, 2)
-    rows = layout.encode(latent, k_pe)
-    assert rows.shape == (3, layout.width(6, 2)) and rows.dtype == layout.dtype
-    assert layout.bytes_per_token(6, 2) == rows[0].numel() * rows.element_size()
-    found = layout.decode(rows, 6)
-    assert torch.equal(found[0], latent.to(layout.dtype)) and torch.equal(found[1], k_pe.to(layout.dtype))
-
-
-def test_unknown_cache_format_lists_the_choices():
-    with pytest.raises(ValueError, match=r"int3.*float32, float16, bfloat16"):
-        formats.get("int3")

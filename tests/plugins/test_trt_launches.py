@@ -16,6 +16,7 @@ import torch
 
 from plugins.architecture import Target
 from plugins.mla_attention import plan as attention
+from plugins.mla_prefill import plan as prefill
 from plugins.moe_experts import plan as experts
 from plugins.moe_route import plan as route
 
@@ -45,6 +46,16 @@ def attend(tokens, sequences, max_pages, heads=16):
     return "mla_attention", inputs, attributes, attention.kernels, config
 
 
+def expand(tokens, sequences, max_pages, heads=16):
+    _, inputs, attributes, _, config = attend(tokens, sequences, max_pages, heads)
+    queries = dict(q_nope=torch.zeros(tokens, heads, 128, dtype=BF16))
+    rows = {k: inputs[k] for k in ("q_pe", "latent", "k_pe")}
+    weights = dict(w_uk=torch.zeros(heads, 128, 512, dtype=BF16), w_uv=torch.zeros(heads, 512, 128, dtype=BF16))
+    batch = {k: v for k, v in inputs.items() if k not in ("q_latent", *rows)}
+    config = prefill.Prefill(heads, 512, 128, 64, 128, 64, "bfloat16", "bfloat16", config.softmax_scale)
+    return "mla_prefill", queries | rows | weights | batch, attributes, prefill.kernels, config
+
+
 def choose(tokens, **overrides):
     attributes = dict(scoring_func="softmax", topk_method="group_limited_greedy", group_score="max", n_group=8, topk_group=3,
                       top_k=6, norm_topk_prob=0, routed_scaling_factor=16.0) | overrides  # fmt: skip
@@ -68,6 +79,8 @@ CASES = {
     "a decode batch": attend(16, 16, 8),
     "a prompt": attend(300, 2, 8),
     "128 heads": attend(5, 5, 32, heads=128),
+    "an expanded prompt": expand(300, 2, 8),
+    "an expanded prompt in segments": expand(40, 2, 100, heads=128),
     "group-limited routing": choose(37),
     "greedy sigmoid routing": choose(3, scoring_func="sigmoid", topk_method="greedy", n_group=1, topk_group=1),
     "one token's experts": compute(1),
@@ -121,26 +134,27 @@ def described(op, inputs, attributes, kernels, config) -> dict:
 
 def manifest(spec, number: int) -> dict:
     """As plugins/compile.py writes it, but for what only a compiler knows: shared memory is made up, below and over 48 KiB."""
-    return {"spec": asdict(spec), "name": f"{spec.function}_{number}", "architecture": 89, "num_warps": spec.num_warps,
-            "num_ctas": 1, "shared_bytes": 40_000 + 10_000 * (number % 3), "global_scratch_bytes": 0,
-            "profile_scratch_bytes": 0, "parameters": [list(a) for a in spec.arguments]}  # fmt: skip
+    return {"spec": asdict(spec), "name": f"{spec.op}_{spec.function}_{number}", "architecture": 89,
+            "num_warps": spec.num_warps, "num_ctas": 1, "shared_bytes": 40_000 + 10_000 * (number % 3),
+            "global_scratch_bytes": 0, "profile_scratch_bytes": 0, "parameters": [list(a) for a in spec.arguments]}  # fmt: skip
 
 
 def outputs_of(op, inputs) -> list[int]:
     """Addresses of the outputs in the contract's order; the cache's output is the cache."""
-    return {"mla_attention": [0xA0000, inputs["cache"].data_ptr()] if op == "mla_attention" else [],
-            "moe_route": [0xB0000, 0xC0000], "moe_experts": [0xD0000]}[op]  # fmt: skip
+    if op.startswith("mla_"):
+        return [0xA0000, inputs["cache"].data_ptr()]
+    return {"moe_route": [0xB0000, 0xC0000], "moe_experts": [0xD0000]}[op]  # fmt: skip
 
 
 def passed_to_triton(monkeypatch, op, inputs, attributes) -> list[tuple]:
     """(function, grid, arguments by name) of every launch that the op's own launcher makes."""
     calls, module = [], importlib.import_module(f"plugins.{op}.kernel")
-    plan_module = importlib.import_module(f"plugins.{op}.plan")
-    names = {s.function for s in plan_module.kernels(next(c for c in CASES.values() if c[1] is inputs)[4], Target.of(89))}
-    for name in names:
-        monkeypatch.setattr(module, name, Recorder(name, calls))
+    _, _, _, kernels, config = next(c for c in CASES.values() if c[1] is inputs)
+    for spec in kernels(config, Target.of(89)):
+        owner = importlib.import_module(f"plugins.{spec.op}.kernel")
+        monkeypatch.setattr(owner, spec.function, Recorder(spec.function, calls))
     optional = {"moe_route": {"correction_bias": None}, "moe_experts": {"gate_up_scale": None, "down_scale": None}}.get(op, {})
-    launch = getattr(module, "mla_attention_" if op == "mla_attention" else op)
+    launch = getattr(module, f"{op}_" if op.startswith("mla_") else op)
     # TensorRT hands float attributes over as float32
     narrow = {k: struct.unpack("f", struct.pack("f", v))[0] if isinstance(v, float) else v for k, v in attributes.items()}
     launch(**(optional | inputs | narrow), target=Target.of(89))
@@ -184,7 +198,7 @@ def check_memory(op, inputs, ranges: dict, workspace: int) -> None:
     """What is not an input is an output, or lies in the workspace without overlap, 256-byte aligned."""
     inside = sorted(r for r in ranges.values() if r[0] not in outputs_of(op, inputs))
     assert {r[0] for r in ranges.values()} - {r[0] for r in inside} <= set(outputs_of(op, inputs))
-    assert len(ranges) - len(inside) == len(outputs_of(op, inputs)) - (op == "mla_attention")
+    assert len(ranges) - len(inside) == len(outputs_of(op, inputs)) - op.startswith("mla_")
     assert all(address % 256 == 0 for address, _ in inside)
     ends = [WORKSPACE, *[address + size for address, size in inside]]
     assert all(end <= address for end, (address, _) in zip(ends, inside, strict=False))

@@ -9,8 +9,8 @@ from types import SimpleNamespace
 import numpy as np
 
 from runtime.backends.base import Backend, StepBatch, pages_for
-from runtime.bundle import CacheSpec, Limits, TensorInfo
 from runtime.generate import Engine
+from runtime.manifest import CacheSpec, Limits, TensorInfo
 
 VOCAB = 50
 UNWRITTEN = -7
@@ -21,7 +21,7 @@ class HistoryBackend(Backend):
 
     name = "fake"
 
-    def __init__(self, cache_tokens=None, page_size=4, max_context=64, max_batch_tokens=16, max_sequences=8):
+    def __init__(self, cache_tokens=None, page_size=4, max_context=64, max_batch_tokens=16, max_sequences=8, prefill_chunk=256):
         cache = CacheSpec(format="tokens", dtype="int32", page_size=page_size, width=1, layers=1, bytes_per_token=4)
         limits = Limits(max_context=max_context, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
         logits = TensorInfo(name="logits", dtype="float", shape=["N", VOCAB])
@@ -29,6 +29,11 @@ class HistoryBackend(Backend):
         self.num_pages = pages_for(self.target, cache_tokens)
         self.pages = np.full((self.num_pages, page_size), UNWRITTEN, np.int32)
         self.batches: list[StepBatch] = []
+        self.chunk = prefill_chunk
+
+    @property
+    def prefill_chunk(self) -> int:
+        return self.chunk
 
     def step(self, batch: StepBatch) -> np.ndarray:
         self.batches.append(batch)
@@ -62,7 +67,7 @@ def logits_after(history) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=VOCAB).astype(np.float32) * 3
 
 
-def fake_engine(chunk: int = 256, **options) -> Engine:
+def fake_engine(chunk: int | None = None, **options) -> Engine:
     """An engine without tokenizer on a HistoryBackend."""
     manifest = SimpleNamespace(tokenizer={}, config={})
     return Engine(SimpleNamespace(manifest=manifest, path="fake"), HistoryBackend(**options), chunk)

@@ -7,12 +7,18 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from runtime import bundle as records
+from runtime import manifest as records
+from runtime.backends import tensorrt
+from runtime.backends.base import SequenceRows, StepBatch
+from runtime.bundle import FILES, MANIFEST, Bundle
 
 LAYERS, PAGE, WIDTH, VOCAB, HIDDEN, VERSION = 2, 64, 80, 32, 16, "1.7.1.116"
 BATCH = {"input_ids": 1, "positions": 1, "query_starts": 1, "cached_lengths": 1, "block_table": 2, "num_tokens": 1,
          "logit_rows": 1}  # fmt: skip
 WEIGHTS = ["a.weight", "b.weight"]
+EXPANDED_PLAN = b"expanded plan"
+CONFIG = {"vocab_size": VOCAB, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+TABLE = np.arange(1, 13).reshape(3, 4)
 CACHES = [f"latent_cache.{i}" for i in range(LAYERS)]
 
 
@@ -66,8 +72,8 @@ class FakeDevice:
 
 
 class FakeContext:
-    def __init__(self, device, config):
-        self.device, self.config = device, config
+    def __init__(self, engine, config):
+        self.engine, self.device, self.config, self.runs = engine, engine.device, config, 0
         self.addresses, self.shapes, self.profile = {}, {}, None
 
     def set_optimization_profile_async(self, index, stream):
@@ -83,15 +89,14 @@ class FakeContext:
         return True
 
     def execute_async_v3(self, stream):
+        self.runs += 1
         self.device.log.append(("execute", self.profile, dict(self.shapes), dict(self.addresses), stream))
         return True
 
 
 class FakeEngine:
-    num_optimization_profiles = 2
-
-    def __init__(self, device, extra=()):
-        self.device = device
+    def __init__(self, device, extra=(), profiles=2):
+        self.device, self.num_optimization_profiles = device, profiles
         self.tensors = [*BATCH, *CACHES, *(f"{c}.updated" for c in CACHES), *WEIGHTS, "logits", "last_hidden", *extra]
         self.num_io_tensors = len(self.tensors)
 
@@ -99,7 +104,7 @@ class FakeEngine:
         return self.tensors[index]
 
     def create_execution_context(self, config=None):
-        return FakeContext(self.device, config)
+        return FakeContext(self, config)
 
 
 class FakeCache:
@@ -122,11 +127,12 @@ def with_runtime_cache(engine: FakeEngine) -> FakeEngine:
     return engine
 
 
-def package(engine, version=VERSION):
-    """A module such as tensorrt_rtx; `engine` None: it refuses every plan."""
+def package(engine, version=VERSION, expanded=None):
+    """A module such as tensorrt_rtx that gives `engine`, and `expanded` for the expanded plan; None: it refuses the plan."""
     logger = type("Logger", (), {"WARNING": 2, "__init__": lambda self, level: None})
     runtime = type("Runtime", (), {
-        "__init__": lambda self, logger: None, "deserialize_cuda_engine": lambda self, plan: engine,
+        "__init__": lambda self, logger: None,
+        "deserialize_cuda_engine": lambda self, plan: expanded if plan == EXPANDED_PLAN else engine,
     })  # fmt: skip
     strategy = SimpleNamespace(EAGER="eager")
     return SimpleNamespace(
@@ -135,35 +141,47 @@ def package(engine, version=VERSION):
     )  # fmt: skip
 
 
+def install(monkeypatch, module):
+    """Makes `module` both TensorRT packages."""
+    real = tensorrt.importlib.import_module
+    names = ("tensorrt_rtx", "tensorrt")
+    monkeypatch.setattr(tensorrt.importlib, "import_module", lambda n: module if n in names else real(n))
+
+
+def decode_batch(count: int) -> StepBatch:
+    """One token for each of the first `count` sequences of TABLE."""
+    return StepBatch.of([SequenceRows([5 + i], 3 * i, [0]) for i in range(count)], TABLE[:count])
+
+
 class Builder:
     """Writes a bundle whose target sm89 holds a plan, a kernel and a shard of weights; nothing in them is real."""
 
     def __init__(self, folder: Path):
         self.folder = folder
-        (folder / records.FILES).mkdir(parents=True)
+        (folder / FILES).mkdir(parents=True)
 
     def add(self, suffix: str, content: bytes) -> records.FileRef:
         digest = hashlib.sha256(content).hexdigest()
-        (self.folder / records.FILES / f"{digest[:40]}{suffix}").write_bytes(content)
+        (self.folder / FILES / f"{digest[:40]}{suffix}").write_bytes(content)
         return records.FileRef(file=f"{digest[:40]}{suffix}", size=len(content), sha256=digest)
 
-    def write(self, backend: str = "tensorrt_rtx") -> records.Bundle:
+    def write(self, backend: str = "tensorrt_rtx", expanded: bool = False) -> Bundle:
         shard = self.add(".safetensors", bytes(range(256)) * 4)
         stored = {n: records.WeightTensor(file=shard.file, offset=64 + 128 * i, dtype="bfloat16", shape=[8, 8])
                   for i, n in enumerate(WEIGHTS)}  # fmt: skip
-        target = self.target(backend)
+        target = self.target(backend, expanded)
         weights = records.WeightSet(
             precision="bf16", layout="step_graph", cache_transform="none", files=[shard], tensors=stored
         )
         manifest = records.Manifest(
             format_version=1, producer="test", created="now", architecture="DeepseekV2ForCausalLM",
-            config={"vocab_size": VOCAB}, checkpoint=records.CheckpointInfo(path="/", digest="0", files={}), tokenizer={},
+            config=CONFIG, checkpoint=records.CheckpointInfo(path="/", digest="0", files={}), tokenizer={},
             weight_sets={"w": weights}, targets={"sm89": target},
         )  # fmt: skip
-        (self.folder / records.MANIFEST).write_text(manifest.model_dump_json())
-        return records.Bundle(self.folder)
+        (self.folder / MANIFEST).write_text(manifest.model_dump_json())
+        return Bundle(self.folder)
 
-    def target(self, backend: str) -> records.Target:
+    def target(self, backend: str, expanded: bool) -> records.Target:
         cubin = self.add(".cubin", b"machine code")
         spec = dict(op="moe_route", function="route", arguments=[["x", "*fp32"]], constexprs=[["K", 6]], num_warps=4,
                     num_stages=1, grid="(1,)")  # fmt: skip
@@ -177,6 +195,7 @@ class Builder:
         }
         outputs = [("logits", "float", VOCAB), ("last_hidden", "bfloat16", HIDDEN)]
         return records.Target(
+            expanded=self.expanded(profiles) if expanded else None,
             backend=backend, backend_version=VERSION, compute_capability="sm89", precision="bf16", options={},
             graph=self.add(".plan", b"plan"), weight_set="w", request="r", executed=None,
             kernels=[records.Kernel(op="moe_route", function="route", cubin=cubin, manifest=manifest)],
@@ -187,3 +206,7 @@ class Builder:
                                     bytes_per_token=2 * WIDTH * LAYERS),
             limits=records.Limits(max_context=2048, max_batch_tokens=128, max_sequences=8),
         )  # fmt: skip
+
+    def expanded(self, profiles: dict) -> records.ExpandedEngine:
+        graph, onnx, network = self.add(".plan", EXPANDED_PLAN), self.add(".onnx", b"expanded"), self.add(".json", b"[]")
+        return records.ExpandedEngine(graph=graph, onnx=onnx, network=network, profiles={"prefill": profiles["prefill"]})

@@ -81,6 +81,19 @@ def test_steps_keep_to_the_chunk_and_mix_prompts_with_decoding():
     assert rows[:4] == [[1, 4], [1, 4], [1, 4], [1, 1]]
 
 
+@pytest.mark.parametrize(("chunk", "prefill_chunk", "expected"), [
+    (None, 5, [[1, 5], [1, 5], [1, 3]]), (None, 2048, [[1, 13]]), (3, 2048, [[1, 3]] * 4 + [[1, 1]]),
+    (None, 13, [[1, 13]]), (2048, 5, [[1, 13]]),
+])  # fmt: skip
+def test_the_chunk_is_the_backends_unless_it_is_given(chunk, prefill_chunk, expected):
+    """In a step of 16 rows, beside a sequence that decodes; a chunk larger than the step is cut to it."""
+    engine = fake_engine(chunk, max_batch_tokens=16, prefill_chunk=prefill_chunk)
+    prompts = [[1], list(range(13))]
+    results = engine.generate(prompts, SamplingParams(max_new_tokens=6))
+    assert [r.token_ids for r in results] == [greedy(p, 6) for p in prompts]
+    assert [np.diff(b.query_starts).tolist() for b in engine.backend.batches][: len(expected)] == expected
+
+
 def test_closing_a_stream_frees_its_pages():
     engine = fake_engine()
     stream = engine.stream([[1, 2, 3], [4]], SamplingParams(max_new_tokens=30))

@@ -6,13 +6,12 @@ import numpy as np
 import pytest
 
 from runtime import backends
-from runtime.backends import cuda_device, padding, tensorrt
+from runtime.backends import cuda_device, padding
 from runtime.backends.base import SequenceRows, StepBatch
 from runtime.bundle import BundleError
 from runtime.errors import EngineError, RequestError
 from tests.runtime import tensorrt_fakes as fakes
-
-TABLE = np.arange(1, 13).reshape(3, 4)
+from tests.runtime.tensorrt_fakes import TABLE, decode_batch, install
 
 
 @pytest.fixture
@@ -22,29 +21,9 @@ def bundle(tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def device(monkeypatch):
-    device = fakes.FakeDevice()
-    monkeypatch.setattr(cuda_device, "open_device", lambda index: device)
-    launcher = SimpleNamespace(kernels={})
-    monkeypatch.setattr(tensorrt, "_plugins", lambda trt, device, compiled: launcher.kernels.update(compiled) or launcher)
-    device.launcher = launcher
-    return device
-
-
-def install(monkeypatch, module):
-    real = tensorrt.importlib.import_module
-    names = ("tensorrt_rtx", "tensorrt")
-    monkeypatch.setattr(tensorrt.importlib, "import_module", lambda n: module if n in names else real(n))
-
-
-@pytest.fixture
 def backend(bundle, device, monkeypatch):
     install(monkeypatch, fakes.package(fakes.FakeEngine(device)))
     return backends.load(bundle, "sm89", cache_tokens=640)
-
-
-def decode_batch(count: int) -> StepBatch:
-    return StepBatch.of([SequenceRows([5 + i], 3 * i, [0]) for i in range(count)], TABLE[:count])
 
 
 def executed(device) -> list[tuple]:
@@ -203,8 +182,9 @@ def test_runtime_cache_is_kept(bundle, device, monkeypatch):
         backend.step(decode_batch(1))
         states.append((backend.load_seconds["runtime_cache"], engine.cache.given))
     assert states == [("cold", None), ("warm", b"compiled")]
-    assert backend.runtime_cache.path.read_bytes() == b"compiled"
-    assert "Fake_GPU-13000-1.7.1.116-" in backend.runtime_cache.path.name
+    (cache,) = backend.runtime_caches.values()
+    assert cache.path.read_bytes() == b"compiled"
+    assert "Fake_GPU-13000-1.7.1.116-" in cache.path.name
     assert {"plan", "weights", "contexts", "first_step"} <= set(backend.load_seconds)
 
 
@@ -233,3 +213,7 @@ def test_driver_errors_are_named():
     device._driver, device._memory = Driver(), []
     with pytest.raises(cuda_device.CudaError, match="cuMemAlloc: 2"):
         device.allocate(1)
+
+
+def test_chunks_are_as_long_as_a_step(backend):
+    assert backend.prefill_chunk == backend.target.limits.max_batch_tokens == 128

@@ -226,7 +226,8 @@ def test_bundle_of_a_gpu_target(bfloat16_graph, float32_logits, tmp_path):
     """A plan's bundle keeps the ONNX graph beside it, with weights as inputs; torch runs that."""
     from safetensors.torch import save
 
-    from runtime.bundle import MANIFEST, TensorInfo
+    from runtime.bundle import MANIFEST
+    from runtime.manifest import TensorInfo
     from tests.runtime.tensorrt_fakes import Builder
 
     proto, weights, c = bfloat16_graph

@@ -1,0 +1,1 @@
+"""Expanded multi-head latent attention (MLA) of prompt chunks over a paged latent cache."""

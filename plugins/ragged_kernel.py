@@ -1,0 +1,61 @@
+"""What the attention kernels share: a program finds its place in a ragged batch, whose lengths lie in device memory."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tiles_of(b, query_starts, num_tokens, sequences, cached_lengths, ROWS: tl.constexpr):
+    """Tiles of ROWS that sequences b [N] have: of new rows; with cached_lengths of all tokens, none without new rows."""
+    limit = tl.load(num_tokens)
+    real = b < sequences
+    start = tl.minimum(tl.load(query_starts + b, mask=real, other=0), limit)
+    stop = tl.minimum(tl.load(query_starts + b + 1, mask=real, other=0), limit)
+    count = stop - start
+    if cached_lengths is not None:
+        count = tl.where(count > 0, count + tl.load(cached_lengths + b, mask=real, other=0), 0)
+    return (count + ROWS - 1) // ROWS
+
+
+@triton.jit
+def tiles_before(sequence, query_starts, num_tokens, cached_lengths, ROWS: tl.constexpr, SEARCH: tl.constexpr):
+    """Tiles of ROWS of all sequences before `sequence`."""
+    total = 0
+    for base in range(0, sequence, SEARCH):
+        b = base + tl.arange(0, SEARCH)
+        total += tl.sum(tiles_of(b, query_starts, num_tokens, sequence, cached_lengths, ROWS), 0)
+    return total
+
+
+@triton.jit
+def locate(query_starts, num_tokens, tile, sequences, ROWS: tl.constexpr, SEARCH: tl.constexpr, cached_lengths=None):
+    """Sequence, its first tile, and the number of tiles of all sequences; sequence == sequences past the last tile."""
+    sequence = 0
+    first = 0
+    total = 0
+    for base in range(0, sequences, SEARCH):
+        b = base + tl.arange(0, SEARCH)
+        tiles = tiles_of(b, query_starts, num_tokens, sequences, cached_lengths, ROWS)  # [SEARCH]
+        ends = total + tl.cumsum(tiles, 0)
+        passed = (b < sequences) & (ends <= tile)
+        sequence += tl.sum(passed.to(tl.int32), 0)
+        first = tl.maximum(first, tl.max(tl.where(passed, ends, 0), 0))
+        total += tl.sum(tiles, 0)
+    return sequence, first, total
+
+
+@triton.jit
+def tile_rows(tile, query_starts, num_tokens, cached_lengths, tokens, sequences, ROWS: tl.constexpr, SEARCH: tl.constexpr):
+    """Sequence of a tile of query rows; its first row; the end of the sequence's rows; position - row; tokens that it sees.
+
+    Tiles past the last sequence's own the padding rows and see nothing.
+    """
+    sequence, first, total = locate(query_starts, num_tokens, tile, sequences, ROWS, SEARCH)
+    limit = tl.load(num_tokens)
+    padding = sequence == sequences
+    start = tl.minimum(tl.load(query_starts + sequence), limit)  # of the padding rows if sequence == sequences
+    row = start + (tile - tl.where(padding, total, first)) * ROWS
+    stop = tl.where(padding, tokens, tl.minimum(tl.load(query_starts + tl.minimum(sequence + 1, sequences)), limit))
+    shift = tl.load(cached_lengths + sequence, mask=sequence < sequences, other=0) - start
+    length = tl.where(padding, 0, tl.minimum(row + ROWS, stop) + shift)
+    return sequence, row, stop, shift, length
