@@ -69,9 +69,42 @@ def check(run: Run) -> None:
             for kind, tensor in zip(scheme.stored(w), scheme.encode(w, w.read(checkpoint.read)), strict=True)
         }
         model = graph(checkpoint.config, precision, weights)
-        steps = runner(run, model, stored, checkpoint.config, 2 + sum(-(-len(t) // 64) for t in texts))
-        found = teacher_forced(steps.step, texts)
-        compare(run, f"torch backend {precision} against {name}", found, expected, LIMITS[precision])
+        for capture in (False, True) if run.device.type == "cuda" else (False,):
+            label = f"torch backend {precision}{', decode captured' if capture else ''}"
+            if run.late(label):
+                continue
+            pages = 2 + sum(-(-len(t) // 64) for t in texts)
+            steps = runner(run, model, stored, checkpoint.config, pages, capture=capture)
+            check_groups(run, label, steps.program, checkpoint.config, precision)
+            try:
+                found = teacher_forced(steps.step, texts)
+                compare(run, f"{label} against {name}", found, expected, LIMITS[precision])
+                if capture:
+                    run.check(f"{label}: CUDA graphs", float(bool(steps.uncaptured)), 0, steps.uncaptured[:300])
+            except Exception as error:  # capturing may fail where running does not
+                run.check(f"{label} runs", float("nan"), 0, f"{type(error).__name__}: {error}"[:300])
+
+
+def groups(config, precision: str, form: str = "absorbed") -> dict[str, int]:
+    """How many groups of each kind a step graph has, once fused and merged by runtime/backends: so many as its layers imply."""
+    layers = config.num_hidden_layers
+    moe = sum(config.is_moe_layer(i) for i in range(layers))
+    gated = layers if config.n_shared_experts else layers - moe  # layers with a SwiGLU outside of routed experts
+    found = dict(Latent=layers, MoeRoute=moe, MoeExperts=moe, WideLinear=moe, SumNorm=2 * layers - 1, SwiGlu=gated)
+    found["Columns"] = layers + gated  # merged products
+    found |= dict(MlaAttention=layers, MatMulByHead=2 * layers) if form == "absorbed" else dict(MlaPrefill=layers)
+    products = (3 if config.q_lora_rank else 2) * layers + 2 * gated
+    return found | (dict(Float8Linear=products) if precision == "fp8" else {})
+
+
+def check_groups(run: Run, label: str, program, config, precision: str) -> None:
+    """Another exporter's graph may be written otherwise: what is not fused is right, but slow, and says nothing."""
+    expected = groups(config, precision, "expanded" if program.op_counts["MlaPrefill"] else "absorbed")
+    counts = {name: program.op_counts[name] for name in expected}
+    missing = sum(abs(counts[name] - n) for name, n in expected.items())
+    wrong = {name: n for name, n in expected.items() if counts[name] != n}
+    note = ", ".join(f"{name} {n}" for name, n in counts.items()) + (f"; expected {wrong}" if wrong else "")
+    run.check(f"{label}: fused groups that are not as its layers imply", missing, 0, note)
 
 
 def _texts(vocab_size: int, lengths) -> list[list[int]]:
@@ -150,8 +183,12 @@ def measure(run: Run) -> None:
     for precision in precisions(run)[: 1 if run.dry else None]:
         start = time.monotonic()
         model = graph(config, precision)
+        if run.device.type == "cuda" and 1.1 * declared_bytes(model) > run.free_bytes():
+            run.skip(f"V2-Lite {precision}", "the weights do not fit into this GPU's memory")
+            continue
         weights = random_weights(run, model)
         steps = runner(run, model, weights, config, 1 + max(sizes) * (CONTEXT // 64 + 1), sizes=sizes)
+        check_groups(run, f"V2-Lite {precision}", steps.program, config, precision)
         for cache in steps.caches.values():
             cache.normal_()
         run.measure(f"V2-Lite {precision} loaded", seconds=time.monotonic() - start, weights_GB=_bytes(weights.values()) / 1e9)
@@ -163,19 +200,28 @@ def measure(run: Run) -> None:
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
     if not run.late("transformers"):
-        _transformers(run, raw)
+        try:
+            _transformers(run, raw)
+        except Exception as error:  # a baseline
+            run.skip("transformers", f"{type(error).__name__}: {error}")
+
+
+def declared(model) -> dict[str, tuple[list[int], torch.dtype]]:
+    """Shape and dtype of every weight input of `model`."""
+    from runtime.backends.torch_ops import DTYPES
+
+    kinds = {i.name: i.type.tensor_type for i in model.graph.input if i.name.startswith(("model.", "lm_head"))}
+    return {name: ([d.dim_value for d in k.shape.dim], DTYPES[k.elem_type]) for name, k in kinds.items()}
+
+
+def declared_bytes(model) -> int:
+    return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in declared(model).values())
 
 
 def random_weights(run: Run, model) -> dict[str, torch.Tensor]:
     """Every weight input of `model`, made on the device: sizes that keep activations finite."""
-    from runtime.backends.torch_ops import DTYPES
-
     found = {}
-    for value in model.graph.input:
-        name, kind = value.name, value.type.tensor_type
-        if not (name.startswith("model.") or name.startswith("lm_head")):
-            continue
-        shape, dtype = [d.dim_value for d in kind.shape.dim], DTYPES[kind.elem_type]
+    for name, (shape, dtype) in declared(model).items():
         tensor = torch.empty(shape, dtype=dtype, device=run.device)
         if name.endswith(".scale"):
             tensor.fill_(1.0 / 448 * 0.1)
@@ -204,11 +250,11 @@ def _measure_one(run: Run, steps, config, weights: dict, precision: str, size: i
     batch = StepBatch.of([SequenceRows([7 + i], context, [0]) for i in range(size)], table)
     logits = steps.step(batch)
     run.check(f"V2-Lite {precision}, batch {size}: logits that are not numbers", float((~np.isfinite(logits)).sum()), 0)
-    if run.device.type == "cuda":
-        captured = steps.captured(decode_shape(batch, steps.sizes, steps.max_pages))
-        seconds = timed(run, {"step": captured.graph.replay})["step"]
-    else:
-        seconds = timed(run, {"step": lambda: steps.step(batch)})["step"]
+    captured = steps.captured(decode_shape(batch, steps.sizes, steps.max_pages)) if steps.capture else None
+    if steps.capture:
+        run.check(f"V2-Lite {precision}, batch {size}: CUDA graph", float(not captured), 0, steps.uncaptured[:300])
+    step = captured.graph.replay if captured else lambda: steps.step(batch)
+    seconds = timed(run, {"step": step}, capture=False)["step"]
     start = time.perf_counter()
     for _ in range(1 if run.dry else 10):
         steps.step(batch)
