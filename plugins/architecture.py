@@ -16,8 +16,9 @@ class Architecture:
     mma: dict[str, str]  # product kind -> SASS instruction that its tensor cores run
 
 
-_HMMA = {"f16": "HMMA"}
-_QMMA = {"f16": "HMMA", "fp8": "QMMA"}
+_SYNC = {"f16_sync": "HMMA"}  # on registers, by warps: every architecture still has these
+_HMMA = _SYNC | {"f16": "HMMA"}
+_QMMA = _HMMA | {"fp8": "QMMA"}
 
 ARCHITECTURES: dict[int, Architecture] = {
     a.capability: a
@@ -25,8 +26,8 @@ ARCHITECTURES: dict[int, Architecture] = {
         Architecture(80, 163 * KIB, 108, False, _HMMA),
         Architecture(86, 99 * KIB, 84, False, _HMMA),
         Architecture(89, 99 * KIB, 128, True, _QMMA),
-        Architecture(90, 227 * KIB, 132, True, {"f16": "HGMMA", "fp8": "QGMMA"}),
-        Architecture(100, 227 * KIB, 148, True, {"f16": "UTCHMMA", "fp8": "UTCQMMA"}),
+        Architecture(90, 227 * KIB, 132, True, _SYNC | {"f16": "HGMMA", "fp8": "QGMMA"}),
+        Architecture(100, 227 * KIB, 148, True, _SYNC | {"f16": "UTCHMMA", "fp8": "UTCQMMA"}),
         Architecture(120, 99 * KIB, 170, True, _QMMA),
         Architecture(121, 99 * KIB, 48, True, _QMMA),
     )

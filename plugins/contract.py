@@ -3,9 +3,12 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import onnx.defs
 import torch
+
+if TYPE_CHECKING:
+    import onnx.defs
 
 DOMAIN = "latentrt"
 VERSION = 1
@@ -22,11 +25,7 @@ _ONNX_TYPES = {
     torch.int32: "tensor(int32)",
     torch.uint8: "tensor(uint8)",
 }
-_KINDS = {
-    int: ("int", onnx.defs.OpSchema.AttrType.INT),
-    float: ("float", onnx.defs.OpSchema.AttrType.FLOAT),
-    str: ("str", onnx.defs.OpSchema.AttrType.STRING),
-}
+_KINDS = {int: ("int", "INT"), float: ("float", "FLOAT"), str: ("str", "STRING")}  # torch's words, ONNX's
 
 
 class ContractError(ValueError):
@@ -90,8 +89,10 @@ class OpContract:
         result = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
         return f"({', '.join(tensors + attributes)}) -> {result}"
 
-    def onnx_schema(self) -> onnx.defs.OpSchema:
+    def onnx_schema(self) -> "onnx.defs.OpSchema":
         """ONNX schema in domain `latentrt`; every tensor has a type variable of its own, dtypes are checked by `bind`."""
+        import onnx.defs
+
         schema = onnx.defs.OpSchema
         option = schema.FormalParameterOption
         inputs = [
@@ -101,7 +102,8 @@ class OpContract:
         outputs = [schema.FormalParameter(o.name, f"T_{o.like}" if o.like else f"T_{o.name}") for o in self.outputs]
         constraints = [(f"T_{s.name}", [_ONNX_TYPES[d] for d in s.dtypes], "") for s in self.inputs]
         constraints += [(f"T_{o.name}", [_ONNX_TYPES[o.dtype]], "") for o in self.outputs if o.dtype]
-        attributes = [schema.Attribute(a.name, _KINDS[a.kind][1], required=True) for a in self.attributes]
+        kinds = {a.name: getattr(schema.AttrType, _KINDS[a.kind][1]) for a in self.attributes}
+        attributes = [schema.Attribute(name, kind, required=True) for name, kind in kinds.items()]
         return schema(
             self.onnx_type, DOMAIN, VERSION, inputs=inputs, outputs=outputs, type_constraints=constraints,
             attributes=attributes,
@@ -198,6 +200,15 @@ def register(contract: OpContract, compute: Callable) -> None:
     op.register_fake(fake)
     if contract.aliases:
         _register_mutating(contract, functional, fake)
+    _register_onnx(contract)
+
+
+def _register_onnx(contract: OpContract) -> None:
+    """Nothing where onnx is not installed: kernels and their launches need no graph."""
+    try:
+        import onnx.defs
+    except ModuleNotFoundError:
+        return
     if not onnx.defs.has(contract.onnx_type, DOMAIN):
         onnx.defs.register_schema(contract.onnx_schema())
 

@@ -21,7 +21,8 @@ class LaunchError(RuntimeError):
 
 
 class CudaLauncher:
-    """Runs plans on the current context of the GPU `target`. `kernels` may grow as long as the launcher lives."""
+    """Runs plans on the current context of one GPU, `target`: kernels are loaded into a context. `kernels` may grow as long
+    as the launcher lives."""
 
     def __init__(self, target: Target, kernels: Mapping[KernelSpec, CompiledKernel], driver=None):
         if driver is None:
@@ -77,3 +78,36 @@ class CudaLauncher:
         if code != self._driver.CUresult.CUDA_SUCCESS:
             raise LaunchError(f"{name}: {getattr(code, 'name', code)}")
         return results[0] if results else None
+
+
+class CudaLaunchers:
+    """One launcher per GPU: plugins are registered once in a process, and run on the GPU that is current in their thread."""
+
+    def __init__(self, driver=None):
+        if driver is None:
+            from cuda.bindings import driver
+        self._driver, self._by_gpu = driver, {}
+
+    def add(self, index: int, target: Target, kernels: Mapping[KernelSpec, CompiledKernel]) -> None:
+        """Gives GPU number `index`, which is a `target`, more kernels."""
+        if index not in self._by_gpu:
+            self._by_gpu[index] = CudaLauncher(target, {}, self._driver)
+        self._by_gpu[index].kernels.update(kernels)
+
+    @property
+    def target(self) -> Target:
+        return self._current().target
+
+    def prepare(self, kernels: Sequence[KernelSpec]) -> None:
+        self._current().prepare(kernels)
+
+    def run(self, plan: Plan, tensors: Mapping[str, int], workspace: int, stream: int) -> None:
+        self._current().run(plan, tensors, workspace, stream)
+
+    def _current(self) -> CudaLauncher:
+        code, device = self._driver.cuCtxGetDevice()
+        index = None if code != self._driver.CUresult.CUDA_SUCCESS else int(device)
+        if index not in self._by_gpu:
+            found = "no GPU is current" if index is None else f"GPU {index} has no kernels"
+            raise LaunchError(f"{found} in this thread, only {sorted(self._by_gpu)}")
+        return self._by_gpu[index]

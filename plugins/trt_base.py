@@ -1,7 +1,8 @@
 """TensorRT plugins, derived from the op contracts: IPluginV3 classes for `tensorrt` and `tensorrt_rtx`, the module passed in.
 
 A plugin serializes the op's attributes and the compute capability it was built for. In a step it looks up the launch plan of
-the shapes it is given and hands it to a launcher (plugins/cuda_launch.py). Building needs no launcher and no GPU.
+the shapes it is given and hands it to a launcher (plugins/cuda_launch.py). Building needs no launcher and no GPU: without
+a launcher, steps do nothing.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -169,11 +170,15 @@ class _Plugin:
         return self.clone()
 
     def on_shape_change(self, tensors, outputs):
+        if self.launcher is None:
+            return
         named = sizes(self.op.contract, [t.dims for t in tensors])
         config = self._config([t.type for t in tensors], named)
         self.launcher.prepare(self.op.kernels(config, self.launcher.target))
 
     def enqueue(self, tensors, outputs, addresses, output_addresses, workspace, stream):
+        if self.launcher is None:
+            return  # full TensorRT's builder times layers on arbitrary bytes: lengths and page numbers would be wild
         named = sizes(self.op.contract, [t.dims for t in tensors])
         config = self._config([t.type for t in tensors], named)
         device = Target(self.launcher.target.capability, min(self.launcher.target.num_sms, MAX_SMS))

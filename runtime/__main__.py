@@ -26,7 +26,7 @@ Target = Annotated[str | None, typer.Option(help="Target of the bundle; the only
 BackendName = Annotated[str | None, typer.Option("--backend", help="The target's own by default; torch interprets any target.")]
 Device = Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1 and so on; with --backend torch for any target.")]
 Threads = Annotated[int, typer.Option(help="Threads; 0: all cores.")]
-CacheTokens = Annotated[int | None, typer.Option(help="Tokens in the latent cache; what 1 GiB holds by default.")]
+CacheTokens = Annotated[int | None, typer.Option(help="Tokens in the latent cache; default: what 1 GiB or most of a GPU holds")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, errors too.")]
 MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
 Temperature = Annotated[float, typer.Option(help="0 is greedy.")]

@@ -164,10 +164,10 @@ def load(
 ) -> Engine:  # fmt: skip
     """An engine for a target of the bundle at `path` (the only one by default).
 
-    cache_tokens: tokens in the latent cache, by default what 1 GiB holds, 8 full contexts at most. threads: 0 for all
-    cores. backend: the target's own by default; "torch" interprets any target's graph. device: "cpu", "cuda" or "cuda:1";
-    "auto" is what the target is for, and with backend "torch" a GPU where there is one. Raises BundleError if the bundle or
-    the target cannot be used, RequestError for a wrong option.
+    cache_tokens: tokens in the latent cache, by default what 1 GiB holds, 8 full contexts at most; on a GPU what nine
+    tenths of its free memory hold. threads: 0 for all cores. backend: the target's own by default; "torch" interprets any
+    target's graph. device: "cpu", "cuda" or "cuda:1"; "auto" is what the target is for, and with backend "torch" a GPU where
+    there is one. Raises BundleError if the bundle or the target cannot be used, RequestError for a wrong option.
     """
     if cache_tokens is not None and cache_tokens < 1:
         raise RequestError(f"cache_tokens is {cache_tokens}, accepted: 1 or more")

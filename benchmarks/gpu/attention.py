@@ -3,6 +3,8 @@
 Both sections go on with mla_prefill (benchmarks/gpu/prefill.py).
 """
 
+from collections.abc import Callable
+
 import torch
 
 from benchmarks.gpu.run import BF16_FLOPS, HBM, Run, relative_error, timed
@@ -44,10 +46,12 @@ def batch(run: Run, new: list[int], past: list[int], heads: int, dtype: torch.dt
 def check(run: Run) -> None:
     """Both head counts, both dtypes, every case; the cache must come out bit for bit."""
     sizes = dict(rank=64, rope=16) if run.dry else {}
-    for heads in (16,) if run.dry else (16, 128):
-        for dtype in (torch.bfloat16,) if run.dry else (torch.bfloat16, torch.float16):
+    for dtype in (torch.bfloat16,) if run.dry else (torch.bfloat16, torch.float16):
+        for heads in (16,) if run.dry else (16, 128):
             for name, (new, past) in (DRY_CASES if run.dry else CASES).items():
-                _check_case(run, f"{name}, {heads} heads, {dtype}", batch(run, new, past, heads, dtype, **sizes))
+                label = f"{name}, {heads} heads, {dtype}"
+                if not run.late(label):
+                    _check_case(run, label, batch(run, new, past, heads, dtype, **sizes))
     _prefill().check(run)
 
 
@@ -72,57 +76,70 @@ def _check_case(run: Run, name: str, arguments: list) -> None:
 
 
 def measure(run: Run) -> None:
-    """Decode: batch x context x heads. Several launches in a row read different pages where one set would fit in the L2."""
+    """Decode: batch x context x heads. Launches in a row read different pages, so that none is found in the L2."""
+    from benchmarks.gpu.ahead import Ahead
+
     _prefill().measure(run)
     heads = (16,) if run.dry else (16, 128)
     contexts = (128,) if run.dry else (1024, 4096, 16384, 65536)
     batches = (2,) if run.dry else (1, 16, 64, 128)
     rank, rope = (64, 16) if run.dry else (512, 64)
-    pages = 1 + max(batches) * (max(contexts) // PAGE + 1)
-    cache = run.randn(pages, PAGE, rank + rope)
+    pages = 1 + min(max(batches) * (max(contexts) // PAGE + 2), run.free_bytes() // 2 // (PAGE * 2 * (rank + rope)))
+    cache, ahead = run.randn(pages, PAGE, rank + rope), Ahead(run)
     for h in heads:
         for length in contexts:
             for b in batches:
-                if not run.late(f"{h} heads, batch {b}, context {length}"):
-                    _measure_one(run, cache, h, b, length, rank, rope)
+                label = f"decode {h} heads, batch {b}, context {length}"
+                if b * (length // PAGE) >= pages:
+                    run.skip(label, "the cache does not fit into this GPU's memory")
+                elif not run.late(label):
+                    _measure_one(run, ahead, label, cache, h, b, length)
 
 
-def _measure_one(run: Run, cache: torch.Tensor, heads: int, sequences: int, length: int, rank: int, rope: int) -> None:
-    sets = _input_sets(run, cache, heads, sequences, length, rank, rope)
+def _measure_one(run: Run, ahead, label: str, cache: torch.Tensor, heads: int, sequences: int, length: int) -> None:
+    sets = _input_sets(run, cache, heads, sequences, length)
+    ours, kernels = _ours(ahead, sets)
+    found = timed(run, {"latentrt": ours} | _baselines(run, sets, length), len(sets))
+    tokens, width, rank = sequences * length, cache.shape[2], sets[0][0].shape[2]
+    read = tokens * 2 * width + sequences * heads * 2 * (rank + width)
+    operations = 2 * tokens * heads * (rank + width)
+    seconds, memory = found["latentrt"], read / HBM
+    bound = max(memory, operations / BF16_FLOPS)
+    others = {f"{name}_us": s * 1e6 for name, s in found.items() if name != "latentrt"}
+    run.measure(
+        label, us=seconds * 1e6, GBps=read / seconds / 1e9,
+        TFLOPS=operations / seconds / 1e12, of_roofline=bound / seconds, of_copy=read / seconds / run.ceilings["copy"],
+        bound="memory" if bound == memory else "compute", kernels=kernels, sets=len(sets), **others,
+        **{f"{n}_ratio": s / seconds for n, s in found.items() if n != "latentrt"},
+    )  # fmt: skip
+
+
+def _ours(ahead, sets: list[list]) -> tuple[Callable[[], None], str]:
+    """Runs all sets, with kernels compiled ahead of time where they are there; and which kernels these are."""
+    from benchmarks.gpu.ahead import jit
 
     def ours() -> None:
         for arguments in sets:
             mla_attention_(*arguments, SCALE, "bfloat16")
 
-    candidates = {"latentrt": ours} | _baselines(run, sets, length)
-    found = timed(run, candidates, len(sets))
-    tokens = sequences * length
-    read = tokens * 2 * (rank + rope) + sequences * heads * 2 * (2 * rank + rope)
-    operations = 2 * tokens * heads * (2 * rank + rope)
-    seconds, memory = found["latentrt"], read / HBM
-    bound = max(memory, operations / BF16_FLOPS)
-    others = {f"{name}_us": s * 1e6 for name, s in found.items() if name != "latentrt"}
-    run.measure(
-        f"decode {heads} heads, batch {sequences}, context {length}", us=seconds * 1e6, GBps=read / seconds / 1e9,
-        TFLOPS=operations / seconds / 1e12, of_roofline=bound / seconds, of_copy=read / seconds / run.ceilings["copy"],
-        bound="memory" if bound == memory else "compute", **others,
-        **{f"{n}_ratio": s / seconds for n, s in found.items() if n != "latentrt"},
-    )  # fmt: skip
+    attributes = dict(softmax_scale=SCALE, cache_format="bfloat16")
+    return ahead.calls("mla_attention", sets, attributes) or (ours, jit())
 
 
-def _input_sets(run: Run, cache: torch.Tensor, heads: int, sequences: int, length: int, rank: int, rope: int) -> list[list]:
-    """Arguments that read disjoint pages, together more than the L2 holds, as far as the cache has room."""
-    width = (length + PAGE - 1) // PAGE
+def _input_sets(run: Run, cache: torch.Tensor, heads: int, sequences: int, length: int) -> list[list]:
+    """Arguments that read disjoint pages, together several times what the L2 holds, as far as the cache has room."""
+    width, rank = (length + PAGE - 1) // PAGE, 64 if run.dry else 512
     per_set = sequences * width
-    count = max(1, min(8, (cache.shape[0] - 1) // per_set, -(-(256 << 20) // (per_set * PAGE * 2 * (rank + rope)))))
+    count = max(1, min(run.sets(per_set * cache[0].nbytes), (cache.shape[0] - 1) // per_set))
     order = torch.randperm(cache.shape[0] - 1, device=run.device).int() + 1
     integers = dict(dtype=torch.int32, device=run.device)
     lengths = torch.full((sequences,), length - 1, **integers)
     starts, number = torch.arange(sequences + 1, **integers), torch.tensor([sequences], **integers)
+    rope = cache.shape[2] - rank
     shapes = (sequences, heads, rank), (sequences, heads, rope), (sequences, rank), (sequences, rope)
     sets = []
     for i in range(count):
-        table = order[i * per_set : (i + 1) * per_set].view(sequences, width).contiguous()
+        table = order[i * per_set : (i + 1) * per_set].view(sequences, width).clone()  # 16-byte aligned
         sets.append([*(run.randn(*s) for s in shapes), cache, table, lengths, starts, number])
     return sets
 

@@ -19,22 +19,19 @@ def candidates(run: Run, sets: list[list], length: int, scale: float) -> dict[st
             found[name]()
         except Exception as error:  # a baseline that is missing or refuses must not end the section
             found.pop(name, None)
-            if not any(s["name"] == name for s in run.skipped):
-                run.skip(name, f"{type(error).__name__}: {error}")
+            run.skip_once(name, f"{type(error).__name__}: {error}")
     return found
 
 
 def _sdpa(sets: list[list], length: int, scale: float) -> Callable[[], None]:
-    """Heads as query rows over one key head: q [B, 1, H, 576], k [B, 1, L, 576], v [B, 1, L, 512]."""
-    cache, table = sets[0][4], sets[0][5]
-    if table.numel() * cache[0].nbytes > _MOST_KEYS:
+    """Heads as query rows over one key head: q [B, 1, H, 576], k [B, 1, L, 576], v [B, 1, L, 512]; keys of its own per set."""
+    cache, rank = sets[0][4], sets[0][0].shape[-1]
+    if sum(s[5].numel() for s in sets) * cache[0].nbytes > _MOST_KEYS:
         raise MemoryError("contiguous keys would take too much memory")
-    rank = sets[0][0].shape[-1]
-    keys = cache[table.long()].flatten(1, 2)[:, None, :length]
-    queries = [torch.cat(s[:2], -1)[:, None] for s in sets]
+    operands = [(torch.cat(s[:2], -1)[:, None], cache[s[5].long()].flatten(1, 2)[:, None, :length]) for s in sets]
 
     def run_all() -> None:
-        for q in queries:
+        for q, keys in operands:
             F.scaled_dot_product_attention(q, keys, keys[..., :rank], scale=scale)
 
     return run_all
@@ -60,17 +57,19 @@ def _flash_mla(sets: list[list], length: int, scale: float) -> Callable[[], None
 
 
 def _flashinfer(sets: list[list], length: int, scale: float) -> Callable[[], None]:
+    """A wrapper per set: a plan holds the pages that it reads. They share a workspace, since they run one after another."""
     from flashinfer.mla import BatchMLAPagedAttentionWrapper
 
-    q, pe, _, _, cache, table, lengths, starts, _ = sets[0]
-    wrapper = BatchMLAPagedAttentionWrapper(torch.empty(128 << 20, dtype=torch.int8, device=q.device))
-    pages = torch.arange(0, table.numel() + 1, table.shape[1], dtype=torch.int32, device=q.device)
-    shape = q.shape[1], q.shape[2], pe.shape[2], cache.shape[1]
-    wrapper.plan(starts, pages, table.flatten(), lengths + 1, *shape, False, scale, q.dtype, cache.dtype)
-    rank = q.shape[2]
+    rank, workspace = sets[0][0].shape[2], torch.empty(128 << 20, dtype=torch.int8, device=sets[0][0].device)
+    wrappers = []
+    for q, pe, _, _, cache, table, lengths, starts, _ in sets:
+        wrappers.append(BatchMLAPagedAttentionWrapper(workspace))
+        pages = torch.arange(0, table.numel() + 1, table.shape[1], dtype=torch.int32, device=q.device)
+        shape = q.shape[1], q.shape[2], pe.shape[2], cache.shape[1]
+        wrappers[-1].plan(starts, pages, table.flatten(), lengths + 1, *shape, False, scale, q.dtype, cache.dtype)
 
     def run_all() -> None:
-        for s in sets:
+        for wrapper, s in zip(wrappers, sets, strict=True):
             wrapper.run(s[0], s[1], s[4][..., :rank], s[4][..., rank:])
 
     return run_all

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.gpu import model
+from benchmarks.gpu import engine_cache, model
 from benchmarks.gpu.run import Run
 
 
@@ -38,6 +38,7 @@ def check(run: Run) -> None:
 
 def _check_engine(run: Run, out: Path, name: str, precision: str, texts, reference: str, expected) -> None:
     import build
+    from export.checkpoint import Checkpoint
     from runtime import backends
     from runtime.bundle import Bundle
 
@@ -51,7 +52,11 @@ def _check_engine(run: Run, out: Path, name: str, precision: str, texts, referen
         model.compare(run, f"{label} against {reference}", found, expected, model.LIMITS[precision])
         run.measure(label, **{k: v for k, v in backend.load_seconds.items()})
         backend.close()
+    engine_cache.check(run, f"engine {name} {precision}", Bundle(out), name)
+    config = Checkpoint(model.EXAMPLE).config
     for form in model.FORMS:
-        interpreted = backends.load(Bundle(out), name, backend="torch", cache_tokens=tokens, prefill=form)
-        found = model.teacher_forced(interpreted.step, texts)
-        model.compare(run, f"torch backend on {name} {precision} bundle, {form}", found, expected, model.LIMITS[precision])
+        label = f"torch backend on {name} {precision} bundle, {form}"
+        steps = backends.load(Bundle(out), name, backend="torch", cache_tokens=tokens, prefill=form)
+        program = steps.runner.program if form == "absorbed" else steps.runner.expanded
+        model.check_groups(run, label, program, config, precision)
+        model.compare(run, label, model.teacher_forced(steps.step, texts), expected, model.LIMITS[precision])

@@ -76,11 +76,47 @@ def check(run: Run) -> None:
             for kind, tensor in zip(scheme.stored(w), scheme.encode(w, w.read(checkpoint.read)), strict=True)
         }
         pages = 2 + sum(-(-len(t) // 64) for t in texts)
-        steps = runner(run, graphs(checkpoint.config, precision), stored, checkpoint.config, pages)
-        for form in FORMS:
-            steps.chooser = chooser(checkpoint.config, form)
-            found = teacher_forced(steps.step, texts)
-            compare(run, f"torch backend {precision}, {form}, against {name}", found, expected, LIMITS[precision])
+        models = graphs(checkpoint.config, precision)
+        for capture in (False, True) if run.device.type == "cuda" else (False,):
+            label = f"torch backend {precision}{', decode captured' if capture else ''}"
+            if run.late(label):
+                continue
+            steps = runner(run, models, stored, checkpoint.config, pages, capture=capture)
+            for form in FORMS:
+                _check_form(run, f"{label}, {form}", steps, form, checkpoint.config, precision, texts, name, expected)
+            if capture:
+                run.check(f"{label}: CUDA graphs", float(bool(steps.uncaptured)), 0, steps.uncaptured[:300])
+
+
+def _check_form(run: Run, label: str, steps, form: str, config, precision: str, texts, name: str, expected) -> None:
+    steps.chooser = chooser(config, form)
+    check_groups(run, label, steps.program if form == "absorbed" else steps.expanded, config, precision)
+    try:
+        compare(run, f"{label}, against {name}", teacher_forced(steps.step, texts), expected, LIMITS[precision])
+    except Exception as error:  # capturing may fail where running does not
+        run.check(f"{label} runs", float("nan"), 0, f"{type(error).__name__}: {error}"[:300])
+
+
+def groups(config, precision: str, form: str = "absorbed") -> dict[str, int]:
+    """How many groups of each kind a step graph has, once fused and merged by runtime/backends: so many as its layers imply."""
+    layers = config.num_hidden_layers
+    moe = sum(config.is_moe_layer(i) for i in range(layers))
+    gated = layers if config.n_shared_experts else layers - moe  # layers with a SwiGLU outside of routed experts
+    found = dict(Latent=layers, MoeRoute=moe, MoeExperts=moe, WideLinear=moe, SumNorm=2 * layers - 1, SwiGlu=gated)
+    found["Columns"] = layers + gated  # merged products
+    found |= dict(MlaAttention=layers, MatMulByHead=2 * layers) if form == "absorbed" else dict(MlaPrefill=layers)
+    products = (3 if config.q_lora_rank else 2) * layers + 2 * gated
+    return found | (dict(Float8Linear=products) if precision == "fp8" else {})
+
+
+def check_groups(run: Run, label: str, program, config, precision: str) -> None:
+    """Another exporter's graph may be written otherwise: what is not fused is right, but slow, and says nothing."""
+    expected = groups(config, precision, "expanded" if program.op_counts["MlaPrefill"] else "absorbed")
+    counts = {name: program.op_counts[name] for name in expected}
+    missing = sum(abs(counts[name] - n) for name, n in expected.items())
+    wrong = {name: n for name, n in expected.items() if counts[name] != n}
+    note = ", ".join(f"{name} {n}" for name, n in counts.items()) + (f"; expected {wrong}" if wrong else "")
+    run.check(f"{label}: fused groups that are not as its layers imply", missing, 0, note)
 
 
 def _texts(vocab_size: int, lengths) -> list[list[int]]:

@@ -22,8 +22,13 @@ def measure(run: Run) -> None:
     for precision in example.precisions(run)[: 1 if run.dry else None]:
         start = time.monotonic()
         models = example.graphs(config, precision)
+        if run.device.type == "cuda" and 1.1 * declared_bytes(models["absorbed"]) > run.free_bytes():
+            run.skip(f"V2-Lite {precision}", "the weights do not fit into this GPU's memory")
+            continue
         weights = random_weights(run, models["absorbed"])
         steps = example.runner(run, models, weights, config, 1 + max(sizes) * (CONTEXT // 64 + 1), sizes=sizes)
+        for program in (steps.program, steps.expanded):
+            example.check_groups(run, f"V2-Lite {precision}", program, config, precision)
         for cache in steps.caches.values():
             cache.normal_()
         run.measure(f"V2-Lite {precision} loaded", seconds=time.monotonic() - start, weights_GB=_bytes(weights.values()) / 1e9)
@@ -36,19 +41,28 @@ def measure(run: Run) -> None:
         if run.device.type == "cuda":
             torch.cuda.empty_cache()
     if not run.late("transformers"):
-        _transformers(run, raw)
+        try:
+            _transformers(run, raw)
+        except Exception as error:  # a baseline
+            run.skip("transformers", f"{type(error).__name__}: {error}")
+
+
+def declared(model) -> dict[str, tuple[list[int], torch.dtype]]:
+    """Shape and dtype of every weight input of `model`."""
+    from runtime.backends.torch_ops import DTYPES
+
+    kinds = {i.name: i.type.tensor_type for i in model.graph.input if i.name.startswith(("model.", "lm_head"))}
+    return {name: ([d.dim_value for d in k.shape.dim], DTYPES[k.elem_type]) for name, k in kinds.items()}
+
+
+def declared_bytes(model) -> int:
+    return sum(int(np.prod(shape)) * dtype.itemsize for shape, dtype in declared(model).values())
 
 
 def random_weights(run: Run, model) -> dict[str, torch.Tensor]:
     """Every weight input of `model`, made on the device: sizes that keep activations finite."""
-    from runtime.backends.torch_ops import DTYPES
-
     found = {}
-    for value in model.graph.input:
-        name, kind = value.name, value.type.tensor_type
-        if not (name.startswith("model.") or name.startswith("lm_head")):
-            continue
-        shape, dtype = [d.dim_value for d in kind.shape.dim], DTYPES[kind.elem_type]
+    for name, (shape, dtype) in declared(model).items():
         tensor = torch.empty(shape, dtype=dtype, device=run.device)
         if name.endswith(".scale"):
             tensor.fill_(1.0 / 448 * 0.1)
@@ -77,11 +91,11 @@ def _measure_one(run: Run, steps, config, weights: dict, precision: str, size: i
     batch = StepBatch.of([SequenceRows([7 + i], context, [0]) for i in range(size)], table)
     logits = steps.step(batch)
     run.check(f"V2-Lite {precision}, batch {size}: logits that are not numbers", float((~np.isfinite(logits)).sum()), 0)
-    if run.device.type == "cuda":
-        captured = steps.captured(decode_shape(batch, steps.sizes, steps.max_pages))
-        seconds = timed(run, {"step": captured.graph.replay})["step"]
-    else:
-        seconds = timed(run, {"step": lambda: steps.step(batch)})["step"]
+    captured = steps.captured(decode_shape(batch, steps.sizes, steps.max_pages)) if steps.capture else None
+    if steps.capture:
+        run.check(f"V2-Lite {precision}, batch {size}: CUDA graph", float(not captured), 0, steps.uncaptured[:300])
+    step = captured.graph.replay if captured else lambda: steps.step(batch)
+    seconds = timed(run, {"step": step}, capture=False)["step"]
     start = time.perf_counter()
     for _ in range(1 if run.dry else 10):
         steps.step(batch)

@@ -19,10 +19,16 @@ def probe(run: Run) -> None:
     run.measure("TensorRT-RTX", version=tensorrt_rtx.__version__)
     for capabilities in TARGETS[:1] if run.dry else TARGETS:
         label = "+".join(capabilities) or "default"
+        if run.late(f"probe {label}"):
+            continue
         command = [sys.executable, "-m", "benchmarks.gpu.probe", *capabilities]
         root = Path(__file__).parents[2]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(root), os.environ.get("PYTHONPATH", "")])}
-        child = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, env=environment)
+        try:
+            child = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=60, env=environment)
+        except subprocess.TimeoutExpired:
+            run.measure(f"probe {label}", outcome="does not end within 60 s")
+            continue
         lines = (child.stdout or child.stderr).strip().splitlines()
         answer = lines[-1][-200:] if lines else "no output"
         run.measure(f"probe {label}", outcome=answer if child.returncode == 0 else f"exit {child.returncode}: {answer}")

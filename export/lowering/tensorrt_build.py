@@ -83,6 +83,9 @@ def _config(trt, builder, network, job: BuildJob, tell):
     if hasattr(config, "set_compute_capability") and job.module == "tensorrt_rtx":
         config.num_compute_capabilities = 1
         config.set_compute_capability(getattr(trt.ComputeCapability, f"SM{job.compute_capability}"), 0)
+    if job.module == "tensorrt_rtx":
+        # else TensorRT-RTX may allocate within a step, and such a step cannot be captured into a CUDA graph
+        config.set_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
     # without it a plugin's output may not share memory with its input, and the latent cache would be copied every step
     config.set_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03, True)
     config.progress_monitor = _monitor(trt, tell)

@@ -50,37 +50,50 @@ def _load_keys(tokens, real, dtype: tl.constexpr, RANK: tl.constexpr, ROPE: tl.c
 
 
 @triton.jit
-def _soften(scores, best, total, AXIS: tl.constexpr):
-    """One online-softmax step along AXIS: weights, and the new maximum, sum, and factor of what was summed before."""
-    top = tl.maximum(best, tl.max(scores, AXIS))
-    base = tl.where(top == float("-inf"), 0.0, top)  # a row may see no token of this block
-    factor = tl.exp2(best - base)
-    weights = tl.exp2(scores - tl.expand_dims(base, AXIS))
-    return weights, top, total * factor + tl.sum(weights, AXIS), factor
+def _score(q, q_pe, keys, keys_pe, n0, lo, hi, M: tl.constexpr, BLOCK_N: tl.constexpr, UNCHAIN: tl.constexpr):
+    """q keys^T + q_pe keys_pe^T [M, BLOCK_N].
+
+    Triton lays a product whose result enters another product along M alone, so that both warp groups compute all of 64
+    rows. It does not look past a branch: UNCHAIN puts each of the two into one that is always taken.
+    """
+    if UNCHAIN:
+        latent = tl.zeros([M, BLOCK_N], tl.float32)
+        scores = tl.zeros([M, BLOCK_N], tl.float32)
+        if n0 < hi:
+            latent = tl.dot(q, tl.trans(keys))
+        if n0 >= lo:  # another condition, or the two branches become one
+            scores = tl.dot(q_pe, tl.trans(keys_pe), latent)
+    else:
+        scores = tl.dot(q_pe, tl.trans(keys_pe), tl.dot(q, tl.trans(keys)))
+    return scores
 
 
 @triton.jit
 def _attend_pages(q, q_pe, position, cache, pages, lo, hi, scale_log2e, M: tl.constexpr, RANK: tl.constexpr,
                   ROPE: tl.constexpr, ROPE_PAD: tl.constexpr, PAGE: tl.constexpr, BLOCK_N: tl.constexpr,
-                  SWAP: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """Attends q [M, RANK], q_pe [M, ROPE_PAD] to tokens lo .. hi: acc ([RANK, M] if SWAP), maximum and sum [M]."""
+                  UNCHAIN: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """Attends q [M, RANK], q_pe [M, ROPE_PAD] to tokens lo .. hi: sum [M, RANK] of values, maximum and sum [M] of weights.
+
+    A page number is loaded one block early, else the pipeline has nothing to address the next block's loads with.
+    """
     best = tl.full([M], float("-inf"), tl.float32)
     total = tl.zeros([M], tl.float32)
-    acc = tl.zeros([RANK, M] if SWAP else [M, RANK], tl.float32)
+    acc = tl.zeros([M, RANK], tl.float32)
+    page = tl.load(pages + lo // PAGE)
     for n0 in tl.range(lo, hi, BLOCK_N, num_stages=STAGES):
         n = n0 + tl.arange(0, BLOCK_N)
-        token = tl.load(pages + n0 // PAGE).to(tl.int64) * PAGE + n0 % PAGE
+        token = page.to(tl.int64) * PAGE + n0 % PAGE
+        page = tl.load(pages + tl.minimum(n0 + BLOCK_N, hi - 1) // PAGE)
         keys, keys_pe = _load_keys(cache + token * (RANK + ROPE), n < hi, q.dtype, RANK, ROPE, ROPE_PAD, BLOCK_N)
-        if SWAP:
-            scores = tl.dot(keys_pe, tl.trans(q_pe), tl.dot(keys, tl.trans(q))) * scale_log2e  # [N, M]
-            scores = tl.where((n[:, None] <= position[None, :]) & (n < hi)[:, None], scores, float("-inf"))
-            weights, best, total, factor = _soften(scores, best, total, 0)
-            acc = tl.dot(tl.trans(keys), weights.to(q.dtype), acc * factor[None, :])
-        else:
-            scores = tl.dot(q_pe, tl.trans(keys_pe), tl.dot(q, tl.trans(keys))) * scale_log2e  # [M, N]
-            scores = tl.where((n[None, :] <= position[:, None]) & (n < hi)[None, :], scores, float("-inf"))
-            weights, best, total, factor = _soften(scores, best, total, 1)
-            acc = tl.dot(weights.to(q.dtype), keys, acc * factor[:, None])
+        scores = _score(q, q_pe, keys, keys_pe, n0, lo, hi, M, BLOCK_N, UNCHAIN) * scale_log2e
+        scores = tl.where((n[None, :] <= position[:, None]) & (n < hi)[None, :], scores, float("-inf"))
+        top = tl.maximum(best, tl.max(scores, 1))
+        base = tl.where(top == float("-inf"), 0.0, top)  # a row may see no token of this block
+        factor = tl.exp2(best - base)
+        weights = tl.exp2(scores - base[:, None])
+        total = total * factor + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(q.dtype), keys, acc * factor[:, None])
+        best = top
     return acc, best, total
 
 
@@ -88,7 +101,7 @@ def _attend_pages(q, q_pe, position, cache, pages, lo, hi, scale_log2e, M: tl.co
 def attend(q_latent, q_pe, cache, block_table, cached_lengths, query_starts, num_tokens, output, lse, scale_log2e,
            tokens, sequences, max_pages, HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
            ROPE_PAD: tl.constexpr, PAGE: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
-           BLOCK_N: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr, SEARCH: tl.constexpr):  # fmt: skip
+           BLOCK_N: tl.constexpr, UNCHAIN: tl.constexpr, STAGES: tl.constexpr, SEARCH: tl.constexpr):  # fmt: skip
     """Attention of one tile over one split. Without lse: output [T, HEADS, RANK] in q's dtype, one split.
 
     With lse: output [T, HEADS, splits, RANK] float32, lse [T, HEADS, splits] (base 2), -inf where a split has no token.
@@ -121,34 +134,28 @@ def attend(q_latent, q_pe, cache, block_table, cached_lengths, query_starts, num
     pe = tl.load(q_pe + at[:, None] * ROPE + r[None, :], mask=real[:, None] & (r < ROPE)[None, :], other=0.0)
     pages = block_table + sequence.to(tl.int64) * max_pages
     acc, best, total = _attend_pages(q, pe, t + shift, cache, pages, lo, hi, scale_log2e, M, RANK, ROPE,
-                                     ROPE_PAD, PAGE, BLOCK_N, SWAP, STAGES)  # fmt: skip
+                                     ROPE_PAD, PAGE, BLOCK_N, UNCHAIN, STAGES)  # fmt: skip
     divisor = tl.where(total > 0, total, 1.0)
-    if SWAP:
-        values = (acc / divisor[None, :]).to(output.dtype.element_ty)
-        tl.store(output + place[None, :] * RANK + d[:, None], values, mask=real[None, :])
-    else:
-        values = (acc / divisor[:, None]).to(output.dtype.element_ty)
-        tl.store(output + place[:, None] * RANK + d[None, :], values, mask=real[:, None])
+    values = (acc / divisor[:, None]).to(output.dtype.element_ty)
+    tl.store(output + place[:, None] * RANK + d[None, :], values, mask=real[:, None])
     if lse is not None:
         tl.store(lse + place, best + tl.log2(total), mask=real)
 
 
 @triton.jit(do_not_specialize=["splits"])
-def combine(partial, lse, attended, splits, RANK: tl.constexpr, MAX_SPLITS: tl.constexpr):
+def combine(partial, lse, attended, splits, RANK: tl.constexpr, BLOCK_D: tl.constexpr, MAX_SPLITS: tl.constexpr):
     """partial [T * H, splits, RANK] float32, lse [T * H, splits] -> attended [T * H, RANK]; zero if all lse are -inf."""
     row = tl.program_id(0).to(tl.int64)
-    s = tl.arange(0, MAX_SPLITS)
-    every = tl.load(lse + row * splits + s, mask=s < splits, other=float("-inf"))  # [MAX_SPLITS]
+    d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    s = row * splits + tl.arange(0, MAX_SPLITS)
+    every = tl.load(lse + s, mask=s < (row + 1) * splits, other=float("-inf"))  # [MAX_SPLITS]
+    wrote = every > float("-inf")  # an empty split wrote no partial row
     best = tl.max(every, 0)
-    best = tl.where(best == float("-inf"), 0.0, best)
-    total = tl.sum(tl.exp2(every - best), 0)
-    d = tl.arange(0, RANK)
-    acc = tl.zeros([RANK], tl.float32)
-    for i in range(0, splits):
-        one = tl.load(lse + row * splits + i)
-        if one > float("-inf"):  # an empty split wrote no partial row
-            acc += tl.exp2(one - best) * tl.load(partial + (row * splits + i) * RANK + d)
-    tl.store(attended + row * RANK + d, (acc / tl.where(total > 0, total, 1.0)).to(attended.dtype.element_ty))
+    weights = tl.exp2(every - tl.where(best == float("-inf"), 0.0, best))
+    values = tl.load(partial + s[:, None] * RANK + d[None, :], mask=wrote[:, None], other=0.0)
+    total = tl.sum(weights, 0)
+    value = tl.sum(weights[:, None] * values, 0) / tl.where(total > 0, total, 1.0)
+    tl.store(attended + row * RANK + d, value.to(attended.dtype.element_ty))
 
 
 def mla_attention_(

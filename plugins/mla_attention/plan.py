@@ -12,9 +12,11 @@ DTYPES = ("bfloat16", "float16")
 CACHE_FORMATS = ("bfloat16", "float16")
 SEARCH_BLOCK = 128  # sequences looked at together when a program finds its own
 MAX_WIDTH = 576  # elements of a cached token that the tiles leave shared memory for
-MAX_SPLITS = 64
-MAX_WAVES = 4  # splitting makes no more programs than this per multiprocessor
-SPLIT_COST = 4  # blocks of cached tokens that take as long as a program's beginning, end and share of the combine
+COMBINE = {16: 128, 64: 64, 256: 32}  # most splits that a kernel adds up at once, and elements of the rank it does so for
+MAX_SPLITS = max(COMBINE)
+MAX_PROGRAMS = 4  # splitting makes no more programs than this per multiprocessor
+SPLIT_COST = 4  # blocks of cached tokens that take as long as a program's beginning and end
+PARTIALS = 100  # partial tiles that are written and read again in the time of one block
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ def plan(config: Attention, tokens: int, sequences: int, max_pages: int, target:
     size = "few" if power_of_two(config.heads) * cdiv(tokens, max(sequences, 1)) <= FEW else "many"
     tile, block_h, rows = _tile(config, size, target)
     programs = cdiv(tokens + sequences * (rows - 1), rows) * cdiv(config.heads, block_h)
-    splits = _splits(programs, max_pages * config.page_size, tile.block_n, target)
+    splits = _splits(programs, cdiv(max_pages * config.page_size, _block_n(config, tile)), tile.ctas, target)
     numbers = dict(tokens=tokens, sequences=sequences, max_pages=max_pages)
     launches = [append(config, numbers)]
     kernel = _attend_kernel(config, size, splits > 1, target)
@@ -64,9 +66,9 @@ def plan(config: Attention, tokens: int, sequences: int, max_pages: int, target:
     launches.append(bind(kernel, (programs, splits), **attend, **{n: n for n in tensors}))
     if splits == 1:
         return Plan(tuple(launches))
-    combine = _combine_kernel(config)
-    launches.append(bind(combine, (tokens * config.heads,), partial="partial", lse="lse", attended="attended", splits=splits))
-    pairs = tokens * config.heads
+    combine, pairs = _combine_kernel(config, splits), tokens * config.heads
+    grid = (pairs, config.kv_lora_rank // dict(combine.constexprs)["BLOCK_D"])
+    launches.append(bind(combine, grid, partial="partial", lse="lse", attended="attended", splits=splits))
     workspace = place(("partial", "fp32", (pairs, splits, config.kv_lora_rank)), ("lse", "fp32", (pairs, splits)))
     return Plan(tuple(launches), workspace)
 
@@ -75,12 +77,13 @@ def kernels(config: Attention, target: Target) -> tuple[KernelSpec, ...]:
     """Every kernel that a plan of `config` can name, whatever its shapes."""
     sizes = ("few", "many") if power_of_two(config.heads) <= FEW else ("many",)
     attend = [_attend_kernel(config, size, split, target) for size in sizes for split in (False, True)]
-    return tuple(dict.fromkeys((append_kernel(config), *attend, _combine_kernel(config))))
+    combine = [_combine_kernel(config, splits) for splits in COMBINE]
+    return tuple(dict.fromkeys((append_kernel(config), *attend, *combine)))
 
 
 def workspace_bytes(config: Attention, target: Target) -> int:
     """The most workspace that a plan of `config` needs, whatever its shapes: only split tiles need any."""
-    pairs = MAX_WAVES * target.num_sms * max(t.block_m for t in TILES[target.capability].values())  # times splits
+    pairs = MAX_PROGRAMS * target.num_sms * max(t.block_m for t in TILES[target.capability].values())  # times splits
     buffers = place(("partial", "fp32", (pairs, config.kv_lora_rank)), ("lse", "fp32", (pairs,)))
     return buffers[-1].offset + buffers[-1].size
 
@@ -92,16 +95,21 @@ def _tile(config: Attention, size: str, target: Target) -> tuple[Tile, int, int]
     return tile, block_h, tile.block_m // block_h
 
 
-def _splits(programs: int, capacity: int, block_n: int, target: Target) -> int:
-    """How many programs share one tile's cached tokens: what would be fastest if all sequences filled their pages.
+def _block_n(config: Attention, tile: Tile) -> int:
+    return min(tile.block_n, config.page_size)
 
-    One program runs on a multiprocessor at a time (the tiles take most of its shared memory), so time goes in waves.
+
+def _splits(programs: int, blocks: int, ctas: int, target: Target) -> int:
+    """How many programs share one tile's blocks of cached tokens: what would be fastest if all sequences filled their pages.
+
+    `ctas` programs run on a multiprocessor at a time, so time goes in waves. Blocks are divided without rounding up: most
+    sequences are shorter than their pages.
     """
-    blocks = cdiv(capacity, block_n)
-    limit = min(MAX_SPLITS, blocks, MAX_WAVES * target.num_sms // programs)
+    limit = min(MAX_SPLITS, blocks, MAX_PROGRAMS * target.num_sms // programs)
 
-    def duration(splits: int) -> int:
-        return cdiv(programs * splits, target.num_sms) * (cdiv(blocks, splits) + SPLIT_COST)
+    def duration(splits: int) -> float:
+        waves = cdiv(programs * splits, ctas * target.num_sms)
+        return waves * (blocks / splits + SPLIT_COST) + (programs * splits / PARTIALS if splits > 1 else 0)
 
     return min(range(1, max(limit, 1) + 1), key=duration)
 
@@ -137,22 +145,26 @@ def _attend_kernel(config: Attention, size: str, split: bool, target: Target) ->
         ("scale_log2e", "fp32"), ("tokens", "i32"), ("sequences", "i32"), ("max_pages", "i32"),
     )  # fmt: skip
     constexprs = _dims(config) | dict(
-        HEADS=config.heads, ROWS=rows, BLOCK_H=block_h, BLOCK_N=min(tile.block_n, config.page_size), SWAP=tile.swap,
-        STAGES=tile.stages, SEARCH=SEARCH_BLOCK,
+        HEADS=config.heads, ROWS=rows, BLOCK_H=block_h, BLOCK_N=_block_n(config, tile),
+        UNCHAIN=tile.unchain, STAGES=tile.stages, SEARCH=SEARCH_BLOCK,
     )  # fmt: skip
     if not split:
         arguments = tuple(a for a in arguments if a[0] != "lse")
         constexprs["lse"] = None
     grid = f"(cdiv(tokens + sequences * {rows - 1}, {rows}) * {cdiv(config.heads, block_h)}, splits)"
     return KernelSpec(
-        "mla_attention", "attend", arguments, tuple(constexprs.items()), tile.warps, tile.stages, grid, "f16",
+        "mla_attention", "attend", arguments, tuple(constexprs.items()), tile.warps, tile.stages, grid, tile.product,
         tile.spills_because,
     )  # fmt: skip
 
 
-def _combine_kernel(config: Attention) -> KernelSpec:
+def _combine_kernel(config: Attention, splits: int) -> KernelSpec:
+    """The smallest that takes `splits`."""
+    most = min(n for n in COMBINE if n >= splits)
+    block_d = min(COMBINE[most], config.kv_lora_rank)
     arguments = (
         ("partial", "*fp32"), ("lse", "*fp32"), ("attended", f"*{ELEMENTS[config.dtype]}"), ("splits", "i32"),
     )  # fmt: skip
-    constexprs = (("RANK", config.kv_lora_rank), ("MAX_SPLITS", MAX_SPLITS))
-    return KernelSpec("mla_attention", "combine", arguments, constexprs, 4, 1, f"(tokens * {config.heads},)")
+    constexprs = (("RANK", config.kv_lora_rank), ("BLOCK_D", block_d), ("MAX_SPLITS", most))
+    grid = f"(tokens * {config.heads}, {config.kv_lora_rank // block_d})"
+    return KernelSpec("mla_attention", "combine", arguments, constexprs, 4, 1, grid)

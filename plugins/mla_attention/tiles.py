@@ -1,10 +1,16 @@
 """Block sizes of the attention kernels, one row per architecture. Strings and integers only.
 
 A tile is block_m (query row, head) pairs of one sequence against block_n cached tokens at a time. "few" serves one token
-of up to 16 heads, "many" everything else. swap 1 computes S^T = K Q^T and O^T = V^T P^T, which puts cached tokens and
-latent elements on the M axis of the tensor cores: that axis is 64 wide at least on Hopper and Blackwell; elsewhere it is
-16, and 16 heads fill it. The pipeline gives a load that waits for a page number half of its stages, so below 9.0 five
-stages hold two blocks of tokens in shared memory.
+of up to 16 heads, "many" everything else.
+
+Products are mma.sync (HMMA), which every architecture has and whose M axis 16 heads fill: queries and two blocks of
+tokens, one of them on its way, then take so little shared memory that Hopper and B200 run two programs on a
+multiprocessor. The 64 rows of wgmma and tcgen05 need not be fed for 16 heads: they do 30 operations per byte of cache, and
+mma.sync keeps up with memory. With 64 pairs a tile Hopper computes by wgmma while the next block loads. How fast B200 runs
+mma.sync is not measured here.
+
+Four warps share a block's tokens out among them, eight at a time: with 32 they compute nothing twice, with 16 the scores.
+Shared memory holds stages - 1 blocks, with wgmma as many as stages.
 """
 
 from dataclasses import dataclass
@@ -16,27 +22,31 @@ class Tile:
     block_n: int
     warps: int
     stages: int
-    swap: int
+    ctas: int  # programs that a multiprocessor holds at 512 + 64 elements a token: what plans count on
+    product: str = "f16_sync"
+    unchain: int = 0  # see kernel._score
     spills_because: str = ""
 
 
 FEW = 16  # (query row, head) pairs per sequence on average that "few" serves at most
 
-_HOPPER_SPILLS = (
-    "a [64, 512] float32 sum takes 128 registers; 29 of the loop's 1204 instructions are spills, smaller tiles lose wgmma"
-)
-_BLACKWELL_SPILLS = (
-    "49 of the loop's 2719 instructions are spills; 16 heads a tile spill none but read the cache twice as often"
-)
-_RTX_SPILLS = "8 bytes where the output is direct, reloaded twice outside the loop"
-_SMALL = {"few": Tile(16, 32, 4, 5, 0), "many": Tile(32, 16, 8, 5, 0)}  # 99 KiB of shared memory
-_RTX_BLACKWELL = _SMALL | {"few": Tile(16, 32, 4, 5, 0, _RTX_SPILLS)}
+_A100 = "136 bytes of stack, none of it used in the loop; its sum, [32, 512] float32, takes half of the registers"
+_DIRECT = "8 bytes where the output is direct, not used in the loop"
+_RTX = "160 bytes of stack, none of it used in the loop; its sum, [32, 512] float32, takes half of the registers"
+_HOPPER = "328 bytes of stack, none of it used in the loop; its sum, [64, 512] float32, takes half of the registers"
+_B200 = "200 bytes of stack; 12 of the loop's 768 instructions reload, none stores"
+_RTX_MANY = Tile(32, 16, 4, 4, 1, spills_because=_RTX)  # in 99 KiB of shared memory
+_ADA = {"few": Tile(16, 32, 4, 3, 1), "many": _RTX_MANY}
+_RTX_BLACKWELL = {"few": Tile(16, 32, 4, 3, 1, spills_because=_DIRECT), "many": _RTX_MANY}
 TILES: dict[int, dict[str, Tile]] = {
-    80: {"few": Tile(16, 32, 4, 7, 0), "many": Tile(32, 32, 8, 5, 0)},
-    86: _SMALL,
-    89: _SMALL,
-    90: {"few": Tile(16, 64, 8, 2, 1), "many": Tile(64, 64, 8, 2, 0, _HOPPER_SPILLS)},
-    100: {"few": Tile(16, 64, 8, 2, 1), "many": Tile(32, 64, 8, 2, 1, _BLACKWELL_SPILLS)},
+    80: {
+        "few": Tile(16, 32, 4, 4, 1, spills_because=_DIRECT),
+        "many": Tile(32, 16, 4, 3, 2, spills_because=_A100),
+    },
+    86: _ADA,
+    89: _ADA,
+    90: {"few": Tile(16, 32, 4, 3, 2), "many": Tile(64, 32, 8, 3, 1, "f16", 1, _HOPPER)},
+    100: {"few": Tile(16, 32, 4, 3, 2), "many": Tile(32, 32, 4, 3, 2, spills_because=_B200)},
     120: _RTX_BLACKWELL,
     121: _RTX_BLACKWELL,
-}
+}  # fmt: skip

@@ -2,8 +2,9 @@
 
 A pair is (token, choice), numbered token * top_k + choice. `sort` orders the pairs of local experts by expert, and writes
 a table of tiles: expert, first and last + 1 position in that order. `gate_up` and `down` take a tile and a block of
-output channels each; `combine` adds up a token's pairs in the order of its choices. Nothing depends on timing: the same
-input gives the same bits.
+output channels each; `combine` adds up a token's pairs in the order of its choices. The pairs of a single token are not
+sorted: each is a tile of its own, at the position of its number. Nothing depends on timing: the same input gives the same
+bits.
 """
 
 import torch
@@ -84,18 +85,34 @@ def _block(at, column, inside, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def gate_up(rows, weight, output, order, table, row_scale, channel_scale, TOP_K: tl.constexpr,
-            INTERLEAVED: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr, BLOCK_M: tl.constexpr,
-            BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+def _pairs(tile, order, table, topk_ids, first_expert, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
+    """Expert of a tile, -1 if none; its positions [BLOCK_M], whether they are real, and the pairs there."""
+    if table is None:
+        expert = tl.load(topk_ids + tile) - first_expert
+        expert = tl.where(expert < EXPERTS, expert, -1)
+        position = tile + tl.arange(0, BLOCK_M)
+        real = position == tile
+        pair = position
+    else:
+        expert = tl.load(table + tile * 4)
+        position = tl.load(table + tile * 4 + 1) + tl.arange(0, BLOCK_M)
+        real = position < tl.load(table + tile * 4 + 2)
+        pair = tl.load(order + position, mask=real, other=0)
+    return expert, position, real, pair
+
+
+@triton.jit(do_not_specialize=["first_expert"])
+def gate_up(rows, weight, output, order, table, topk_ids, first_expert, row_scale, channel_scale, TOP_K: tl.constexpr,
+            INTERLEAVED: tl.constexpr, EXPERTS: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr,
+            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
+            STAGES: tl.constexpr):  # fmt: skip
     """output [position, INNER] = silu(gate) * up of rows [T, HIDDEN], weight [E, 2 * INNER, HIDDEN]; one tile."""
     BLOCKS: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) // BLOCKS
-    expert = tl.load(table + tile * 4)
+    expert, position, real, pair = _pairs(tile, order, table, topk_ids, first_expert, EXPERTS, BLOCK_M)
     if expert < 0:
         return
-    position = tl.load(table + tile * 4 + 1) + tl.arange(0, BLOCK_M)
-    real = position < tl.load(table + tile * 4 + 2)
-    token = tl.load(order + position, mask=real, other=0) // TOP_K
+    token = pair // TOP_K
     n = (tl.program_id(0) % BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = n < INNER
     gate_row = n * 2 if INTERLEAVED else n
@@ -122,18 +139,16 @@ def gate_up(rows, weight, output, order, table, row_scale, channel_scale, TOP_K:
     tl.store(at, value.to(output.dtype.element_ty), mask=real[:, None] & exists[None, :])
 
 
-@triton.jit
-def down(rows, weight, output, order, table, row_scale, channel_scale, HIDDEN: tl.constexpr, INNER: tl.constexpr,
-         BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
-         STAGES: tl.constexpr):  # fmt: skip
+@triton.jit(do_not_specialize=["first_expert"])
+def down(rows, weight, output, order, table, topk_ids, first_expert, row_scale, channel_scale, EXPERTS: tl.constexpr,
+         HIDDEN: tl.constexpr, INNER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+         BLOCK_K: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
     """output [pair, HIDDEN] = rows [position, INNER] times weight [E, HIDDEN, INNER]; one tile."""
     BLOCKS: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) // BLOCKS
-    expert = tl.load(table + tile * 4)
+    expert, position, real, pair = _pairs(tile, order, table, topk_ids, first_expert, EXPERTS, BLOCK_M)
     if expert < 0:
         return
-    position = tl.load(table + tile * 4 + 1) + tl.arange(0, BLOCK_M)
-    real = position < tl.load(table + tile * 4 + 2)
     n = (tl.program_id(0) % BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = n < HIDDEN
     a_at = rows + position.to(tl.int64) * INNER
@@ -147,8 +162,7 @@ def down(rows, weight, output, order, table, row_scale, channel_scale, HIDDEN: t
     if row_scale is not None:
         s = tl.load(row_scale + position, mask=real, other=0.0)[:, None]
         acc *= s * tl.load(channel_scale + expert.to(tl.int64) * HIDDEN + n, mask=exists, other=0.0)[None, :]
-    pair = tl.load(order + position, mask=real, other=0).to(tl.int64)
-    at = output + pair[:, None] * HIDDEN + n[None, :]
+    at = output + pair.to(tl.int64)[:, None] * HIDDEN + n[None, :]
     tl.store(at, acc.to(output.dtype.element_ty), mask=real[:, None] & exists[None, :])
 
 

@@ -1,4 +1,4 @@
-"""Launch plans of `moe_experts`: sort, [quantize,] gate and up, [quantize,] down, combine."""
+"""Launch plans of `moe_experts`: [sort,] [quantize,] gate and up, [quantize,] down, combine."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -6,7 +6,7 @@ from functools import lru_cache
 from plugins import architecture
 from plugins.architecture import Target
 from plugins.launch import ELEMENTS, Buffer, KernelSpec, Launch, Plan, PlanError, bind, cdiv, place, power_of_two
-from plugins.moe_experts.tiles import FEW, SOME, TILES, Tile
+from plugins.moe_experts.tiles import FEW, SIZES, SOME, TILES, Tile
 
 DTYPES = ("bfloat16", "float16")
 WEIGHTS = ("bfloat16", "float16", "float8_e4m3fn")
@@ -53,22 +53,26 @@ def plan(config: Experts, tokens: int, target: Target) -> Plan:
     if tokens == 0:
         return Plan(())
     pairs = tokens * config.top_k
-    average = cdiv(pairs, config.num_experts)
-    size = "few" if average <= FEW else "some" if average <= SOME else "many"
-    tile = TILES[target.capability][size]
+    average, one = cdiv(pairs, config.num_experts), tokens == 1
+    size = "few" if one or average <= FEW else "some" if average <= SOME else "many"
+    tile = _tile(config, size, target)
     by_pair = pairs <= pairs // tile.block_m + config.num_experts
-    tiles = pairs if by_pair else pairs // tile.block_m + config.num_experts
-    gate_up, down = _gate_up_kernel(config, size, target), _down_kernel(config, size, target)
+    tiles = pairs if one or by_pair else pairs // tile.block_m + config.num_experts
+    gate_up, down = _gate_up_kernel(config, size, target, one), _down_kernel(config, size, target, one)
     hidden, inner = config.hidden_size, config.moe_intermediate_size
+    if one:
+        sort, pairs_of = [], dict(topk_ids="topk_ids", first_expert=config.first_expert)
+    else:
+        pairs_of = dict(order="order", table="table")
+        numbers = dict(pairs=pairs, tiles=tiles, by_pair=int(by_pair), first_expert=config.first_expert)
+        kernel = _sort_kernel(config, size, target)
+        sort = [bind(kernel, (config.num_experts,), topk_ids="topk_ids", **pairs_of, **numbers)]
     launches = [
-        bind(_sort_kernel(config, size, target), (config.num_experts,), topk_ids="topk_ids", order="order",
-             table="table", pairs=pairs, tiles=tiles, by_pair=int(by_pair), first_expert=config.first_expert),
+        *sort,
         *_quantize(config, "x", hidden, tokens),
-        bind(gate_up, (tiles * cdiv(inner, tile.block_n),), **_operands(config, "x", "gate_up"), output="inner",
-             order="order", table="table"),
+        bind(gate_up, (tiles * cdiv(inner, tile.block_n),), **_operands(config, "x", "gate_up"), output="inner", **pairs_of),
         *_quantize(config, "inner", inner, pairs),
-        bind(down, (tiles * cdiv(hidden, tile.down_n),), **_operands(config, "inner", "down"), output="outer",
-             order="order", table="table"),
+        bind(down, (tiles * cdiv(hidden, tile.down_n),), **_operands(config, "inner", "down"), output="outer", **pairs_of),
         bind(_combine_kernel(config), (tokens, cdiv(hidden, COMBINE_BLOCK)), outer="outer", topk_ids="topk_ids",
              topk_weights="topk_weights", y="y", first_expert=config.first_expert),
     ]  # fmt: skip
@@ -87,9 +91,15 @@ def kernels(config: Experts, target: Target) -> tuple[KernelSpec, ...]:
     found = [_combine_kernel(config)]
     if config.float8:
         found += [_quantize_kernel(config, n) for n in (config.hidden_size, config.moe_intermediate_size)]
-    for size in TILES[target.capability]:
+    found += [make(config, "few", target, True) for make in (_gate_up_kernel, _down_kernel)]
+    for size in SIZES:
         found += [make(config, size, target) for make in (_sort_kernel, _gate_up_kernel, _down_kernel)]
     return tuple(dict.fromkeys(found))
+
+
+def _tile(config: Experts, size: str, target: Target) -> Tile:
+    row = TILES[target.capability]
+    return row.get(f"{size} float8", row[size]) if config.float8 else row[size]
 
 
 def _check_float8(config: Experts, target: Target) -> None:
@@ -122,7 +132,7 @@ def _operands(config: Experts, rows: str, weight: str) -> dict[str, str]:
 
 
 def _quantize(config: Experts, name: str, columns: int, rows: int) -> list[Launch]:
-    """Rows of `name` -> FP8 and their scales. Rows of "inner" past the last local one hold nothing and are ignored."""
+    """Rows of `name` -> FP8 and their scales. Rows of "inner" without a local pair hold nothing and are ignored."""
     if not config.float8:
         return []
     kernel = _quantize_kernel(config, columns)
@@ -140,37 +150,41 @@ def _sort_kernel(config: Experts, size: str, target: Target) -> KernelSpec:
         ("topk_ids", "*i32"), ("order", "*i32"), ("table", "*i32"), ("pairs", "i32"), ("tiles", "i32"),
         ("by_pair", "i32"), ("first_expert", "i32"),
     )  # fmt: skip
-    block_m = TILES[target.capability][size].block_m
+    block_m = _tile(config, size, target).block_m
     constexprs = (("EXPERTS", config.num_experts), ("BLOCK_M", block_m), ("BLOCK", SORT_BLOCK))
     return KernelSpec("moe_experts", "sort", arguments, constexprs, 4, 1, f"({config.num_experts},)")
 
 
-def _product_kernel(config: Experts, function: str, tile: Tile, sizes: dict[str, int]) -> KernelSpec:
-    """gate_up or down; `sizes` holds the constants that only one of them has."""
+def _product_kernel(config: Experts, function: str, tile: Tile, one: bool, sizes: dict[str, int]) -> KernelSpec:
+    """gate_up or down, `one`: of a single token, unsorted; `sizes` holds the constants that only one of them has."""
     x, w = ELEMENTS[config.dtype], ELEMENTS[config.weights]
-    arguments = [("rows", f"*{w}"), ("weight", f"*{w}"), ("output", f"*{x}"), ("order", "*i32"), ("table", "*i32")]
-    if config.float8:
-        arguments += [("row_scale", "*fp32"), ("channel_scale", "*fp32")]
-    else:
-        sizes = sizes | dict(row_scale=None, channel_scale=None)
+    types = dict(
+        rows=f"*{w}", weight=f"*{w}", output=f"*{x}", order="*i32", table="*i32", topk_ids="*i32", first_expert="i32",
+        row_scale="*fp32", channel_scale="*fp32",
+    )  # fmt: skip
+    absent = ["order", "table"] if one else ["topk_ids", "first_expert"]
+    absent += [] if config.float8 else ["row_scale", "channel_scale"]
+    arguments = tuple((name, kind) for name, kind in types.items() if name not in absent)
     inner, hidden = config.moe_intermediate_size, config.hidden_size
     columns, block_n = (inner, tile.block_n) if function == "gate_up" else (hidden, tile.down_n)
-    constexprs = sizes | dict(
-        HIDDEN=hidden, INNER=inner, BLOCK_M=tile.block_m, BLOCK_N=block_n,
+    constexprs = sizes | dict.fromkeys(absent) | dict(
+        EXPERTS=config.num_experts, HIDDEN=hidden, INNER=inner, BLOCK_M=tile.block_m, BLOCK_N=block_n,
         BLOCK_K=tile.block_k * (2 if config.float8 else 1), SWAP=tile.swap, STAGES=tile.stages,
     )  # fmt: skip
-    grid = f"(tiles * {cdiv(columns, block_n)},)"
+    grid = f"({config.top_k if one else 'tiles'} * {cdiv(columns, block_n)},)"
     kind = "fp8" if config.float8 else "f16"
-    return KernelSpec("moe_experts", function, tuple(arguments), tuple(constexprs.items()), tile.warps, tile.stages, grid, kind)
+    return KernelSpec(
+        "moe_experts", function, arguments, tuple(constexprs.items()), tile.warps, tile.stages, grid, kind, tile.spills_because
+    )  # fmt: skip
 
 
-def _gate_up_kernel(config: Experts, size: str, target: Target) -> KernelSpec:
-    interleaved = int(config.gate_up_layout == "interleaved")
-    return _product_kernel(config, "gate_up", TILES[target.capability][size], dict(TOP_K=config.top_k, INTERLEAVED=interleaved))
+def _gate_up_kernel(config: Experts, size: str, target: Target, one: bool = False) -> KernelSpec:
+    sizes = dict(TOP_K=config.top_k, INTERLEAVED=int(config.gate_up_layout == "interleaved"))
+    return _product_kernel(config, "gate_up", _tile(config, size, target), one, sizes)
 
 
-def _down_kernel(config: Experts, size: str, target: Target) -> KernelSpec:
-    return _product_kernel(config, "down", TILES[target.capability][size], {})
+def _down_kernel(config: Experts, size: str, target: Target, one: bool = False) -> KernelSpec:
+    return _product_kernel(config, "down", _tile(config, size, target), one, {})
 
 
 def _combine_kernel(config: Experts) -> KernelSpec:

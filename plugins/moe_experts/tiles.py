@@ -2,8 +2,13 @@
 
 A tile is block_m rows (token, choice) of one expert, times block_n channels of gate and as many of up, or down_n channels
 of down, block_k elements of the sum at a time. "few" serves up to 16 rows per expert on average, "some" up to 96, "many"
-the rest. FP8 takes twice block_k, which is as many bytes. swap 1 computes the transposed product: weights' rows then lie on
-the M axis of the tensor cores, which is 64 wide at least on Hopper and Blackwell; elsewhere it is 16, and 16 rows fill it.
+the rest. FP8 takes twice block_k, which is as many bytes, and the tile "... float8" where there is one. swap 1 computes the
+transposed product: weights' rows then lie on the M axis of the tensor cores, which is 64 wide at least on Hopper and
+Blackwell; elsewhere it is 16, and 16 rows fill it.
+
+Hopper and B200 multiply faster than L2 delivers: the wide "many" does 85 floating-point operations per byte of bfloat16,
+128 x (64 + 64) does 64. It takes 192 KiB and up to 190 registers (bfloat16). FP8 on Hopper keeps 128 channels of down: 256
+would spill 160 bytes a thread in the loop.
 """
 
 from dataclasses import dataclass
@@ -18,21 +23,25 @@ class Tile:
     warps: int
     stages: int
     swap: int
+    spills_because: str = ""
 
 
+SIZES = ("few", "some", "many")
 FEW, SOME = 16, 96  # average rows per expert that "few" and "some" serve at most
 
 _FEW = Tile(16, 64, 64, 64, 4, 4, 0)
 _SOME = Tile(64, 64, 128, 64, 4, 3, 0)
 _MANY = Tile(128, 64, 128, 64, 8, 3, 0)
 _SMALL = {"few": _FEW, "some": _SOME, "many": _MANY}  # 99 KiB of shared memory
-_HOPPER = {"few": Tile(16, 64, 64, 128, 4, 3, 1), "some": _SOME, "many": Tile(128, 64, 128, 64, 8, 4, 0)}
+_SPILLS = "16 bytes outside the loop of gate_up, whose FP8 products are added in a second set of 128 registers; down has none"
+_LARGE = {"few": Tile(16, 64, 64, 128, 4, 3, 1), "some": _SOME, "many": Tile(128, 128, 256, 64, 8, 4, 0)}
+_HOPPER = _LARGE | {"many float8": Tile(128, 128, 128, 64, 8, 4, 0, _SPILLS)}
 TILES: dict[int, dict[str, Tile]] = {
     80: _SMALL | {"few": Tile(16, 64, 64, 128, 4, 4, 0)},
     86: _SMALL,
     89: _SMALL,
     90: _HOPPER,
-    100: _HOPPER,
+    100: _LARGE,
     120: _SMALL,
     121: _SMALL,
 }

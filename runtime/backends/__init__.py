@@ -3,10 +3,9 @@
 from importlib import import_module
 from typing import TYPE_CHECKING
 
-from runtime.bundle import Bundle, BundleError
-
 if TYPE_CHECKING:
     from runtime.backends.base import Backend
+    from runtime.bundle import Bundle
 
 _BACKENDS = {
     "onnxruntime": ("onnxruntime", "OnnxRuntimeBackend"),
@@ -16,11 +15,13 @@ _BACKENDS = {
 }
 
 
-def load(bundle: Bundle, target_name: str | None = None, backend: str | None = None, **options) -> "Backend":
+def load(bundle: "Bundle", target_name: str | None = None, backend: str | None = None, **options) -> "Backend":
     """The backend that runs a target of a bundle. Raises BundleError if this version or machine cannot.
 
     backend: the target's own by default; "torch" interprets any target's ONNX graph.
     """
+    from runtime.bundle import BundleError
+
     name, target = bundle.target(target_name)
     chosen = backend or target.backend
     if chosen not in _BACKENDS:

@@ -9,6 +9,7 @@ import numpy as np
 from runtime.manifest import Target
 
 CPU_CHUNK = 256
+GPU_SHARE = 0.9  # of the free memory goes to the cache: captured graphs and activations come later
 
 
 @dataclass(frozen=True)
@@ -71,9 +72,14 @@ class Backend(ABC):
         """Runs one step; appends to the cache. Returns logits [N, vocab_size] float32."""
 
 
-def pages_for(target: Target, cache_tokens: int | None, budget: int = 1 << 30) -> int:
-    """Number of pages for `cache_tokens` tokens; by default as many as `budget` bytes hold, 8 full contexts at most."""
+def pages_for(target: Target, cache_tokens: int | None, budget: int = 1 << 30, contexts: int = 8) -> int:
+    """Number of pages for `cache_tokens` tokens; by default as many as `budget` bytes hold, `contexts` full ones at most."""
     spec = target.cache
     if cache_tokens is None:
-        cache_tokens = min(max(budget // spec.bytes_per_token, spec.page_size), 8 * target.limits.max_context)
+        cache_tokens = min(max(budget // spec.bytes_per_token, spec.page_size), contexts * target.limits.max_context)
     return 1 + -(-cache_tokens // spec.page_size)
+
+
+def gpu_pages_for(target: Target, cache_tokens: int | None, free: int) -> int:
+    """The same on a GPU with `free` bytes, weights and activations counted already: by default most of them."""
+    return pages_for(target, cache_tokens, int(GPU_SHARE * free), target.limits.max_sequences)

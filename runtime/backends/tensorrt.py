@@ -11,6 +11,7 @@ import importlib
 import json
 import time
 from contextlib import contextmanager
+from functools import partial
 
 import numpy as np
 
@@ -18,23 +19,24 @@ from plugins.architecture import Target as GpuTarget
 from plugins.compile import CompiledKernel, spec_from_json
 from plugins.launch import KernelSpec
 from runtime.backends import cuda_device
-from runtime.backends.base import Backend, StepBatch, pages_for
+from runtime.backends.base import Backend, StepBatch, gpu_pages_for
 from runtime.backends.cuda_device import Device, NoGpuError
 from runtime.backends.padding import FIELDS, StepShape
 from runtime.backends.tensorrt_cache import RuntimeCache
-from runtime.backends.tensorrt_engine import Bindings, EngineRunner
+from runtime.backends.tensorrt_engine import DECODE, Bindings, EngineRunner
 from runtime.bundle import Bundle, BundleError
 from runtime.manifest import ExpandedEngine, Target
 from runtime.prefill_form import ABSORBED, EXPANDED, chooser
 
 DISTRIBUTIONS = {"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 _BYTES = {"float32": 4, "float": 4, "float16": 2, "bfloat16": 2, "int32": 4}
-_registered: dict[tuple[str, int], tuple] = {}  # (package, capability) -> creators and launcher: engines need them alive
+_registered: dict[str, tuple] = {}  # package -> creators and launchers by GPU: engines need them alive
 
 
 class TensorRtBackend(Backend):
     """Runs a GPU target. `load_seconds` tells how long each part of loading took; "runtime_cache" in it is "cold", "warm"
-    or "none". `threads` is accepted and means nothing here.
+    or "none", "graphs" whether decode steps are captured, "context_bytes" the memory of activations, which all contexts
+    share since steps run one after another. `threads` is accepted and means nothing here.
 
     The expanded engine, where the target has one, is bound to the same weights, caches and outputs. prefill: how steps that
     are not of one token a sequence attend: "absorbed", "expanded", or "auto", by runtime/prefill_form.py.
@@ -59,59 +61,67 @@ class TensorRtBackend(Backend):
         with self._timed("weights"):
             self._weights = _upload(self.device, bundle, target)
         limits = _limits(target)
-        self.num_pages = _pages(target, cache_tokens)
-        bindings = self._bind(limits)
+        activations = max(engine.device_memory_size_v2 for engine in self.engines.values())
+        memory = self.device.allocate(activations), activations
+        bindings = self._bind(limits, cache_tokens)
         self.runtime_caches = {
             form: RuntimeCache(trt, self.engines[form], self.device, bundle.file(plan.graph)) for form, plan in plans.items()
         }
         with self._timed("contexts"):
             contexts = {
-                profile if form == ABSORBED else form: (self.runtime_caches[form].context(), index)
+                profile if form == ABSORBED else form:
+                (partial(self.runtime_caches[form].context, *memory, eager=profile == DECODE), index)
                 for form, plan in plans.items()
                 for index, profile in enumerate(plan.profiles)
             }
             self.runner = EngineRunner(self.device, bindings, limits, contexts, capture, choose)
-        self.load_seconds["runtime_cache"] = self.runtime_caches[ABSORBED].state
+        self.load_seconds |= {"runtime_cache": self.runtime_caches[ABSORBED].state, "context_bytes": activations}
+        self.load_seconds["graphs"] = self.runner.graphs
 
     @property
     def prefill_chunk(self) -> int:
         return self.target.limits.max_batch_tokens
 
     def step(self, batch: StepBatch) -> np.ndarray:
-        first = "first_step" not in self.load_seconds
+        first, graphs = "first_step" not in self.load_seconds, self.load_seconds["graphs"]
+        self.device.activate()
         with self._timed("first_step") if first else _nothing():
             logits = self.runner.step(batch)
-        if first:
+        self.load_seconds["graphs"] = self.runner.graphs
+        if first or self.load_seconds["graphs"] != graphs:
             self._save()
         return logits
 
     def close(self) -> None:
-        """Keeps what was compiled, and frees the GPU's memory."""
+        """Keeps what was compiled, and frees all that it holds on the GPU; kernels stay for other backends of the process."""
         self._save()
+        self.runner.close()
+        self.runtime_caches.clear()
+        self.engines.clear()
         self.device.close()
 
     def _save(self) -> None:
         for cache in self.runtime_caches.values():
             cache.save()
 
-    def _bind(self, limits: StepShape) -> Bindings:
-        spec = self.target.cache
-        page = spec.page_size * spec.width * _BYTES[spec.dtype]
-        size = self.num_pages * page
+    def _bind(self, limits: StepShape, cache_tokens: int | None) -> Bindings:
+        spec, outputs = self.target.cache, {o.name: o for o in self.target.outputs}
+        fixed, shapes = dict(self._weights), {}
+        for output in self.target.outputs:
+            if not output.name.endswith(".updated"):
+                fixed[output.name] = self.device.allocate(limits.logit_rows * output.shape[-1] * _BYTES[output.dtype])
+        self.num_pages = _pages(self.target, cache_tokens, self.device.free_memory())
+        size = self.num_pages * spec.page_size * spec.width * _BYTES[spec.dtype]
         self.caches = [self.device.allocate(size) for _ in range(spec.layers)]
         for address in self.caches:
             self.device.zero(address, size)
-        fixed, shapes, outputs = dict(self._weights), {}, {o.name: o for o in self.target.outputs}
+        self.device.synchronize()  # the stream of steps does not wait for the default one
         for layer, address in enumerate(self.caches):
             fixed[f"latent_cache.{layer}"] = fixed[f"latent_cache.{layer}.updated"] = address
             shapes[f"latent_cache.{layer}"] = (self.num_pages, spec.page_size, spec.width)
-        vocab_size = outputs["logits"].shape[-1]
-        for output in self.target.outputs:
-            if output.name not in fixed:
-                fixed[output.name] = self.device.allocate(limits.logit_rows * output.shape[-1] * _BYTES[output.dtype])
         for form, engine in self.engines.items():
             _complete(engine, fixed, f"target {self.name}: the {form} plan")
-        return Bindings(fixed, shapes, fixed["logits"], vocab_size)
+        return Bindings(fixed, shapes, fixed["logits"], outputs["logits"].shape[-1])
 
     @contextmanager
     def _timed(self, name: str):
@@ -183,23 +193,16 @@ def kernels(bundle: Bundle, target: Target) -> dict[KernelSpec, CompiledKernel]:
 
 
 def _plugins(trt, device: Device, compiled: dict[KernelSpec, CompiledKernel]):
-    """Registers the plugins, once in a process; later targets add their kernels to the same launcher."""
+    """Registers the plugins, once in a process; later targets add their kernels, later GPUs launchers of their own."""
     from plugins import trt_base
+    from plugins.cuda_launch import CudaLaunchers
     from plugins.trt import OPS
 
-    key = (trt.__name__, device.capability)
-    if key not in _registered:
-        launcher = _launcher(GpuTarget.of(device.capability, device.num_sms))
-        _registered[key] = trt_base.register(trt, OPS, device.capability, launcher), launcher
-    _registered[key][1].kernels.update(compiled)
-    return _registered[key]
-
-
-def _launcher(gpu: GpuTarget):
-    """What runs the plugins' launch plans: kernels by spec, none yet."""
-    from plugins.cuda_launch import CudaLauncher
-
-    return CudaLauncher(gpu, {})
+    if trt.__name__ not in _registered:
+        launchers = CudaLaunchers()
+        _registered[trt.__name__] = trt_base.register(trt, OPS, device.capability, launchers), launchers
+    _registered[trt.__name__][1].add(device.index, GpuTarget.of(device.capability, device.num_sms), compiled)
+    return _registered[trt.__name__]
 
 
 def _engine(runtime, bundle: Bundle, target: Target, plan: Target | ExpandedEngine):
@@ -240,10 +243,10 @@ def _limits(target: Target) -> StepShape:
     )
 
 
-def _pages(target: Target, cache_tokens: int | None) -> int:
-    """Pages of the cache: what is asked for, within what the profiles take."""
+def _pages(target: Target, cache_tokens: int | None, free: int) -> int:
+    """Pages of the cache: what is asked for, or what most of the `free` bytes hold, within what the profiles take."""
     shapes = [profile["latent_cache.0"] for profile in target.profiles.values()]
-    return min(max(pages_for(target, cache_tokens), shapes[0][0][0]), min(s[2][0] for s in shapes))
+    return min(max(gpu_pages_for(target, cache_tokens, free), shapes[0][0][0]), min(s[2][0] for s in shapes))
 
 
 def _complete(engine, fixed: dict[str, int], plan: str) -> None:

@@ -1,12 +1,13 @@
 """A TensorRT or TensorRT-RTX engine with all its tensors bound: contexts per profile, CUDA graphs per decode shape."""
 
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
 from runtime.backends.base import StepBatch
-from runtime.backends.cuda_device import Device
+from runtime.backends.cuda_device import CudaError, Device
 from runtime.backends.padding import SIZES, StepShape, decode_shape, fill, prefill_shape
 from runtime.errors import EngineError
 from runtime.prefill_form import ABSORBED, EXPANDED, Chooser
@@ -27,11 +28,12 @@ class Bindings:
 
 
 class EngineRunner:
-    """Runs steps. contexts: name -> context and the profile's index in its engine; the names are DECODE, PREFILL and
-    EXPANDED, the second engine's, where there is one. `limits` are the largest T, B, N and max_pages.
+    """Runs steps. contexts: name -> what makes a context, and the profile's index in its engine; the names are DECODE,
+    PREFILL and EXPANDED, the second engine's, where there is one. `limits` are the largest T, B, N and max_pages.
 
-    Steps of one token a sequence are padded, captured once per shape and replayed; others are padded to a few shapes and
-    enqueued, so that an engine that compiles per shape sees few of them. `chooser` says which of those are expanded.
+    Steps of one token a sequence are padded, captured once per shape, each in a context of its own, and replayed; others are
+    padded to a few shapes and enqueued, so that an engine that compiles per shape sees few of them. `chooser` says which of
+    those are expanded. Where a step cannot be captured, all that is not captured yet is enqueued; `uncaptured` says why.
     """
 
     def __init__(
@@ -39,19 +41,22 @@ class EngineRunner:
         chooser: Chooser | None = None,
     ):  # fmt: skip
         self.device, self.bindings = device, bindings
-        self.limits, self.capture, self.chooser = limits, capture, chooser
-        self.stream = device.stream()
-        self.contexts = {name: context for name, (context, _) in contexts.items()}
-        for name, (context, index) in contexts.items():
-            self._prepare(context, index, name)
+        self.limits, self.chooser, self.uncaptured = limits, chooser, "" if capture else "not asked for"
+        self.stream, self._makers = device.stream(), dict(contexts)
+        self.contexts = {name: self._context(name) for name in contexts}
         length = StepShape(limits.rows, limits.sequences, limits.logit_rows, limits.max_pages).offsets()[1]
         self._host, self._inputs = device.pinned(length), device.allocate(length * 4)
-        self._graphs: dict[StepShape, object] = {}
+        self._graphs: dict[StepShape, tuple] = {}  # a graph, and the context that it was captured in
+
+    @property
+    def graphs(self) -> str:
+        """How decode steps run."""
+        return f"eager: {self.uncaptured}" if self.uncaptured else f"{len(self._graphs)} shapes captured"
 
     def step(self, batch: StepBatch) -> np.ndarray:
         """Logits [N, vocab_size] float32."""
         shape = decode_shape(batch, self._sizes(), self.limits.max_pages) if DECODE in self.contexts else None
-        graph = self._graph(shape) if shape is not None and self.capture else None
+        graph = self._graph(shape) if shape is not None else None
         name = DECODE if shape is not None else self._prefill(batch)
         shape = shape or prefill_shape(batch, self.limits)
         self._upload(batch, shape)
@@ -63,6 +68,12 @@ class EngineRunner:
         self.device.download(logits, self.bindings.logits, self.stream)
         return logits
 
+    def close(self) -> None:
+        """Lets go of contexts: before the memory that they use is freed."""
+        self._graphs.clear()
+        self.contexts.clear()
+        self._makers.clear()
+
     def _prefill(self, batch: StepBatch) -> str:
         """The context of a step that is not of one token a sequence."""
         form = self.chooser.form(batch.query_starts, batch.cached_lengths) if self.chooser else ABSORBED
@@ -71,8 +82,10 @@ class EngineRunner:
     def _sizes(self) -> tuple[int, ...]:
         return tuple(s for s in SIZES if s <= min(self.limits.sequences, self.limits.logit_rows))
 
-    def _prepare(self, context, index: int, name: str) -> None:
-        """Profile and everything that no step changes."""
+    def _context(self, name: str):
+        """A new context with its profile and everything that no step changes."""
+        make, index = self._makers[name]
+        context = make()
         if not context.set_optimization_profile_async(index, int(self.stream)):
             raise EngineError(f"the engine refuses profile {index} ({name})")
         self.device.synchronize(self.stream)
@@ -80,6 +93,7 @@ class EngineRunner:
             self._accepted(context.set_input_shape(tensor, tuple(shape)), f"shape {shape} of {tensor}")
         for tensor, address in self.bindings.fixed.items():
             self._accepted(context.set_tensor_address(tensor, address), f"the address of {tensor}")
+        return context
 
     def _upload(self, batch: StepBatch, shape: StepShape) -> None:
         length = shape.offsets()[1]
@@ -97,22 +111,26 @@ class EngineRunner:
         self._accepted(context.execute_async_v3(int(self.stream)), "to run a step")
 
     def _graph(self, shape: StepShape):
-        """The captured step of a shape, None where the engine cannot be captured."""
-        if shape not in self._graphs:
-            self._graphs[shape] = self._captured(shape)
-        return self._graphs[shape]
+        """The captured step of a shape, None where it cannot be captured: that is said once, and not tried again."""
+        if shape not in self._graphs and not self.uncaptured:
+            try:
+                self._graphs[shape] = self._captured(shape)
+            except (CudaError, EngineError) as error:
+                self.uncaptured = str(error)
+                print(f"decode steps run without CUDA graphs, which costs time: {error}", file=sys.stderr)
+        return self._graphs[shape][0] if shape in self._graphs else None
 
-    def _captured(self, shape: StepShape):
+    def _captured(self, shape: StepShape) -> tuple:
         """Captured on padding alone: num_tokens is 0, so that nothing is written to the cache."""
-        context = self.contexts[DECODE]
-        self.device.zero(self._inputs, 4 * shape.offsets()[1])
+        context = self._context(DECODE)
+        self.device.zero(self._inputs, 4 * shape.offsets()[1], self.stream)
         for _ in range(_WARM_UP):
             self._enqueue(context, shape)
         self.device.synchronize(self.stream)
         ask = getattr(context, "is_stream_capturable", None)  # TensorRT-RTX has it; full TensorRT can always be captured
         if ask is not None and not ask(int(self.stream)):
-            return None
-        return self.device.capture(self.stream, lambda: self._run(context))
+            raise EngineError("the engine says that it cannot be captured")
+        return self.device.capture(self.stream, lambda: self._run(context)), context
 
     def _accepted(self, answer: bool, what: str) -> None:
         if not answer:

@@ -7,7 +7,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from runtime.backends import torch_graph
-from runtime.backends.base import Backend, StepBatch, pages_for
+from runtime.backends.base import Backend, StepBatch, gpu_pages_for, pages_for
 from runtime.backends.torch_step import StepRunner
 from runtime.bundle import Bundle, BundleError
 from runtime.manifest import FileRef, Target
@@ -37,7 +37,7 @@ class TorchBackend(Backend):
             programs = self._programs(bundle, kind)
         except torch_graph.UnknownOpError as error:
             raise BundleError(f"{bundle.path}: target {name} ({target.precision}): {error}") from None
-        self.num_pages = pages_for(target, cache_tokens)
+        self.num_pages = _pages(target, cache_tokens, self.device)
         spec = target.cache
         self.caches = [
             torch.zeros(self.num_pages, spec.page_size, spec.width, dtype=getattr(torch, spec.dtype), device=self.device)
@@ -61,6 +61,13 @@ class TorchBackend(Backend):
         models = [torch_graph.read(bundle.file(ref)) for ref in refs]
         weights, folded = load_weights(bundle, self.target, models[0], self.device), {}
         return [torch_graph.StepProgram(m, weights, self.device, custom_ops, folded=folded) for m in models]
+
+
+def _pages(target: Target, cache_tokens: int | None, device: torch.device) -> int:
+    """Pages of the cache: what is asked for, or on a GPU what most of its memory holds that weights have left."""
+    if device.type != "cuda":
+        return pages_for(target, cache_tokens)
+    return gpu_pages_for(target, cache_tokens, torch.cuda.mem_get_info(device)[0])
 
 
 def resolve_device(device: str) -> torch.device:

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 
 Tensor = torch.Tensor
 FLOAT8_MAX = 448.0
+FEW = 16  # rows that a product of a decode step has
 
 
 def _kernels(x: Tensor):
@@ -62,18 +63,52 @@ def rms_norm(epsilon: float) -> Callable:
     return call
 
 
-def quantize_rows(smallest: float) -> Callable:
-    """x [T, columns] -> e4m3 [T, columns] and scales [T, 1] float32: x = e4m3 * scale. A row's largest becomes 448."""
+def latent(epsilon: float) -> Callable:
+    """(q_pe [T, H, R], latent [T, rank], k_pe [T, R], weight [rank], cos, sin) -> what attention takes of them.
 
-    def call(x: Tensor) -> tuple[Tensor, Tensor]:
-        kernels = _kernels(x)
-        if kernels and x.stride(-1) == 1:
-            return kernels.quantize_rows(x, smallest)
-        wide = x.float()
-        row = wide.abs().amax(-1, keepdim=True).clamp_min(smallest) / FLOAT8_MAX
-        return (wide / row).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn), row
+    q_pe and k_pe turned by `rotate`, latent normed by `rms_norm`.
+    """
+
+    def call(q_pe: Tensor, latent: Tensor, k_pe: Tensor, weight: Tensor, cos: Tensor, sin: Tensor):
+        kernels = _kernels(latent)
+        if kernels and q_pe.stride(-1) == latent.stride(-1) == k_pe.stride(-1) == 1:
+            return kernels.latent(q_pe, latent, k_pe, weight, cos, sin, epsilon)
+        return rotate(q_pe, cos, sin), rms_norm(epsilon)(latent, weight), rotate(k_pe, cos, sin)
 
     return call
+
+
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, in] times weight [out, in] transposed, in float32: the router's product."""
+    kernels = _kernels(x)
+    if kernels and x.shape[0] <= FEW and x.stride(-1) == 1 and weight.is_contiguous():
+        return kernels.wide_linear(x, weight)
+    return F.linear(x.float(), weight.float())
+
+
+def matmul_by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, H, in] times weight [H, in, out] -> [T, H, out]; on a GPU written there, not turned afterwards."""
+    if x.device.type != "cuda":
+        return torch.matmul(x.transpose(0, 1), weight).transpose(0, 1)
+    y = torch.empty((*x.shape[:2], weight.shape[2]), dtype=x.dtype, device=x.device)
+    torch.bmm(x.transpose(0, 1), weight, out=y.transpose(0, 1))
+    return y
+
+
+def quantize_rows(x: Tensor, smallest: float | None, static: float | None = None) -> tuple[Tensor, Tensor]:
+    """x [T, columns] -> e4m3 [T, columns] and scales [T, 1] float32: x = e4m3 * scale.
+
+    The scale is `static`, or makes a row's largest 448.
+    """
+    kernels = _kernels(x)
+    if kernels and x.stride(-1) == 1:
+        return kernels.quantize_rows(x, smallest, static)
+    wide = x.float()
+    if static is None:
+        row = wide.abs().amax(-1, keepdim=True).clamp_min(smallest) / FLOAT8_MAX
+    else:
+        row = wide.new_full((x.shape[0], 1), static)
+    return (wide / row).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn), row
 
 
 @cache
@@ -89,9 +124,26 @@ def _has_row_scaled_products(device: torch.device) -> bool:
 
 
 def float8_linear(q: Tensor, row: Tensor, weight: Tensor, channel: Tensor) -> Tensor:
-    """q [T, in] e4m3, row [T, 1] (or a scalar), weight [out, in] e4m3, channel [out] -> [T, out] bfloat16."""
+    """q [T, in] e4m3, row [T, 1], weight [out, in] e4m3, channel [out] -> [T, out] bfloat16. Sums are float32."""
+    if q.device.type != "cuda":
+        return (F.linear(q.float(), weight.float()) * row * channel).to(torch.bfloat16)
     aligned = q.shape[1] % 16 == 0 and weight.shape[0] % 16 == 0
-    if q.device.type == "cuda" and row.dim() == 2 and aligned and q.shape[0] and _has_row_scaled_products(q.device):
+    if aligned and q.shape[0] and _has_row_scaled_products(q.device):
         return torch._scaled_mm(q, weight.t(), scale_a=row, scale_b=channel[None, :], out_dtype=torch.bfloat16)
-    wide = torch.float32 if q.device.type == "cpu" else torch.bfloat16  # e4m3 is exact in both
-    return (F.linear(q.to(wide), weight.to(wide)).float() * row * channel).to(torch.bfloat16)
+    from runtime.backends import torch_float8_kernels
+
+    return torch_float8_kernels.multiply(q, row, weight, channel)
+
+
+def quantizing_linear(smallest: float | None = None, static: float | None = None) -> Callable:
+    """(x [T, in], weight [out, in] e4m3, channel [out]) -> `float8_linear` of x as `quantize_rows` makes it."""
+
+    def call(x: Tensor, weight: Tensor, channel: Tensor) -> Tensor:
+        if x.device.type == "cuda" and x.stride(-1) == 1:
+            from runtime.backends import torch_float8_kernels as kernels
+
+            if x.shape[0] <= FEW:
+                return kernels.linear(x, weight, channel, smallest, static)
+        return float8_linear(*quantize_rows(x, smallest, static), weight, channel)
+
+    return call

@@ -12,7 +12,7 @@ from runtime.backends import torch_fused_ops
 from runtime.backends.torch_ops import Node
 
 Pattern = str | tuple
-BFLOAT16 = 16  # ONNX's number of the type
+FLOAT, BFLOAT16 = 1, 16  # ONNX's numbers of the types
 _EVEN = ("Squeeze", ("Slice", "pairs", "from_0", "to_1", "axis", "?step"))
 _ODD = ("Squeeze", ("Slice", "pairs", "from_1", "to_2", "axis", "?step"))
 ROTATED = (
@@ -30,19 +30,23 @@ SUM_NORM = (
 )
 _WIDE = ("Cast", "x")
 _ROW = ("Div", ("Max", ("ReduceMax", ("Abs", _WIDE)), "smallest"), "largest")
-QUANTIZED_ROWS = ("QuantizeLinear", ("Div", _WIDE, "row"), "one")  # and "row" is _ROW
-FLOAT8_LINEAR = (
+_QUANTIZED = ("QuantizeLinear", ("Div", _WIDE, "row"), "one")
+FLOAT8_LINEAR = (  # "row" is _ROW, or a constant
     "Mul",
     (
         "Mul",
         (
             "Cast",
-            ("MatMul", ("DequantizeLinear", "q", "one"), ("Transpose", ("DequantizeLinear", "weight", "one"))),
+            ("MatMul", ("DequantizeLinear", _QUANTIZED, "unit"), ("Transpose", ("DequantizeLinear", "weight", "unit"))),
         ),
         "row",
     ),
     "channel",
 )
+WIDE_LINEAR = ("Gemm", _WIDE, "weight")
+PLAIN_GEMM = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 1}
+MATMUL_BY_HEAD = ("Transpose", ("MatMul", ("Transpose", "x"), "weight"))
+BY_HEAD = [1, 0, 2]  # perm of its Transposes
 
 
 def table() -> dict[str, Callable[[Node], Callable]]:
@@ -51,15 +55,17 @@ def table() -> dict[str, Callable[[Node], Callable]]:
         "Rotate": lambda node: torch_fused_ops.rotate,
         "SwiGlu": lambda node: torch_fused_ops.swiglu,
         "SumNorm": lambda node: torch_fused_ops.sum_norm(node.attributes["epsilon"]),
-        "QuantizeRows": lambda node: torch_fused_ops.quantize_rows(node.attributes["smallest"]),
-        "Float8Linear": lambda node: torch_fused_ops.float8_linear,
+        "Float8Linear": lambda node: torch_fused_ops.quantizing_linear(**node.attributes),
+        "Latent": lambda node: torch_fused_ops.latent(node.attributes["epsilon"]),
+        "WideLinear": lambda node: torch_fused_ops.wide_linear,
+        "MatMulByHead": lambda node: torch_fused_ops.matmul_by_head,
         "RMSNormalization": lambda node: torch_fused_ops.rms_norm(node.attributes.get("epsilon", 1e-5)),
     }
 
 
 def fuse(nodes: list[Node], constants: dict[str, torch.Tensor], outputs: list[str]) -> list[Node]:
     """The nodes with every group that a pattern matches replaced by one node, and what nobody reads left out."""
-    for rule in (_rotations, _swiglus, _sum_norms, _quantized_rows, _float8_linears):
+    for rule in (_rotations, _swiglus, _sum_norms, _float8_linears, _latents, _wide_linears, _matmuls_by_head):
         nodes = _live(rule(nodes, _Graph(nodes, constants, outputs)), outputs)
     return nodes
 
@@ -162,30 +168,72 @@ def _sum_norm(node: Node, graph: _Graph) -> tuple[str, tuple[str, ...]] | None:
     return None
 
 
-def _quantized_rows(nodes: list[Node], graph: _Graph) -> list[Node]:
-    """x -> e4m3 rows and their scales; takes the place of the scales, whose later readers are products."""
-    fused = {}
-    for node in nodes:
-        found: dict[str, str] = {}
-        if node.op_type != "QuantizeLinear" or not graph.match(node.outputs[0], QUANTIZED_ROWS, found):
-            continue
-        if not graph.match(found["row"], _ROW, found) or _numbers(graph, found, "one", "largest") != [1.0, 448.0]:
-            continue
-        smallest = {"smallest": _numbers(graph, found, "smallest")[0]}
-        fused[found["row"]] = Node("QuantizeRows", node.name, (found["x"],), (node.outputs[0], found["row"]), smallest)
-    quantized = {n.outputs[0] for n in fused.values()}
-    return [fused.get(n.outputs[0], n) for n in nodes if n.outputs[0] not in quantized]
-
-
 def _float8_linears(nodes: list[Node], graph: _Graph) -> list[Node]:
-    """The float32 product of e4m3 rows and an e4m3 weight times both scales, where it is rounded to bfloat16 at once."""
+    """x, quantized by row or by a constant, times an e4m3 weight and both scales, where it is rounded to bfloat16 at once."""
     result = []
     for node in nodes:
         found: dict[str, str] = {}
-        rounded = node.op_type == "Cast" and node.attributes["to"] == BFLOAT16
-        if rounded and graph.match(node.inputs[0], FLOAT8_LINEAR, found) and _numbers(graph, found, "one") == [1.0]:
-            inputs = tuple(found[k] for k in ("q", "row", "weight", "channel"))
-            node = Node("Float8Linear", node.name, inputs, node.outputs)
+        if node.op_type == "Cast" and node.attributes["to"] == BFLOAT16 and graph.match(node.inputs[0], FLOAT8_LINEAR, found):
+            scales = _row_scales(graph, found)
+            if scales and _numbers(graph, found, "one", "unit") == [1.0, 1.0]:
+                inputs = tuple(found[k] for k in ("x", "weight", "channel"))
+                node = Node("Float8Linear", node.name, inputs, node.outputs, scales)
+        result.append(node)
+    return result
+
+
+def _row_scales(graph: _Graph, found: dict[str, str]) -> dict[str, float]:
+    """How the rows of a FLOAT8_LINEAR are scaled, in the words of `torch_fused_ops.quantizing_linear`; empty if otherwise."""
+    (static,) = _numbers(graph, found, "row")
+    if static == static:
+        return {"static": static}
+    if graph.match(found["row"], _ROW, found) and _numbers(graph, found, "largest") == [torch_fused_ops.FLOAT8_MAX]:
+        return {"smallest": _numbers(graph, found, "smallest")[0]}
+    return {}
+
+
+def _latents(nodes: list[Node], graph: _Graph) -> list[Node]:
+    """Both rotations and the norm that make attention's q_pe, latent and k_pe; takes the place of the last of them."""
+    order, replaced = {id(n): k for k, n in enumerate(nodes)}, {}
+    for node in (n for n in nodes if n.op_type in ("MlaAttention", "MlaPrefill")):
+        kinds = ("Rotate", "RMSNormalization", "Rotate")
+        parts = [graph.only_maker(name, kind) for name, kind in zip(node.inputs[1:4], kinds, strict=True)]
+        if None in parts or any(graph.readers[p.outputs[0]] > 1 for p in parts):
+            continue
+        q_pe, latent, k_pe = parts
+        angles = [graph.only_maker(name, "Unsqueeze") for name in q_pe.inputs[1:]]
+        if [a and a.inputs[0] for a in angles] != list(k_pe.inputs[1:]):
+            continue
+        inputs = (q_pe.inputs[0], latent.inputs[0], k_pe.inputs[0], latent.inputs[1], *k_pe.inputs[1:])
+        epsilon = {"epsilon": latent.attributes.get("epsilon", 1e-5)}
+        replaced |= {id(p): None for p in parts}
+        last = max(parts, key=lambda p: order[id(p)])
+        replaced[id(last)] = Node("Latent", latent.name, inputs, node.inputs[1:4], epsilon)
+    return [n for n in (replaced.get(id(n), n) for n in nodes) if n is not None]
+
+
+def _wide_linears(nodes: list[Node], graph: _Graph) -> list[Node]:
+    """Products in float32 of rows that are cast for them: a router's."""
+    result = []
+    for node in nodes:
+        found: dict[str, str] = {}
+        matched = node.op_type == "Gemm" and len(node.inputs) == 2 and graph.match(node.outputs[0], WIDE_LINEAR, found)
+        plain = PLAIN_GEMM | {"transB": 0} | node.attributes == PLAIN_GEMM
+        if matched and plain and graph.makers[node.inputs[0]].attributes["to"] == FLOAT:
+            node = Node("WideLinear", node.name, (found["x"], found["weight"]), node.outputs)
+        result.append(node)
+    return result
+
+
+def _matmuls_by_head(nodes: list[Node], graph: _Graph) -> list[Node]:
+    """x [T, H, in] turned, multiplied head by head, and turned back."""
+    result = []
+    for node in nodes:
+        found: dict[str, str] = {}
+        if node.op_type == "Transpose" and graph.match(node.outputs[0], MATMUL_BY_HEAD, found):
+            inner = graph.makers[graph.makers[node.inputs[0]].inputs[0]]
+            if list(node.attributes["perm"]) == list(inner.attributes["perm"]) == BY_HEAD:
+                node = Node("MatMulByHead", node.name, (found["x"], found["weight"]), node.outputs)
         result.append(node)
     return result
 

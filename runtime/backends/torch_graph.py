@@ -4,6 +4,7 @@ Every value has a slot; a closure reads slots, calls one torch function and writ
 reads again. Constants, and what follows from weights alone, are computed once. Integers that say shapes stay on the host.
 """
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
@@ -48,6 +49,7 @@ class StepProgram:
         if fuse:
             nodes = torch_fusion.fuse(nodes, self._host, [o.name for o in model.graph.output])
             nodes = torch_merging.merge(nodes, weights)
+        self.op_counts = Counter(n.op_type for n in nodes)  # fused groups among them
         self._known: dict[str, torch.Tensor] = dict(weights)
         self._weights, self._folded = weights.keys(), {} if folded is None else folded
         self._on_device: dict[str, torch.Tensor] = {}

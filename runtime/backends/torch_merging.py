@@ -9,7 +9,7 @@ import torch
 
 from runtime.backends.torch_ops import Node
 
-_SHARED = {"Gemm": 1, "Float8Linear": 2}  # leading inputs that merged products have in common; the rest are stacked
+_SHARED = {"Gemm": 1, "Float8Linear": 1}  # leading inputs that merged products have in common; the rest are stacked
 
 
 def table() -> dict[str, Callable[[Node], Callable]]:
@@ -33,7 +33,7 @@ def merge(nodes: list[Node], weights: Mapping[str, torch.Tensor]) -> list[Node]:
     for node in nodes:
         if _mergeable(node, weights):
             shared = node.inputs[: _SHARED[node.op_type]]
-            groups.setdefault((node.op_type, *shared), []).append(node)
+            groups.setdefault((node.op_type, *shared, repr(node.attributes)), []).append(node)
     replaced: dict[str, list[Node]] = {}
     for group in groups.values():
         if len(group) > 1:

@@ -1,5 +1,6 @@
 """Runs a step program on a device: caches, and on a GPU decode steps as CUDA graphs, one per padded shape."""
 
+import sys
 from collections.abc import Mapping
 
 import numpy as np
@@ -18,8 +19,9 @@ class StepRunner:
     """A program with its latent caches [num_pages, page_size, width], one per layer, by their input names.
 
     On a GPU, steps that decode one token a sequence are captured once per padded shape (`sizes`, widths of the block
-    table in powers of two) and replayed; all others run eagerly. `capture=False` runs everything eagerly. `expanded` is a
-    program of the expanded form, which runs those eager steps that `chooser` says; there are both or neither.
+    table in powers of two) and replayed; all others run eagerly. `capture=False` runs everything eagerly, and so does every
+    shape after one that cannot be captured: `uncaptured` says why. `expanded` is a program of the expanded form, which runs
+    those eager steps that `chooser` says; there are both or neither.
     """
 
     def __init__(
@@ -30,6 +32,7 @@ class StepRunner:
         self.expanded, self.chooser = expanded, chooser
         self.sizes, self.max_pages = sizes, max_pages
         self.capture = capture and program.device.type == "cuda"
+        self.uncaptured = ""
         self._graphs: dict[StepShape, CapturedStep] = {}
         self._pool = torch.cuda.graph_pool_handle() if self.capture else None
 
@@ -37,14 +40,21 @@ class StepRunner:
     def step(self, batch: StepBatch) -> np.ndarray:
         """Logits [N, vocab_size] float32 on the host; appends to the caches."""
         shape = decode_shape(batch, self.sizes, self.max_pages) if self.capture else None
-        logits = self._eager(batch)[LOGITS] if shape is None else self.captured(shape).replay(batch)
-        return logits[: len(batch.logit_rows)].cpu().numpy()
+        captured = self.captured(shape) if shape is not None else None
+        logits = captured.replay(batch) if captured else self._eager(batch)[LOGITS]
+        return _to_host(logits[: len(batch.logit_rows)])
 
-    def captured(self, shape: StepShape) -> "CapturedStep":
-        """The CUDA graph of a shape, captured when first asked for."""
-        if shape not in self._graphs:
-            self._graphs[shape] = CapturedStep(self.program, self.caches, shape, self._pool)
-        return self._graphs[shape]
+    def captured(self, shape: StepShape) -> "CapturedStep | None":
+        """The CUDA graph of a shape, captured when first asked for; None if it cannot be, which is said once."""
+        if shape not in self._graphs and not self.uncaptured:
+            device = self.program.device
+            try:
+                with torch.cuda.stream(torch.cuda.current_stream(device)):  # a capture that fails leaves its own current
+                    self._graphs[shape] = CapturedStep(self.program, self.caches, shape, self._pool)
+            except RuntimeError as error:
+                self.uncaptured = str(error)
+                print(f"decode steps run without CUDA graphs, which costs time: {error}", file=sys.stderr)
+        return self._graphs.get(shape)
 
     def _eager(self, batch: StepBatch) -> dict[str, torch.Tensor]:
         shape = StepShape.of(batch)
@@ -85,6 +95,16 @@ class CapturedStep:
         self._copied.record()
         self.graph.replay()
         return self._logits
+
+
+def _to_host(logits: torch.Tensor) -> np.ndarray:
+    """The logits in host memory: pinned for a GPU, of which PyTorch keeps what is freed for the next step."""
+    if logits.device.type != "cuda":
+        return logits.numpy()
+    host = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
+    host.copy_(logits, non_blocking=True)
+    torch.cuda.current_stream(logits.device).synchronize()
+    return host.numpy()
 
 
 def _buffers(shape: StepShape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,10 @@
 """build.py for GPU targets on a machine without one: plans, listings, shared weights, refusals, failures."""
 
 import json
+import re
+import subprocess
+import sys
+from math import prod
 from pathlib import Path
 
 import onnx
@@ -9,7 +13,7 @@ import pytest
 import build
 from export import weight_set
 from export.errors import BuildError
-from export.lowering import gpu_kernels, tensorrt_package
+from export.lowering import gpu_kernels, tensorrt_build, tensorrt_package
 from export.lowering.base import Kernel
 from export.lowering.tensorrt_build import BuildJob
 from runtime.bundle import Bundle
@@ -244,7 +248,7 @@ def test_refused_before_anything_is_built(arguments, message, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(target="cpu", prefill="expanded"), "would hold all weights twice: target cpu loads its weights with each graph"),
+        (dict(target="cpu", prefill="expanded"), "only GPU targets have two forms, and target cpu is built in int8; leave it out"),
         (dict(target="sm89", prefill="expanded", weights="embedded"), "with embedded weights each plan holds them; leave it"),
         (dict(target="sm89", prefill="naive"), "prefill is 'naive', accepted: auto, expanded, absorbed"),
     ],
@@ -253,3 +257,39 @@ def test_prefill_that_cannot_be_had(options, message, tmp_path):
     with pytest.raises(BuildError) as error:
         build.build(EXAMPLE, tmp_path / "bundle", **options)
     assert message in str(error.value) and not (tmp_path / "bundle").exists()
+
+
+@pytest.mark.parametrize("form", ["absorbed", "expanded"])
+def test_no_layer_copies_a_cache(built, tmp_path, form):
+    """The engine's own listing: every cache goes from its network input into the plugin, and out as a network output."""
+    bundle = Bundle(built)
+    _, target = bundle.target("sm89")
+    engine = target if form == "absorbed" else target.expanded
+    files = [str(bundle.file(engine.onnx)), str(tmp_path / "plan"), str(tmp_path / "network.json")]
+    BuildJob("tensorrt_rtx", 89, *files, list(engine.profiles.values())).save(tmp_path / "job.json")
+    command = [sys.executable, "-m", "tests.export.engine_layers", str(tmp_path / "job.json")]
+    environment = tensorrt_package._environment("tensorrt_rtx", tmp_path)
+    child = subprocess.run(command, cwd=tensorrt_package.ROOT, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-3000:]
+    told = [json.loads(line) for line in child.stdout.splitlines()]
+    layers = [line for text in told for line in text.splitlines() if line.startswith("Layer(")]
+    if not layers:
+        pytest.skip("this TensorRT-RTX does not list an engine's layers")
+    touching = [line for line in layers if "latent_cache." in line]
+    assert len(touching) == len(engine.profiles) * LAYERS and all(line.startswith("Layer(PluginV3)") for line in touching)
+    for line in touching:
+        inputs, outputs = line.split(" -> ")
+        assert re.findall(r", latent_cache\.(\d+) ", inputs) == re.findall(r", latent_cache\.(\d+)\.updated ", outputs)
+    largest = max(p["latent_cache.0"][2] for p in engine.profiles.values())
+    memory = [int(text.split()[-2]) for text in told if text.startswith("Total Activation")]
+    assert len(memory) == len(engine.profiles) and max(memory) < 0.1 * prod(largest) * 2, "bytes of one bfloat16 cache"
+
+
+def test_steps_allocate_nothing_so_that_they_can_be_captured(tmp_path):
+    import tensorrt_rtx as trt
+
+    builder = trt.Builder(tensorrt_build._logger(trt))
+    job = BuildJob("tensorrt_rtx", 89, "", "", "", [])
+    config = tensorrt_build._config(trt, builder, builder.create_network(0), job, lambda part: None)
+    assert config.get_flag(trt.BuilderFlag.REQUIRE_USER_ALLOCATION)
+    assert config.get_preview_feature(trt.PreviewFeature.ALIASED_PLUGIN_IO_10_03)

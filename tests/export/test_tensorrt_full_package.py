@@ -4,8 +4,6 @@ Builder, ONNX parser and IPluginV3 are that package's; what builds behind them i
 """
 
 import json
-import shutil
-import subprocess
 from collections import Counter
 from pathlib import Path
 
@@ -20,31 +18,18 @@ from export.lowering.base import Limits
 from export.lowering.tensorrt_build import BuildJob
 from export.models import deepseek_v2
 from export.quantization import BFloat16
+from tests import full_tensorrt
 from tests.conftest import EXAMPLE
 
-pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13: its libraries do the work")
-# not importorskip: importing it looks for libraries that only the child process has
-if tensorrt_package.find_spec("tensorrt_bindings") is None:
-    pytest.skip("pip install tensorrt-cu13-bindings (requirements-dev.txt)", allow_module_level=True)
-if shutil.which("gcc") is None:
-    pytest.skip("needs gcc for a stub of libnvinfer_plugin", allow_module_level=True)
+full_tensorrt.require()
 
 
 @pytest.fixture
 def full_package(tmp_path, monkeypatch) -> None:
     """Module `tensorrt` for child processes."""
-    (tmp_path / "site" / "tensorrt").mkdir(parents=True)
-    (tmp_path / "site" / "tensorrt" / "__init__.py").write_text("from tensorrt_bindings import *\n")
-    stub = "int initLibNvInferPlugins(void* logger, const char* name) { return 1; }"
-    command = ["gcc", "-shared", "-fPIC", "-x", "c", "-", "-o", str(tmp_path / "libnvinfer_plugin.so.11")]
-    subprocess.run(command, input=stub, text=True, check=True)
-    monkeypatch.setenv("PYTHONPATH", str(tmp_path / "site"))
-    monkeypatch.setenv("LD_LIBRARY_PATH", str(tmp_path))
-    links = (
-        ("libnvinfer.so.11", "libtensorrt_rtx.so.1"), ("libtensorrt_rtx.so", "libtensorrt_rtx.so.1"),
-        ("libnvonnxparser.so.11", "libtensorrt_onnxparser_rtx.so.1"),
-    )  # fmt: skip
-    package = tensorrt_package.Package("tensorrt", ("tensorrt-cu13",), "tensorrt_rtx_libs", links)
+    for name, value in full_tensorrt.install(tmp_path).items():
+        monkeypatch.setenv(name, value)
+    package = tensorrt_package.Package("tensorrt", ("tensorrt-cu13",), "tensorrt_rtx_libs", full_tensorrt.LINKS)
     monkeypatch.setitem(tensorrt_package.PACKAGES, "tensorrt", package)
 
 

@@ -11,6 +11,7 @@ from plugins.architecture import ARCHITECTURES, Target, get
 from plugins.kernels_report import FORMATS, MODELS, V2, V2_LITE, configs, tuned
 from plugins.mla_attention import plan as attention
 from plugins.mla_prefill import plan as prefill
+from plugins.mla_attention.tiles import TILES
 from plugins.moe_experts import plan as experts
 from plugins.moe_route import plan as route
 
@@ -52,6 +53,31 @@ def test_float8_products_run_on_float8_tensor_cores(covering):
     assert all(get(m["architecture"]).mma["fp8"] in m["instructions"] for m in products)
 
 
+def attend_kernels(covering):
+    """(metadata, tile) of the attention kernels for split sequences."""
+    for metadata in [k.metadata for k in covering if k.metadata["spec"]["function"] == "attend"]:
+        constants = dict(metadata["spec"]["constexprs"])
+        if "lse" not in constants:
+            pairs = constants["ROWS"] * constants["BLOCK_H"]
+            (tile,) = (t for t in TILES[metadata["architecture"]].values() if t.block_m == pairs)
+            yield metadata, tile
+
+
+def test_as_many_attention_programs_fit_a_multiprocessor_as_plans_assume(covering):
+    seen = set()
+    for metadata, tile in attend_kernels(covering):
+        capability, registers = metadata["architecture"], -(-metadata["registers"] // 8) * 8 * 32 * tile.warps
+        shared = (get(capability).shared_bytes + 1024) // (metadata["shared_bytes"] + 1024)  # a block's KiB is the system's
+        assert min(shared, 65536 // registers) == tile.ctas, (capability, tile)
+        seen.add((capability, tile.block_m))
+    assert len(seen) == 2 * len(ARCHITECTURES)
+
+
+def test_hopper_computes_scores_once(covering):
+    (metadata,) = (m for m, tile in attend_kernels(covering) if m["architecture"] == 90 and tile.unchain)
+    assert metadata["instructions"]["HGMMA"] == 576 // 16 + 2  # twice as many where both warp groups compute all rows
+
+
 def test_manifest_says_what_a_launcher_needs(covering):
     for kernel in covering:
         metadata = json.loads(kernel.path.with_suffix(".json").read_text())
@@ -74,7 +100,7 @@ def test_example_model_fits_small_gpus():
 
 
 def smallest():
-    return attention._combine_kernel(configs(V2_LITE, "bfloat16")["mla_attention"])
+    return attention._combine_kernel(configs(V2_LITE, "bfloat16")["mla_attention"], splits=2)
 
 
 def test_cache_is_used_and_content_addressed(tmp_path, monkeypatch):
@@ -115,7 +141,7 @@ def test_nothing_is_compiled_in_a_process_that_interprets(tmp_path):
 
 
 def test_a_failing_compilation_says_why(tmp_path):
-    fields = smallest().__dict__ | {"constexprs": (("RANK", 500), ("MAX_SPLITS", 64))}
+    fields = smallest().__dict__ | {"constexprs": (("RANK", 500), ("BLOCK_D", 500), ("MAX_SPLITS", 64))}
     with pytest.raises(RuntimeError, match="power of 2"):
         aot.compile_in_child([(type(smallest())(**fields), 89)], tmp_path)
 

@@ -12,6 +12,7 @@ from plugins.architecture import ARCHITECTURES, Target
 from plugins.launch import ALIGNMENT, PlanError, bind, cdiv, place
 from plugins.mla_attention import plan as attention
 from plugins.mla_prefill import plan as prefill
+from plugins.mla_attention.tiles import TILES
 from plugins.moe_experts import plan as experts
 from plugins.moe_route import plan as route
 
@@ -94,6 +95,33 @@ def test_expert_plans_name_only_known_kernels(capability, weights):
     named = {k for plan in plans for k in plan.kernels}
     assert all(p.workspace_bytes <= experts.workspace_bytes(config, TOKENS[-1], target) for p in plans)
     assert named == set(experts.kernels(config, target))
+
+
+@pytest.mark.parametrize("capability", ARCHITECTURES)
+def test_one_long_sequence_fills_the_gpu(capability):
+    target = Target.of(capability)
+    attend, combine = attention.plan(attention_config(16), 1, 1, 512, target).launches[1:]  # 32,768 tokens
+    slots = target.num_sms * TILES[capability]["few"].ctas
+    assert min(0.9 * slots, attention.MAX_SPLITS) <= attend.grid[0] * attend.grid[1] <= slots
+    assert combine.grid[1] * dict(combine.kernel.constexprs)["BLOCK_D"] == 512
+
+
+@pytest.mark.parametrize(("capability", "sequences"), itertools.product([89, 90, 120], [1, 3, 30, 100, 200, 1000]))
+def test_splits_are_worth_their_cost(capability, sequences):
+    """Never more programs than the workspace is for, none without a block, and no split once the GPU is full."""
+    target, ctas = Target.of(capability), TILES[capability]["few"].ctas
+    for blocks in (1, 2, 7, 64, 4096):
+        splits = attention._splits(sequences, blocks, ctas, target)
+        assert 1 <= splits <= min(blocks, attention.MAX_SPLITS)
+        assert splits == 1 or sequences * splits <= attention.MAX_PROGRAMS * target.num_sms
+    assert sequences < 1000 or splits == 1
+
+
+def test_a_single_token_is_not_sorted():
+    for weights, config in (("bfloat16", experts_config()), ("float8_e4m3fn", experts_config("float8_e4m3fn", num_experts=1))):
+        functions = [k.function for k in experts.plan(config, 1, Target.of(90)).kernels if k.function != "quantize"]
+        assert functions == ["gate_up", "down", "combine"], weights
+    assert experts.plan(experts_config(), 2, Target.of(90)).kernels[0].function == "sort"
 
 
 def test_no_tokens_no_launches():

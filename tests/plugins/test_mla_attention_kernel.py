@@ -1,11 +1,15 @@
 """The attention kernels, interpreted, against the plain torch form."""
 
+import math
+
 import pytest
 import torch
 
 from plugins.architecture import Target
 from plugins.launch import PlanError
+from plugins.mla_attention import kernel
 from plugins.mla_attention.kernel import mla_attention_
+from plugins.mla_attention.plan import MAX_SPLITS, Attention, _combine_kernel, plan
 from plugins.mla_attention.reference import mla_attention
 
 SCALE = 0.1147  # V2's softmax scale with mscale^2
@@ -85,6 +89,31 @@ def test_real_width(capability):
 @pytest.mark.parametrize("sms", [1, 400], ids=["direct", "split"])
 def test_128_heads(sms):
     check(batch([1, 3], [97, 20], 128, 64, 16, 64, torch.float16, padding=1), Target.of(90, sms))
+
+
+def test_more_than_64_splits_most_of_them_empty():
+    arguments, target = batch([1, 1], [1500, 5], 16, 16, 16, 16, torch.float16, padding=0), Target.of(90)
+    config = Attention(16, 16, 16, 16, "float16", "float16", SCALE)
+    assert plan(config, 2, *arguments[5].shape, target).launches[-1].arguments[-1] > 64
+    check(arguments, target)
+
+
+@pytest.mark.parametrize("splits", [2, 16, 17, 64, 65, MAX_SPLITS])
+def test_combine(splits):
+    """Rows: every split has tokens, some have, one has, none has; partial sums that an empty split did not write are NaN."""
+    generator = torch.Generator().manual_seed(splits)
+    config = Attention(4, 64, 16, 16, "bfloat16", "bfloat16", SCALE)
+    constants = dict(_combine_kernel(config, splits).constexprs)
+    lse = torch.randn(4, splits, generator=generator) * 20 - 500
+    lse[1, torch.rand(splits, generator=generator) < 0.7], lse[2, :-1], lse[3] = (-float("inf"),) * 3
+    partial = torch.randn(4, splits, 64, generator=generator)
+    partial[lse == -float("inf")] = float("nan")
+    attended = torch.full((4, 64), float("nan"), dtype=torch.bfloat16)
+    kernel.combine[(4, 64 // constants["BLOCK_D"])](partial, lse, attended, splits, **constants)
+    weights = (lse.double() * math.log(2)).softmax(1).nan_to_num(0.0)
+    expected = torch.einsum("rs,rsd->rd", weights, partial.double().nan_to_num(0.0))
+    assert not attended[3].any()
+    assert (attended.double() - expected).abs().max() <= 2**-8 * expected.abs().max()
 
 
 def test_shared_pages_are_read_only():

@@ -146,6 +146,19 @@ def test_sort_writes_every_tile(ids, by_pair):
     assert found == by_expert
 
 
+@pytest.mark.parametrize("float8", [False, True])
+@pytest.mark.parametrize("ids", [[5, 2, 7, 3], [-1, 4, 40, 2], [4, 4, 1, 4], [-1, -1, 0, 9]])
+def test_a_token_alone_gives_the_bits_it_gives_among_others(ids, float8):
+    """Experts 2 .. 6 local. A single token's pairs are not sorted."""
+    x = torch.randn(3, HIDDEN, generator=torch.Generator().manual_seed(3)).bfloat16()
+    ids = torch.cat([torch.tensor([ids]), choices(2, 8, "random")]).int()
+    probabilities = torch.rand(3, TOP_K, generator=torch.Generator().manual_seed(4))
+    tensors = weights(5, float8, torch.bfloat16)
+    among = moe_experts(x, ids, probabilities, *tensors, 2, "concatenated")
+    alone = moe_experts(x[:1], ids[:1], probabilities[:1], *tensors, 2, "concatenated")
+    assert torch.equal(alone, among[:1]) and not alone.isnan().any()
+
+
 def test_order_of_rows_does_not_matter():
     x, ids, probabilities = torch.randn(21, HIDDEN).bfloat16(), choices(21, 8, "random"), torch.rand(21, TOP_K)
     tensors, order = weights(8, False, torch.bfloat16), torch.randperm(21)

@@ -10,15 +10,18 @@ import sys
 from dataclasses import asdict
 from math import prod
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from plugins import trt_base
 from plugins.architecture import Target
 from plugins.mla_attention import plan as attention
 from plugins.mla_prefill import plan as prefill
 from plugins.moe_experts import plan as experts
 from plugins.moe_route import plan as route
+from plugins.trt import OPS
 
 pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13: the plugins are its classes")
 pytest.importorskip("cuda.bindings", reason="pip install cuda-bindings")
@@ -216,3 +219,14 @@ def test_shared_memory_over_48_kib_is_asked_for(recorded):
         asked = {c["kernel"]: c["value"] for c in case["loading"] if c["call"] == "cuFuncSetAttribute"}
         manifests = [manifest(s, i) for i, s in enumerate(kernels(config, Target.of(89)))]
         assert asked == {m["name"]: m["shared_bytes"] for m in manifests if m["shared_bytes"] > 48 * 1024}
+
+
+@pytest.mark.parametrize("op", OPS, ids=lambda op: op.contract.name)
+def test_without_a_launcher_a_step_does_nothing(op):
+    """As while an engine is built: full TensorRT prepares and times plugins, with nothing sensible in their inputs."""
+    package = importlib.import_module("tensorrt_rtx")
+    plugin = trt_base._plugin_class(package, op, None)({}, 89).clone()
+    inputs = [SimpleNamespace(dims=[1] * len(i.dims), type=package.int32) for i in op.contract.inputs]
+    wild = [0xDEAD] * len(inputs)
+    assert plugin.on_shape_change(inputs, []) is None
+    assert plugin.enqueue(inputs, [], wild, [0xDEAD] * len(op.contract.outputs), 0xDEAD, 0) is None

@@ -16,6 +16,7 @@ LAYERS, PAGE, WIDTH, VOCAB, HIDDEN, VERSION = 2, 64, 80, 32, 16, "1.7.1.116"
 BATCH = {"input_ids": 1, "positions": 1, "query_starts": 1, "cached_lengths": 1, "block_table": 2, "num_tokens": 1,
          "logit_rows": 1}  # fmt: skip
 WEIGHTS = ["a.weight", "b.weight"]
+USER_MANAGED = "user managed"
 EXPANDED_PLAN = b"expanded plan"
 CONFIG = {"vocab_size": VOCAB, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
 TABLE = np.arange(1, 13).reshape(3, 4)
@@ -25,10 +26,16 @@ CACHES = [f"latent_cache.{i}" for i in range(LAYERS)]
 class FakeDevice:
     """A GPU whose memory is numbers. `log` holds what was asked for, in order."""
 
-    name, driver_version, num_sms, capability = "Fake GPU", 13000, 100, 89
+    name, driver_version, num_sms, capability, index, free = "Fake GPU", 13000, 100, 89, 0, 8 << 30
 
     def __init__(self):
         self.log, self.blocks, self.next, self.uploaded = [], {}, 1 << 20, {}
+
+    def activate(self):
+        self.active = True
+
+    def free_memory(self):
+        return self.free - sum(self.blocks.values())
 
     def allocate(self, size):
         address = self.next
@@ -36,8 +43,8 @@ class FakeDevice:
         self.next += -(-max(size, 1) // 256) * 256 + 256
         return address
 
-    def zero(self, address, size):
-        self.log.append(("zero", address, size))
+    def zero(self, address, size, stream=0):
+        self.log.append(("zero", address, size, stream))
 
     def upload(self, address, array):
         self.uploaded[address] = bytes(array)
@@ -55,7 +62,7 @@ class FakeDevice:
     def stream(self):
         return 7
 
-    def synchronize(self, stream):
+    def synchronize(self, stream=0):
         self.log.append(("synchronize", stream))
 
     def capture(self, stream, enqueue):
@@ -69,12 +76,22 @@ class FakeDevice:
 
     def close(self):
         self.blocks.clear()
+        self.log.append(("close",))
 
 
-class FakeContext:
-    def __init__(self, engine, config):
-        self.engine, self.device, self.config, self.runs = engine, engine.device, config, 0
-        self.addresses, self.shapes, self.profile = {}, {}, None
+# Methods and class attributes of these are the packages' own: tests/runtime/test_tensorrt_bindings.py compares them.
+
+
+class FullContext:
+    """IExecutionContext of full TensorRT. `strategies`: of memory, and of kernels with TensorRT-RTX."""
+
+    def __init__(self, engine, strategies):
+        self.of, self.device, self.strategies, self.runs = engine, engine.device, strategies, 0
+        self.addresses, self.shapes, self.profile, self.memory = {}, {}, None, None
+        engine.contexts.append(self)
+
+    def set_device_memory(self, memory, size):
+        self.memory = (memory, size)
 
     def set_optimization_profile_async(self, index, stream):
         self.profile = index
@@ -89,25 +106,101 @@ class FakeContext:
         return True
 
     def execute_async_v3(self, stream):
+        assert self.strategies[0] != USER_MANAGED or self.memory, "no memory for activations"
         self.runs += 1
-        self.device.log.append(("execute", self.profile, dict(self.shapes), dict(self.addresses), stream))
+        self.device.log.append(("execute", self.profile, dict(self.shapes), dict(self.addresses), stream, self))
         return True
 
 
-class FakeEngine:
+class RtxContext(FullContext):
+    capturable = True
+
+    def is_stream_capturable(self, stream):
+        return self.capturable
+
+
+class FullConfig:
+    """IRuntimeConfig of full TensorRT; as with the real one, other attributes cannot be set."""
+
+    __slots__ = ("_memory",)
+
+    def __init__(self):
+        self._memory = "static"
+
+    def set_execution_context_allocation_strategy(self, strategy):
+        self._memory = strategy
+
+    @property
+    def strategies(self):
+        return (self._memory,)
+
+
+class RtxConfig(FullConfig):
+    __slots__ = ("_engine", "cache", "dynamic_shapes_kernel_specialization_strategy")
+
+    def __init__(self, engine):
+        super().__init__()
+        self._engine, self.cache, self.dynamic_shapes_kernel_specialization_strategy = engine, None, "lazy"
+
+    def create_runtime_cache(self):
+        return self._engine.cache
+
+    def set_runtime_cache(self, cache):
+        self.cache = cache
+        return True
+
+    @property
+    def strategies(self):
+        return self._memory, self.dynamic_shapes_kernel_specialization_strategy
+
+
+class FullEngine:
+    """ICudaEngine of full TensorRT."""
+
+    device_memory_size_v2 = 5000
+
     def __init__(self, device, extra=(), profiles=2):
-        self.device, self.num_optimization_profiles = device, profiles
+        self.device, self.profiles, self.contexts = device, profiles, []
         self.tensors = [*BATCH, *CACHES, *(f"{c}.updated" for c in CACHES), *WEIGHTS, "logits", "last_hidden", *extra]
-        self.num_io_tensors = len(self.tensors)
+
+    @property
+    def num_io_tensors(self):
+        return len(self.tensors)
+
+    @property
+    def num_optimization_profiles(self):
+        return self.profiles
 
     def get_tensor_name(self, index):
         return self.tensors[index]
 
-    def create_execution_context(self, config=None):
-        return FakeContext(self, config)
+    def get_aliased_input_tensor(self, name):
+        return name.removesuffix(".updated")
+
+    def create_runtime_config(self):
+        return FullConfig()
+
+    def create_execution_context(self, given="static"):
+        return FullContext(self, given.strategies if isinstance(given, FullConfig) else (given,))
+
+
+class FakeEngine(FullEngine):
+    """ICudaEngine of TensorRT-RTX, which compiles where it runs."""
+
+    def __init__(self, device, extra=(), profiles=2):
+        super().__init__(device, extra, profiles)
+        self.cache = FakeCache()
+
+    def create_runtime_config(self):
+        return RtxConfig(self)
+
+    def create_execution_context(self, given="static"):
+        return RtxContext(self, given.strategies if isinstance(given, FullConfig) else (given, "lazy"))
 
 
 class FakeCache:
+    """IRuntimeCache of TensorRT-RTX."""
+
     def __init__(self, content=b"compiled"):
         self.content, self.given = content, None
 
@@ -119,26 +212,25 @@ class FakeCache:
         return True
 
 
-def with_runtime_cache(engine: FakeEngine) -> FakeEngine:
-    """The same engine of TensorRT-RTX, which compiles where it runs."""
-    engine.cache = FakeCache()
-    config = SimpleNamespace(create_runtime_cache=lambda: engine.cache, set_runtime_cache=lambda cache: True)
-    engine.create_runtime_config = lambda: config
-    return engine
+FULL = {"ICudaEngine": FullEngine, "IExecutionContext": FullContext, "IRuntimeConfig": FullConfig}
+RTX = {"ICudaEngine": FakeEngine, "IExecutionContext": RtxContext, "IRuntimeConfig": RtxConfig, "IRuntimeCache": FakeCache}
+NOT_THEIRS = {"strategies", "capturable", "cache"}  # what fakes have for tests
 
 
-def package(engine, version=VERSION, expanded=None):
+def package(engine, version=VERSION, expanded=None, full=False):
     """A module such as tensorrt_rtx that gives `engine`, and `expanded` for the expanded plan; None: it refuses the plan."""
     logger = type("Logger", (), {"WARNING": 2, "__init__": lambda self, level: None})
     runtime = type("Runtime", (), {
         "__init__": lambda self, logger: None,
         "deserialize_cuda_engine": lambda self, plan: expanded if plan == EXPANDED_PLAN else engine,
     })  # fmt: skip
-    strategy = SimpleNamespace(EAGER="eager")
-    return SimpleNamespace(
-        __name__="fake_rtx", __version__=version, Logger=logger, Runtime=runtime,
-        DynamicShapesKernelSpecializationStrategy=strategy,
+    module = SimpleNamespace(
+        __name__="fake_tensorrt", __version__=version, Logger=logger, Runtime=runtime,
+        ExecutionContextAllocationStrategy=SimpleNamespace(STATIC="static", USER_MANAGED=USER_MANAGED),
     )  # fmt: skip
+    if not full:
+        module.DynamicShapesKernelSpecializationStrategy = SimpleNamespace(EAGER="eager", LAZY="lazy", NONE="none")
+    return module
 
 
 def install(monkeypatch, module):

@@ -1,12 +1,14 @@
 """The TensorRT backend without a GPU: what it refuses, and what it asks of the package and the driver, by stand-ins."""
 
+import weakref
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
+from benchmarks.gpu import engine_cache
 from runtime import backends
-from runtime.backends import cuda_device, padding
+from runtime.backends import base, cuda_device, padding
 from runtime.backends.base import SequenceRows, StepBatch
 from runtime.bundle import BundleError
 from runtime.errors import EngineError, RequestError
@@ -109,11 +111,13 @@ def test_everything_is_bound_once(backend, device):
             assert context.addresses[cache] == context.addresses[f"{cache}.updated"] == address
             assert context.shapes[cache] == (11, fakes.PAGE, fakes.WIDTH), "640 tokens and the scratch page"
             assert device.blocks[address] == 11 * fakes.PAGE * fakes.WIDTH * 2
-            assert ("zero", address, device.blocks[address]) in device.log
+            assert ("zero", address, device.blocks[address], 0) in device.log
         (shard,) = device.uploaded
         assert [context.addresses[w] - shard for w in fakes.WEIGHTS] == [64, 192]
         assert device.blocks[context.addresses["logits"]] >= 8 * fakes.VOCAB * 4
     assert next(iter(device.launcher.kernels)).function == "route"
+    last = max(i for i, entry in enumerate(device.log) if entry[0] == "zero")
+    assert ("synchronize", 0) in device.log[last:], "the stream of steps does not wait for the default one"
 
 
 def test_decode_is_captured_once_and_replayed(backend, device):
@@ -128,6 +132,7 @@ def test_decode_is_captured_once_and_replayed(backend, device):
     assert all(a % 16 == 0 for a in addresses.values())
     zeroed = next(i for i, e in enumerate(device.log) if e[:2] == ("zero", addresses["input_ids"]))
     assert zeroed < device.log.index(runs[0]), "captured on padding alone: nothing is written to the cache"
+    assert device.log[zeroed][3] == backend.runner.stream, "in the order of the steps that warm up"
     device.log.clear()
     backend.step(decode_batch(4))
     assert [e[0] for e in device.log] == ["upload", "launch", "download"]
@@ -162,11 +167,95 @@ def test_without_capture(bundle, device, monkeypatch):
     assert len(executed(device)) == 1 and ("begin capture",) not in device.log
 
 
-def test_engine_that_cannot_be_captured(backend, device):
-    backend.runner.contexts["decode"].is_stream_capturable = lambda stream: False
-    for _ in range(2):
-        backend.step(decode_batch(2))
-    assert ("begin capture",) not in device.log and len(executed(device)) == 2 + 2, "two to warm up, then every step"
+def test_every_captured_shape_has_a_context_of_its_own(backend, device):
+    for count in (1, 3, 1, 3):
+        backend.step(decode_batch(count))
+    assert backend.load_seconds["graphs"] == "2 shapes captured"
+    contexts = [run[5] for run in executed(device)]
+    assert contexts[:3] == [contexts[0]] * 3 and contexts[3:] == [contexts[3]] * 3 and contexts[0] is not contexts[3]
+    assert not {id(c) for c in contexts} & {id(c) for c in backend.runner.contexts.values()}
+
+
+def test_engine_that_cannot_be_captured(backend, device, monkeypatch, capsys):
+    monkeypatch.setattr(fakes.RtxContext, "capturable", False)
+    for count in (2, 2, 3):
+        assert backend.step(decode_batch(count)).shape == (count, fakes.VOCAB)
+    assert ("begin capture",) not in device.log and len(executed(device)) == 2 + 3, "two to warm up, then every step"
+    assert capsys.readouterr().err.count("without CUDA graphs, which costs time: the engine says") == 1
+    assert backend.load_seconds["graphs"] == "eager: the engine says that it cannot be captured"
+
+
+@pytest.mark.parametrize("error", [cuda_device.CudaError("cuStreamEndCapture: invalidated"), EngineError("the engine refuses")])
+def test_a_failed_capture_is_survived(backend, device, monkeypatch, capsys, error):
+    backend.step(decode_batch(1))
+
+    def capture(stream, enqueue):
+        raise error
+
+    monkeypatch.setattr(device, "capture", capture)
+    device.log.clear()
+    for count in (3, 3, 1):
+        assert backend.step(decode_batch(count)).shape == (count, fakes.VOCAB)
+    assert len(executed(device)) == 2 + 2, "two to warm up, then every step of that shape"
+    assert {run[5] for run in executed(device)[2:]} == {backend.runner.contexts["decode"]}, "not in the context that failed"
+    assert [e[0] for e in device.log].count("launch") == 1, "what was captured before is replayed"
+    assert capsys.readouterr().err.count(str(error)) == 1 and backend.load_seconds["graphs"] == f"eager: {error}"
+
+
+# contexts and their memory
+
+
+def test_contexts_share_one_block_of_memory(backend, device):
+    backend.step(decode_batch(1))
+    engine = backend.engines["absorbed"]
+    assert len(engine.contexts) == 3 and {c.strategies[0] for c in engine.contexts} == {fakes.USER_MANAGED}
+    ((address, size),) = {c.memory for c in engine.contexts}
+    assert device.blocks[address] == size == engine.device_memory_size_v2 == backend.load_seconds["context_bytes"]
+
+
+def test_only_decode_steps_wait_for_kernels_of_their_shape(backend):
+    """LAZY: general kernels run until those of a shape are compiled. A captured step has to stay valid: EAGER."""
+    backend.step(decode_batch(1))
+    engine = backend.engines["absorbed"]
+    assert [(c.profile, c.strategies[1]) for c in engine.contexts] == [(0, "eager"), (1, "lazy"), (0, "eager")]
+
+
+def test_no_context(bundle, device, monkeypatch):
+    engine = fakes.FakeEngine(device)
+    engine.create_execution_context = lambda given: None
+    install(monkeypatch, fakes.package(engine))
+    with pytest.raises(EngineError, match="gives no execution context"):
+        backends.load(bundle, "sm89", cache_tokens=640)
+
+
+def test_full_tensorrt(tmp_path, device, monkeypatch):
+    """It has runtime configurations, but no kernels to compile and no answer to whether a step can be captured."""
+    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path / "cache"))
+    bundle, engine = fakes.Builder(tmp_path / "full").write(backend="tensorrt"), fakes.FullEngine(device)
+    install(monkeypatch, fakes.package(engine, full=True))
+    backend = backends.load(bundle, "sm89", cache_tokens=640)
+    for count in (2, 2):
+        backend.step(decode_batch(count))
+    backend.step(StepBatch.of([SequenceRows([1, 2], 0, [1])], TABLE[:1]))
+    assert [run[1] for run in executed(device)] == [0, 0, 0, 1]
+    assert backend.load_seconds["runtime_cache"] == "none" and backend.load_seconds["graphs"] == "1 shapes captured"
+    ((address, size),) = {c.memory for c in engine.contexts}
+    assert {c.strategies for c in engine.contexts} == {(fakes.USER_MANAGED,)} and device.blocks[address] == size == 5000
+    backend.close()
+    assert not (tmp_path / "cache").exists()
+
+
+def test_close_lets_go_of_contexts_before_memory(backend, device):
+    backend.step(decode_batch(1))
+    seen = [weakref.ref(c) for c in backend.engines["absorbed"].contexts]
+    backend.engines["absorbed"].contexts.clear()
+    device.log.clear()
+    device.close = lambda: device.log.append([c() for c in seen])
+    backend.close()
+    assert device.log == [[None] * 3]
+    backend.close()  # a second time does nothing
+
+
 
 
 # TensorRT-RTX's runtime cache
@@ -175,10 +264,9 @@ def test_engine_that_cannot_be_captured(backend, device):
 def test_runtime_cache_is_kept(bundle, device, monkeypatch):
     states = []
     for _ in range(2):
-        engine = fakes.with_runtime_cache(fakes.FakeEngine(device))
+        engine = fakes.FakeEngine(device)
         install(monkeypatch, fakes.package(engine))
         backend = backends.load(bundle, "sm89", cache_tokens=640)
-        assert backend.runner.contexts["decode"].config is not None
         backend.step(decode_batch(1))
         states.append((backend.load_seconds["runtime_cache"], engine.cache.given))
     assert states == [("cold", None), ("warm", b"compiled")]
@@ -188,10 +276,21 @@ def test_runtime_cache_is_kept(bundle, device, monkeypatch):
     assert {"plan", "weights", "contexts", "first_step"} <= set(backend.load_seconds)
 
 
+def test_kernels_of_later_shapes_are_kept_too(backend):
+    """Nothing closes a backend when a process ends."""
+    (cache,) = backend.runtime_caches.values()
+    backend.step(decode_batch(1))
+    backend.engines["absorbed"].cache.content = b"compiled more"
+    backend.step(decode_batch(1))
+    assert cache.path.read_bytes() == b"compiled"
+    backend.step(decode_batch(3))
+    assert cache.path.read_bytes() == b"compiled more"
+
+
 def test_runtime_cache_that_cannot_be_written(bundle, device, monkeypatch, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path / "file"))
-    install(monkeypatch, fakes.package(fakes.with_runtime_cache(fakes.FakeEngine(device))))
+    install(monkeypatch, fakes.package(fakes.FakeEngine(device)))
     backends.load(bundle, "sm89", cache_tokens=640).step(decode_batch(1))
     assert "the next load compiles again" in capsys.readouterr().err
 
@@ -202,17 +301,38 @@ def test_cache_size_keeps_within_the_profiles(bundle, device, monkeypatch):
     assert backends.load(bundle, "sm89", cache_tokens=1).num_pages == 2
 
 
-def test_driver_errors_are_named():
-    class Driver:
-        CUresult = SimpleNamespace(CUDA_SUCCESS=0)
+def test_cache_takes_most_of_the_memory_that_is_free(bundle, device, monkeypatch):
+    """Weights, activations and outputs are counted already; what captured graphs take is left free."""
+    install(monkeypatch, fakes.package(fakes.FakeEngine(device)))
+    monkeypatch.setattr(fakes.FullEngine, "device_memory_size_v2", 300_000)
+    device.free = 1_000_000
+    backend = backends.load(bundle, "sm89")
+    caches = sum(device.blocks[c] for c in backend.caches)
+    left = device.free - (sum(device.blocks.values()) - caches)
+    page = fakes.LAYERS * fakes.PAGE * fakes.WIDTH * 2
+    assert left < 700_000 and 0.9 * left < caches <= 0.9 * left + 2 * page
+    device.free = 1 << 40
+    assert backends.load(bundle, "sm89").num_pages == 100, "the profile's limit"
 
-        def cuMemAlloc(self, size):  # noqa: N802 - the driver's name
-            return (2, None)
 
-    device = cuda_device.Device.__new__(cuda_device.Device)
-    device._driver, device._memory = Driver(), []
-    with pytest.raises(cuda_device.CudaError, match="cuMemAlloc: 2"):
-        device.allocate(1)
+def test_cache_holds_no_more_than_all_sequences_can_fill(backend):
+    target = backend.target.model_copy(update={"profiles": {}})
+    pages = target.limits.max_sequences * target.limits.max_context // fakes.PAGE
+    assert base.gpu_pages_for(target, None, 1 << 50) == pages + 1
+    assert base.gpu_pages_for(target, None, 0) == 2, "one page and the scratch page"
+    assert base.gpu_pages_for(target, 640, 0) == 11, "what is asked for is not cut down"
+
+
+def test_gpu_check_tells_whether_caches_are_copied_and_steps_captured(bundle, device, monkeypatch):
+    install(monkeypatch, fakes.package(fakes.FakeEngine(device)))
+    monkeypatch.setattr(engine_cache, "PAGES", (16, 100))
+    checks, measured = [], {}
+    run = SimpleNamespace(measure=lambda name, **values: measured.update(values), check=lambda *given: checks.append(given))
+    engine_cache.check(run, "engine", bundle, "sm89")
+    assert checks[0][1] > 0 and checks[1][1:] == (0, 0, "1 shapes captured") and measured["aliased"] == "latent_cache.0"
+    monkeypatch.setattr(fakes.RtxContext, "capturable", False)
+    engine_cache.check(run, "engine", bundle, "sm89")
+    assert checks[-1][1:3] == (1, 0)
 
 
 def test_chunks_are_as_long_as_a_step(backend):

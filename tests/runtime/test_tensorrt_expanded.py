@@ -24,12 +24,14 @@ def chunk(rows: int, past: int) -> StepBatch:
 
 
 def forms_run(backend, *batches) -> list[set[str]]:
-    """Which contexts ran each batch; none where a captured graph was replayed."""
+    """What ran each batch; nothing where a captured graph was replayed."""
     found = []
     for batch in batches:
-        before = {name: context.runs for name, context in backend.runner.contexts.items()}
+        backend.device.log.clear()
         backend.step(batch)
-        found.append({name for name, context in backend.runner.contexts.items() if context.runs > before[name]})
+        runs = [(entry[1], entry[5].of) for entry in backend.device.log if entry[0] == "execute"]
+        expanded = backend.engines["expanded"]
+        found.append({"expanded" if engine is expanded else ("decode", "prefill")[profile] for profile, engine in runs})
     return found
 
 
@@ -48,10 +50,19 @@ def test_a_form_can_be_forced_but_for_decode_steps(two_plans, device, prefill, e
 def test_both_engines_share_all_memory(two_plans, device):
     backend = backends.load(two_plans, "sm89", cache_tokens=640)
     absorbed, expanded = backend.runner.contexts["prefill"], backend.runner.contexts["expanded"]
-    assert (absorbed.profile, expanded.profile) == (1, 0) and absorbed.engine is not expanded.engine
+    assert (absorbed.profile, expanded.profile) == (1, 0) and absorbed.of is not expanded.of
     fixed = {*fakes.CACHES, *(f"{c}.updated" for c in fakes.CACHES), *fakes.WEIGHTS, "logits", "last_hidden"}
     assert {n: absorbed.addresses[n] for n in fixed} == {n: expanded.addresses[n] for n in fixed}
     assert len(device.uploaded) == 1
+    assert absorbed.memory == expanded.memory and expanded.strategies == (fakes.USER_MANAGED, "lazy")
+
+
+def test_memory_of_activations_is_as_large_as_the_larger_engine_needs(two_plans, device, monkeypatch):
+    engine, expanded = fakes.FakeEngine(device), fakes.FakeEngine(device, profiles=1)
+    expanded.device_memory_size_v2 = 70_000
+    install(monkeypatch, fakes.package(engine, expanded=expanded))
+    backend = backends.load(two_plans, "sm89", cache_tokens=640)
+    assert {c.memory[1] for c in backend.runner.contexts.values()} == {70_000}
 
 
 def test_the_expanded_plan_is_refused_like_the_other(two_plans, device, monkeypatch):
@@ -71,7 +82,7 @@ def test_the_expanded_plan_is_refused_like_the_other(two_plans, device, monkeypa
 
 
 def test_what_compiled_is_kept_for_each_plan(two_plans, device, monkeypatch):
-    engines = [fakes.with_runtime_cache(fakes.FakeEngine(device, profiles=n)) for n in (2, 1)]
+    engines = [fakes.FakeEngine(device, profiles=n) for n in (2, 1)]
     install(monkeypatch, fakes.package(engines[0], expanded=engines[1]))
     backend = backends.load(two_plans, "sm89", cache_tokens=640)
     backend.step(chunk(100, 0))

@@ -1,12 +1,15 @@
 """The torch backend against ONNX Runtime on the same bundle, on the CPU; GPU graphs with the plain torch ops."""
 
+from collections import Counter
+
 import numpy as np
 import pytest
 import torch
 
 from runtime import backends
 from runtime.backends import padding
-from runtime.backends.base import SequenceRows, StepBatch
+from runtime.backends import torch as torch_backend
+from runtime.backends.base import SequenceRows, StepBatch, pages_for
 from runtime.backends.torch_graph import StepProgram
 from runtime.backends.torch_step import StepRunner
 from runtime.bundle import Bundle, BundleError
@@ -94,8 +97,7 @@ def float32_logits(tiny_bundle):
     return ragged.run(ragged.engine_step(backend), sequences(320), SCHEDULE, ragged.Pages(LENGTHS, 64))
 
 
-@pytest.fixture(scope="module")
-def float8_graph(tiny_checkpoint, bfloat16_graph):
+def quantized(graph, checkpoint, static_scales=None):
     """The FP8 graph as the TensorRT lowering writes it, and its weights with their scales."""
     import onnx_ir as ir
 
@@ -104,16 +106,27 @@ def float8_graph(tiny_checkpoint, bfloat16_graph):
     from export.models import deepseek_v2
     from export.quantization import Fp8
 
-    source, scheme = Checkpoint(tiny_checkpoint), Fp8()
+    source, scheme = Checkpoint(checkpoint), Fp8()
     weights = deepseek_v2.weights(source.config)
-    model = ir.from_proto(bfloat16_graph[0])
-    prepare(model, weights, scheme)
+    model = ir.from_proto(graph[0])
+    prepare(model, weights, scheme, static_scales)
     stored = {
         w.name + kind.suffix: tensor.contiguous()
         for w in weights
         for kind, tensor in zip(scheme.stored(w), scheme.encode(w, w.read(source.read)), strict=True)
     }
     return ir.to_proto(model), stored, source.config
+
+
+@pytest.fixture(scope="module")
+def float8_graph(tiny_checkpoint, bfloat16_graph):
+    return quantized(bfloat16_graph, tiny_checkpoint)
+
+
+@pytest.fixture(scope="module")
+def static_float8_graph(tiny_checkpoint, bfloat16_graph):
+    """The same with one constant scale of activations for every weight: 0.01, so that 4.48 is the largest of them."""
+    return quantized(bfloat16_graph, tiny_checkpoint, dict.fromkeys(bfloat16_graph[1], 0.01))
 
 
 def row_errors(graph, expected: list[np.ndarray], fuse: bool) -> np.ndarray:
@@ -142,23 +155,42 @@ def test_float8_graph(float8_graph, float32_logits, fuse):
     assert np.median(errors) <= 0.2
 
 
-def test_float8_products_are_fused(float8_graph):
+def test_static_scales_fused_equal_plain(static_float8_graph, float32_logits):
+    plain, fused = (row_errors(static_float8_graph, float32_logits, fuse) for fuse in (False, True))
+    assert np.median(fused) <= 0.2 and abs(np.median(fused) - np.median(plain)) <= 0.01
+
+
+def test_float8_products_are_fused(float8_graph, static_float8_graph):
+    for (proto, *_), scales in ((float8_graph, {"smallest": 1e-10}), (static_float8_graph, {"static": 0.01})):
+        fused = fused_nodes(proto)
+        assert not {n.op_type for n in fused} & {"QuantizeLinear", "DequantizeLinear"}
+        found = [n.attributes for n in fused if n.op_type == "Float8Linear"]
+        assert found and all(a == pytest.approx(scales) for a in found)
+
+
+def test_what_a_layer_runs(bfloat16_graph):
+    """Small products and rotations of attention are groups; nothing is turned or cast outside of one."""
+    proto, _, c = bfloat16_graph
+    count = Counter(n.op_type for n in fused_nodes(proto) if n.name.startswith("model.layers."))
+    moe = sum(map(c.is_moe_layer, range(c.num_hidden_layers)))
+    assert (count["Latent"], count["MatMulByHead"]) == (c.num_hidden_layers, 2 * c.num_hidden_layers)
+    assert (count["WideLinear"], count["Cast"]) == (moe, moe), "one cast a router's weight, computed once"
+    assert not count["Rotate"] + count["Transpose"] + count["MatMul"]
+
+
+def fused_nodes(proto) -> list:
     from runtime.backends import torch_fusion, torch_graph
 
-    proto, *_ = float8_graph
     nodes = [torch_graph._node(n) for n in proto.graph.node]
-    fused = torch_fusion.fuse(nodes, torch_graph._constants(proto, nodes), [o.name for o in proto.graph.output])
-    kinds = {n.op_type for n in fused}
-    assert {"Float8Linear", "QuantizeRows"} <= kinds and not kinds & {"QuantizeLinear", "DequantizeLinear"}
+    return torch_fusion.fuse(nodes, torch_graph._constants(proto, nodes), [o.name for o in proto.graph.output])
 
 
 def test_products_of_one_input_are_merged(bfloat16_graph, float8_graph):
     """q_a_proj with kv_a_proj in every layer, gate_proj with up_proj in every MLP and shared expert."""
-    from runtime.backends import torch_fusion, torch_graph, torch_merging
+    from runtime.backends import torch_merging
 
     for (proto, weights, c), kind in ((bfloat16_graph, "Gemm"), (float8_graph, "Float8Linear")):
-        nodes = [torch_graph._node(n) for n in proto.graph.node]
-        fused = torch_fusion.fuse(nodes, torch_graph._constants(proto, nodes), [o.name for o in proto.graph.output])
+        fused = fused_nodes(proto)
         merged = torch_merging.merge(fused, weights)
         count = [sum(n.op_type == kind for n in kinds) for kinds in (fused, merged)]
         assert count[0] - count[1] == 2 * c.num_hidden_layers
@@ -220,6 +252,34 @@ def test_captured_steps_without_a_gpu(bfloat16_graph, monkeypatch):
         logits.append(np.concatenate(ragged.run(lambda i, r=runner: r.step(StepBatch(**i)).copy(), tokens, schedule, pages)))
     assert list(runner._graphs) == [padding.StepShape(8, 8, 8, 4)]
     assert np.abs(logits[0] - logits[1]).max() <= 0.02 * np.abs(logits[0]).max()
+
+
+def test_a_shape_that_cannot_be_captured(bfloat16_graph, monkeypatch, capsys):
+    """It runs eagerly, as all shapes after it do, and says so once."""
+    from contextlib import nullcontext
+    from types import SimpleNamespace
+
+    from runtime.backends import torch_step
+
+    proto, weights, c = bfloat16_graph
+    width = c.kv_lora_rank + c.qk_rope_head_dim
+    caches = {f"latent_cache.{i}": torch.zeros(3, 64, width, dtype=torch.bfloat16) for i in range(c.num_hidden_layers)}
+    runner, tried = StepRunner(StepProgram(proto, weights, "cpu", "reference"), caches), []
+
+    def captured_step(*arguments):
+        tried.append(arguments)
+        raise RuntimeError("operation not permitted when stream is capturing")
+
+    cuda = SimpleNamespace(stream=lambda s: nullcontext(), current_stream=lambda device: None)
+    monkeypatch.setattr(torch_step.torch, "cuda", cuda)
+    monkeypatch.setattr(torch_step, "CapturedStep", captured_step)
+    batches = [StepBatch.of([SequenceRows([3], 0, [0])] * n, np.array([[1]] * n)) for n in (1, 2)]
+    expected = [runner.step(b) for b in batches]
+    runner.capture = True
+    for batch, logits in zip(batches, expected, strict=True):
+        assert np.array_equal(runner.step(batch), logits)
+    assert len(tried) == 1 and "not permitted" in runner.uncaptured
+    assert capsys.readouterr().err.count("without CUDA graphs") == 1
 
 
 def test_bundle_of_a_gpu_target(bfloat16_graph, float32_logits, tmp_path):
@@ -291,3 +351,12 @@ def test_missing_weight_is_named(tiny_bundle, tmp_path):
         path.write_bytes(path.read_bytes().replace(b"model.norm.weight", b"model.norm.weighx"))
     with pytest.raises(BundleError, match=r"lacks model\.norm\.weight"):
         load_weights(copy, target, model, torch.device("cpu"))
+
+
+def test_the_cache_takes_most_of_a_gpus_free_memory(tiny_bundle, monkeypatch):
+    target = Bundle(tiny_bundle).manifest.targets["cpu"]
+    per_page = target.cache.bytes_per_token * target.cache.page_size
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (20 * per_page, 1 << 40))
+    assert torch_backend._pages(target, None, torch.device("cuda")) == 1 + 18
+    assert torch_backend._pages(target, 64, torch.device("cuda")) == 2
+    assert torch_backend._pages(target, None, torch.device("cpu")) == pages_for(target, None)
