@@ -10,8 +10,8 @@ from plugins import kernels_report
 from plugins.architecture import ARCHITECTURES, Target, get
 from plugins.kernels_report import FORMATS, MODELS, V2, V2_LITE, configs, tuned
 from plugins.mla_attention import plan as attention
-from plugins.mla_prefill import plan as prefill
 from plugins.mla_attention.tiles import TILES
+from plugins.mla_prefill import plan as prefill
 from plugins.moe_experts import plan as experts
 from plugins.moe_route import plan as route
 

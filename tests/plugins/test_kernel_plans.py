@@ -11,8 +11,8 @@ import pytest
 from plugins.architecture import ARCHITECTURES, Target
 from plugins.launch import ALIGNMENT, PlanError, bind, cdiv, place
 from plugins.mla_attention import plan as attention
-from plugins.mla_prefill import plan as prefill
 from plugins.mla_attention.tiles import TILES
+from plugins.mla_prefill import plan as prefill
 from plugins.moe_experts import plan as experts
 from plugins.moe_route import plan as route
 
