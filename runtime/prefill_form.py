@@ -3,7 +3,8 @@
 Both give the same numbers from the same cache. Absorbed attends in the latent space, where a pair of a new row and a cached
 token takes 2 kv_lora_rank + qk_rope_head_dim multiplications a head; expanded takes qk_nope_head_dim + qk_rope_head_dim +
 v_head_dim, and expands every cached token of a sequence once a step. So long chunks are expanded, and few rows over a long
-prefix are absorbed. The count was never measured against a GPU's clock.
+prefix are absorbed. The kernels' grids go over all slots of the block table, since they know no lengths; an empty slot counts
+as EMPTY_SLOT of an expansion (40 us for a segment, estimated). The counts were never measured against a GPU's clock.
 """
 
 from collections.abc import Mapping
@@ -16,6 +17,7 @@ from runtime.manifest import Target
 
 ABSORBED, EXPANDED = "absorbed", "expanded"
 ASKED = ("auto", ABSORBED, EXPANDED)
+EMPTY_SLOT = 0.15
 
 
 @dataclass(frozen=True)
@@ -27,12 +29,17 @@ class Chooser:
     qk_nope_head_dim: int
     qk_rope_head_dim: int
     v_head_dim: int
+    page_size: int
 
-    def form(self, query_starts: np.ndarray, cached_lengths: np.ndarray) -> str:
-        """query_starts [B + 1], cached_lengths [B] -> "absorbed" or "expanded"; absorbed where both take as much."""
+    def form(self, query_starts: np.ndarray, cached_lengths: np.ndarray, block_table: np.ndarray) -> str:
+        """query_starts [B + 1], cached_lengths [B], block_table [B, max_pages] -> "absorbed" or "expanded"."""
         if self.asked != "auto":
             return self.asked
         absorbed, expanded = self.multiplications(query_starts, cached_lengths)
+        rows = int(query_starts[-1])
+        slots = min(len(cached_lengths), rows) * block_table.shape[1] * self.page_size
+        empty = max(0, slots - rows - int(np.asarray(cached_lengths, np.int64).sum()))
+        expanded += EMPTY_SLOT * empty * self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
         return EXPANDED if expanded < absorbed else ABSORBED
 
     def multiplications(self, query_starts: np.ndarray, cached_lengths: np.ndarray) -> tuple[int, int]:
@@ -60,4 +67,4 @@ def chooser(where: str, target: Target, config: Mapping, asked: str = "auto") ->
             raise BundleError(f"{found}; a GPU target gets one by build.py --prefill expanded")
         return None
     sizes = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
-    return Chooser(asked, *(config[size] for size in sizes))
+    return Chooser(asked, *(config[size] for size in sizes), target.cache.page_size)

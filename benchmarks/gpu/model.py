@@ -48,7 +48,7 @@ def chooser(config, prefill: str = "auto"):
     """What decides on the form of eager steps, or forces one."""
     from runtime.prefill_form import Chooser
 
-    return Chooser(prefill, config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim)
+    return Chooser(prefill, config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, 64)
 
 
 def precisions(run: Run) -> list[str]:

@@ -118,7 +118,7 @@ def _measure_prefill(run: Run, steps, config, precision: str, past: int) -> None
     rows = 16 if run.dry else 2048
     pages = np.arange(1, 1 + -(-(past + rows) // 64))[None]
     batch = StepBatch.of([SequenceRows(range(rows), past, [rows - 1])], pages)
-    chosen = example.chooser(config).form(batch.query_starts, batch.cached_lengths)
+    chosen = example.chooser(config).form(batch.query_starts, batch.cached_lengths, batch.block_table)
     seconds: dict[str, list[float]] = {form: [] for form in example.FORMS}
     for _ in range(1 if run.dry else 6):
         for form, found in seconds.items():

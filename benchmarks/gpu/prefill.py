@@ -66,22 +66,30 @@ def measure(run: Run) -> None:
 
 
 def _measure_one(run: Run, heads: int, rows: int, prefix: int, room: int) -> None:
-    """Expanded against absorbed: projections to and from the latent belong to the absorbed form, as in the step graph."""
+    """Expanded against absorbed: projections to and from the latent belong to the absorbed form, as in the step graph.
+
+    Both through Triton's JIT, since the absorbed form is more than one op.
+    """
+    from benchmarks.gpu.ahead import jit
+
     label = f"prefill {heads} heads, chunk {rows}, prefix {prefix}" + (f", room {room}" if room else "")
     if run.late(label):
         return
     rank, nope, rope, value = widths(run)
-    q_nope, q_pe, latent, k_pe, w_uk, w_uv, *pages = _chunk(run, heads, rows, prefix, room)
+    sets = [_chunk(run, heads, rows, prefix, room)]
+    sets += [_chunk(run, heads, rows, prefix, room) for _ in range(run.sets(sum(t.nbytes for t in sets[0])) - 1)]
 
     def expanded() -> None:
-        mla_prefill_(q_nope, q_pe, latent, k_pe, w_uk, w_uv, *pages, SCALE, "bfloat16")
+        for arguments in sets:
+            mla_prefill_(*arguments, SCALE, "bfloat16")
 
     def absorbed() -> None:
-        q_latent = torch.einsum("thn,hnr->thr", q_nope, w_uk)
-        attended = mla_attention_(q_latent, q_pe, latent, k_pe, *pages, SCALE, "bfloat16")
-        torch.einsum("thr,hrv->thv", attended, w_uv)
+        for q_nope, q_pe, latent, k_pe, w_uk, w_uv, *pages in sets:
+            q_latent = torch.einsum("thn,hnr->thr", q_nope, w_uk)
+            attended = mla_attention_(q_latent, q_pe, latent, k_pe, *pages, SCALE, "bfloat16")
+            torch.einsum("thr,hrv->thv", attended, w_uv)
 
-    found = timed(run, {"expanded": expanded, "absorbed": absorbed})
+    found = timed(run, {"expanded": expanded, "absorbed": absorbed}, len(sets))
     pairs = rows * prefix + rows * (rows + 1) // 2
     expansion, projection = (2 * n * heads * rank * (nope + value) for n in (prefix + rows, rows))
     operations = {
@@ -92,7 +100,7 @@ def _measure_one(run: Run, heads: int, rows: int, prefix: int, room: int) -> Non
     values |= {f"{n}_TFLOPS": operations[n] / s / 1e12 for n, s in found.items()}
     values["absorbed_over_expanded"] = found["absorbed"] / found["expanded"]
     values["of_matmul"] = operations["expanded"] / found["expanded"] / run.ceilings["matmul"]
-    run.measure(label, **values)
+    run.measure(label, kernels=jit(), sets=len(sets), **values)
 
 
 def _chunk(run: Run, heads: int, rows: int, prefix: int, room: int) -> list:

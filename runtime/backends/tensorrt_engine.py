@@ -76,7 +76,7 @@ class EngineRunner:
 
     def _prefill(self, batch: StepBatch) -> str:
         """The context of a step that is not of one token a sequence."""
-        form = self.chooser.form(batch.query_starts, batch.cached_lengths) if self.chooser else ABSORBED
+        form = self.chooser.form(batch.query_starts, batch.cached_lengths, batch.block_table) if self.chooser else ABSORBED
         return PREFILL if form == ABSORBED else EXPANDED
 
     def _sizes(self) -> tuple[int, ...]:

@@ -64,7 +64,7 @@ class StepRunner:
         return self._program(batch).run(_views(device, shape) | self.caches)
 
     def _program(self, batch: StepBatch) -> StepProgram:
-        form = self.chooser.form(batch.query_starts, batch.cached_lengths) if self.chooser else ABSORBED
+        form = self.chooser.form(batch.query_starts, batch.cached_lengths, batch.block_table) if self.chooser else ABSORBED
         return self.program if form == ABSORBED else self.expanded
 
 

@@ -197,19 +197,19 @@ def test_every_set_of_a_measurement_has_other_experts():
 def test_groups_that_layers_imply(name, precision):
     import torch
 
-    from benchmarks.gpu import model
+    from benchmarks.gpu import model, model_speed
     from export.config import parse
     from runtime.backends.torch_graph import StepProgram
 
     raw = json.loads((SCRIPT.parents[1] / "tests" / "configs" / f"{name}.json").read_text())
     config = parse(raw | {"num_hidden_layers": 2})
-    graph = model.graph(config, precision)
-    weights = {n: torch.empty(shape, dtype=dtype, device="meta") for n, (shape, dtype) in model.declared(graph).items()}
-    gpu = Found()
-    model.check_groups(gpu, "whole", StepProgram(graph, weights, "cpu", "reference"), config, precision)
-    model.check_groups(gpu, "none", StepProgram(graph, weights, "cpu", "reference", fuse=False), config, precision)
-    whole, none = gpu.checks
-    assert whole[1] == 0 and none[1] > 9 and "SumNorm 0" in none[3] and "MlaAttention 2" in none[3]
+    for form, node in (("absorbed", "MlaAttention"), ("expanded", "MlaPrefill")):
+        graph, gpu = model.graphs(config, precision)[form], Found()
+        weights = {n: torch.empty(size, dtype=dtype, device="meta") for n, (size, dtype) in model_speed.declared(graph).items()}
+        model.check_groups(gpu, "whole", StepProgram(graph, weights, "cpu", "reference"), config, precision)
+        model.check_groups(gpu, "none", StepProgram(graph, weights, "cpu", "reference", fuse=False), config, precision)
+        whole, none = gpu.checks
+        assert whole[1] == 0 and none[1] > 9 and "SumNorm 0" in none[3] and f"{node} 2" in none[3]
 
 
 class Found:

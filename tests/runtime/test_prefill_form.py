@@ -12,11 +12,15 @@ from runtime.bundle import BundleError
 from runtime.prefill_form import Chooser
 
 V2 = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
-WITH, WITHOUT = SimpleNamespace(expanded=object()), SimpleNamespace(expanded=None)
+PAGE = 64
+WITH, WITHOUT = SimpleNamespace(expanded=object(), cache=SimpleNamespace(page_size=PAGE)), SimpleNamespace(expanded=None)
 
 
-def form(new: list[int], past: list[int], asked: str = "auto") -> str:
-    return Chooser(asked, **V2).form(np.cumsum([0, *new]).astype(np.int32), np.array(past, np.int32))
+def form(new: list[int], past: list[int], asked: str = "auto", pages: int = 0) -> str:
+    """With a block table as wide as the longest sequence needs, or `pages`."""
+    width = max(pages, max(-(-(n + p) // PAGE) for n, p in zip(new, past, strict=True)))
+    table = np.zeros((len(new), width), np.int32)
+    return Chooser(asked, **V2, page_size=PAGE).form(np.cumsum([0, *new]).astype(np.int32), np.array(past, np.int32), table)
 
 
 @settings(deadline=None)
@@ -35,7 +39,7 @@ def test_counts_are_those_of_the_loops(steps, sizes):
                 expanded += nope + rope + v
         for _ in range(past + new if new else 0):
             expanded += rank * nope + rank * v  # its key, its value
-    chooser = Chooser("auto", rank, nope, rope, v)
+    chooser = Chooser("auto", rank, nope, rope, v, PAGE)
     counts = chooser.multiplications(np.cumsum([0, *(n for n, _ in steps)]), np.array([p for _, p in steps]))
     assert counts == (absorbed, expanded)
 
@@ -50,17 +54,23 @@ def test_counts_are_those_of_the_loops(steps, sizes):
         ([1] * 64, [4000] * 64, "absorbed"),
         ([2048, *[1] * 4], [0, *[500] * 4], "expanded"),
         ([256, *[1] * 64], [0, *[30000] * 64], "absorbed"),  # a chunk beside decoding over long prefixes
-        ([0, 300, 0], [30000, 0, 30000], "expanded"),  # sequences without rows take nothing
+        ([0, 2048, 0], [3000, 0, 3000], "expanded"),  # sequences without rows take nothing
     ],
 )
 def test_steps_of_v2(new, past, expected):
     assert form(new, past) == expected
 
 
+def test_a_block_table_with_little_in_it():
+    """Programs that find their slot empty take time as well."""
+    assert form([2048], [0], pages=64) == "expanded" and form([2048], [0], pages=2048) == "absorbed"
+    assert form([2048, *[8] * 7], [0] * 8) == "absorbed" and form([2048, 8], [0, 0]) == "expanded"
+
+
 def test_long_contexts_do_not_overflow():
     """2,048 rows over 163,840 tokens of 256 sequences: more operations than int32 holds."""
     starts, past = np.arange(0, 2049, 8, dtype=np.int32), np.full(256, 163840, np.int32)
-    absorbed, expanded = Chooser("auto", **V2).multiplications(starts, past)
+    absorbed, expanded = Chooser("auto", **V2, page_size=PAGE).multiplications(starts, past)
     pairs = 256 * (8 * 163840 + 36)
     assert absorbed == pairs * 1088 + 2048 * 512 * 256 and expanded == pairs * 320 + 256 * 163848 * 512 * 256
 
@@ -72,7 +82,7 @@ def test_a_form_can_be_forced():
 def test_what_a_target_lacks_is_refused():
     assert prefill_form.chooser("target cpu", WITHOUT, V2) is None
     assert prefill_form.chooser("target cpu", WITHOUT, {}, "absorbed") is None
-    assert prefill_form.chooser("target sm89", WITH, V2) == Chooser("auto", 512, 128, 64, 128)
+    assert prefill_form.chooser("target sm89", WITH, V2) == Chooser("auto", 512, 128, 64, 128, PAGE)
     with pytest.raises(BundleError, match="target sm86: prefill is 'expanded', but it has no expanded engine, accepted: auto"):
         prefill_form.chooser("target sm86", WITHOUT, V2, "expanded")
     with pytest.raises(BundleError, match="prefill is 'naive', accepted: auto, absorbed, expanded"):
