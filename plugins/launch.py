@@ -30,7 +30,7 @@ class KernelSpec:
 
     arguments: (name, Triton type) in launch order, types "*bf16", "i32", "fp32", ...; every pointer is 16-byte aligned.
     constexprs: (name, value); an optional pointer that is absent is a constexpr of value None.
-    tensor_cores: kind of product that must run on tensor cores ("f16", "fp8"), None where there is none.
+    tensor_cores: kind of product that must run on tensor cores ("f16", "f16_sync", "fp8"), None where there is none.
     grid: the rule, in words, for whoever reads the manifest; plans hold the numbers.
     spills_because: why registers may spill here; empty where they may not.
     """

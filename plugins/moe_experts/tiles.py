@@ -34,6 +34,8 @@ _SOME = Tile(64, 64, 128, 64, 4, 3, 0)
 _MANY = Tile(128, 64, 128, 64, 8, 3, 0)
 _SMALL = {"few": _FEW, "some": _SOME, "many": _MANY}  # 99 KiB of shared memory
 _SPILLS = "16 bytes outside the loop of gate_up, whose FP8 products are added in a second set of 128 registers; down has none"
+_RELOAD = "8 bytes, stored and reloaded once by `down` of a single token at 1536 x 5120"
+_RTX_BLACKWELL = _SMALL | {"few float8": Tile(16, 64, 64, 64, 4, 4, 0, _RELOAD)}
 _LARGE = {"few": Tile(16, 64, 64, 128, 4, 3, 1), "some": _SOME, "many": Tile(128, 128, 256, 64, 8, 4, 0)}
 _HOPPER = _LARGE | {"many float8": Tile(128, 128, 128, 64, 8, 4, 0, _SPILLS)}
 TILES: dict[int, dict[str, Tile]] = {
@@ -42,6 +44,6 @@ TILES: dict[int, dict[str, Tile]] = {
     89: _SMALL,
     90: _HOPPER,
     100: _LARGE,
-    120: _SMALL,
-    121: _SMALL,
+    120: _RTX_BLACKWELL,
+    121: _RTX_BLACKWELL,
 }
