@@ -64,7 +64,7 @@ def test_steps_of_v2(new, past, expected):
 def test_a_block_table_with_little_in_it():
     """Programs that find their slot empty take time as well."""
     assert form([2048], [0], pages=64) == "expanded" and form([2048], [0], pages=2048) == "absorbed"
-    assert form([2048, *[8] * 7], [0] * 8) == "absorbed" and form([2048, 8], [0, 0]) == "expanded"
+    assert form([2048, *[8] * 63], [0] * 64) == "absorbed" and form([2048, 8], [0, 0]) == "expanded"
 
 
 def test_long_contexts_do_not_overflow():
