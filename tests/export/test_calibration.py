@@ -154,5 +154,5 @@ def test_build_records_samples_and_builds_anew_for_others(fast_trace, monkeypatc
     options = dict(activations="static", calibration=tmp_path / "a", weights="embedded", force=True)
     build.build(EXAMPLE, tmp_path / "bundle", "sm89, sm86,sm89", **options)  # each takes what concerns it
     targets = Bundle(tmp_path / "bundle").manifest.targets
-    assert targets["sm86"].options == {"weights": "embedded"}
-    assert targets["sm89"].options == second.options | {"weights": "embedded"}
+    assert targets["sm86"].options == {"weights": "embedded", "prefill": "absorbed"}
+    assert targets["sm89"].options == second.options | {"weights": "embedded", "prefill": "absorbed"}
