@@ -1,6 +1,6 @@
 """Builds the engines of a model's shape without weights or kernels and prints what it took, in one JSON object.
 
-`python benchmarks/engine_build.py tests/configs/v2_lite.json --layers 27 --target sm89 --precision fp8`
+`python -m benchmarks.engine_build tests/configs/v2_lite.json --layers 27 --target sm89 --precision fp8`
 """
 
 import json
@@ -33,7 +33,7 @@ def main(
     """Traces, quantizes and builds; memory is the largest child process's largest resident set."""
     row = targets.find(target)
     weight_format = {"fp8": Fp8(), "bf16": BFloat16()}[targets.precision(row, precision)]
-    forms = deepseek_v2.FORMS if targets.prefill(row, "inputs", prefill) == deepseek_v2.EXPANDED else (deepseek_v2.ABSORBED,)
+    forms = {"expanded": deepseek_v2.FORMS, "absorbed": (deepseek_v2.ABSORBED,)}[prefill]
     raw = json.loads(config.read_text())
     model_config = configs.parse(raw | ({"num_hidden_layers": layers} if layers else {}))
     start, cpu = time.monotonic(), time.process_time()
