@@ -20,35 +20,41 @@ with interrupt.leaves_at_once():
     from export.errors import CheckpointError, ConfigError
     from export.models.deepseek_v2_weights import checkpoint_tensors
     from runtime.bundle import Bundle, BundleError
+    from runtime.errors import RequestError
     from validation import report, tokens, tolerances
     from validation.compare import Comparison, Subject
     from validation.dequantize import bundle_config
     from validation.errors import ValidationError
+    from validation.executor import AUTO, Executor
 
 PASS, FAIL, UNUSABLE, BROKEN = 0, 1, 2, 3
 DEFAULT_TOKENS = 4096
 STAGES = 12
 _NOT_COMPUTED = {"tie_word_embeddings", "eos_token_id", "bos_token_id", "max_position_embeddings"}  # change no number
-USER_ERRORS = (ValidationError, BundleError, CheckpointError, ConfigError)
+USER_ERRORS = (ValidationError, BundleError, RequestError, CheckpointError, ConfigError)
 
 
 def validate(
     bundle_path: Path, checkpoint_path: Path, target: str | None = None, text: Path | None = None,
-    count: int = DEFAULT_TOKENS, progress=lambda stage: None,
-) -> tuple[dict, Comparison]:
-    """Validates one target; returns the evidence and the comparison behind it. Raises one of USER_ERRORS."""
+    count: int = DEFAULT_TOKENS, progress=lambda stage: None, backend: str | None = None, device: str = AUTO,
+) -> tuple[dict, Comparison]:  # fmt: skip
+    """Validates one target; returns the evidence and the comparison behind it. Raises one of USER_ERRORS.
+
+    backend, device: what runs the target, see `Executor`.
+    """
     bundle = Bundle(bundle_path)
     name, entry = bundle.target(target)
+    executor = Executor(bundle, name, entry, backend, device)
+    executor.check()
     checkpoint = Checkpoint(checkpoint_path)
     _check_pair(bundle, checkpoint)
     try:
         row = tolerances.find(entry.precision, str(entry.options.get("accuracy", "exact")), entry.cache.format)
     except KeyError as error:
-        hint = "; on a GPU, make gpu-check compares the example model with transformers" if entry.compute_capability else ""
-        raise ValidationError(f"{bundle.path}: target {name}: {error.args[0]}{hint}") from None
+        raise ValidationError(f"{bundle.path}: target {name}: {error.args[0]}") from None
     longest = min(entry.limits.max_context, entry.limits.max_batch_tokens)
     chosen = tokens.load(checkpoint, text, count, longest)
-    comparison = Comparison(Subject(bundle, name, checkpoint, chosen, row, len(os.sched_getaffinity(0))), progress)
+    comparison = Comparison(Subject(bundle, name, checkpoint, chosen, row, executor, len(os.sched_getaffinity(0))), progress)
     progress("checkpoint digest")
     known = {k: v.model_dump() for k, v in bundle.manifest.checkpoint.files.items()}
     digest = combined_digest(checkpoint.file_digests(known))
@@ -82,12 +88,14 @@ def main(
     target: Annotated[str | None, typer.Option(help="Target of the bundle; the only one by default.")] = None,
     text: Annotated[Path | None, typer.Option(help="Text to compare on; held_out.txt of the checkpoint by default.")] = None,
     count: Annotated[int, typer.Option("--tokens", help="How many tokens to compare on.")] = DEFAULT_TOKENS,
+    backend: Annotated[str | None, typer.Option(help="The target's own by default; torch interprets any.")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu, cuda or cuda:1 and so on; with --backend torch for any.")] = AUTO,
 ) -> None:
     """Compares an engine with transformers, stage by stage and layer by layer, and gives a verdict."""
     try:
         _check_report_folder(report_dir)
         with _progress(as_json) as step:
-            evidence, comparison = validate(bundle, reference, target, text, count, step)
+            evidence, comparison = validate(bundle, reference, target, text, count, step, backend, device)
         files = _write(evidence, comparison, report_dir)
     except (*USER_ERRORS, OSError) as error:
         if as_json:
@@ -121,7 +129,7 @@ def _write(evidence: dict, comparison: Comparison, folder: Path | None) -> list[
     subject, files = comparison.s, []
     if evidence["checkpoint"]["sha256"] == subject.bundle.manifest.checkpoint.digest:
         try:
-            files.append(report.write_evidence(subject.bundle, subject.target_name, evidence))
+            files.append(report.write_evidence(subject.bundle, subject.executor.evidence_name, evidence))
         except OSError as error:
             comparison.findings.notes.append(f"the evidence could not be recorded in the bundle: {error}")
     if folder:

@@ -14,18 +14,17 @@ from pathlib import Path
 import numpy as np
 
 from export.checkpoint import Checkpoint
-from runtime import backends
 from runtime.bundle import Bundle
-from validation import exported_graph, metrics, weights
-from validation.debug_graph import DebugGraph
+from validation import engine_graph, exported_graph, metrics, weights
 from validation.dequantize import dequantized_tensors
 from validation.excuse import Excuses
+from validation.executor import Executor
 from validation.findings import Findings
 from validation.greedy import compare_greedy
 from validation.layers import judge_layers, trace_stage
 from validation.metrics import LogitComparison
 from validation.reference import Reference
-from validation.stages import EngineStage, GraphStage, ModelStage, Stage, load_onnx
+from validation.stages import EngineStage, GraphStage, ModelStage, Stage
 from validation.tokens import Tokens
 from validation.tolerances import Tolerance, Tolerances
 
@@ -43,6 +42,7 @@ class Subject:
     checkpoint: Checkpoint
     tokens: Tokens
     tolerances: Tolerances
+    executor: Executor
     threads: int = 0
 
 
@@ -67,10 +67,12 @@ class Comparison:
         with self._timed("audit and load the reference"):
             self.reference = Reference(s.checkpoint)
             f.audit = [vars(c) for c in self.reference.audit]
+            self.trace = self.reference.trace(self.windows[0])
         self._files()
         self._weights()
         with self._timed("load the engine"):
             self.engine = self._engine()
+            f.executed = s.executor.describe(self.engine.backend)
         self._early_stages()
         with self._timed("engine against the original weights"):
             self._fidelity()
@@ -94,39 +96,30 @@ class Comparison:
         with self._timed("weights of the bundle"):
             found = weights.compare(self.s.bundle, self.s.target_name, self.s.checkpoint)
         self.findings.weights = [vars(w) for w in found]
-        limit = self.s.tolerances.weights
-        exact = Tolerance(0.0, "stored in float32, which holds it exactly")
+        t = self.s.tolerances
         for name, members, tolerance in (
-            ("largest error of plain weights", [w for w in found if not w.quantized], exact),
-            ("largest error of quantized weights", [w for w in found if w.quantized], limit),
+            ("largest error of plain weights", [w for w in found if not w.quantized], t.plain_weights),
+            ("largest error of quantized weights", [w for w in found if w.quantized], t.weights),
         ):
             if members:
                 bad = next((w for w in members if not tolerance.passes(w.error)), None)
-                detail = f"{bad.name} is off by {bad.error:.2g} of its largest element" if bad else ""
+                detail = f"{bad.name} is off by {bad.error:.2g} of its row's largest element" if bad else ""
                 self.findings.judge(name, "weights", max(w.error for w in members), tolerance, detail)
 
     def _engine(self) -> EngineStage:
-        bundle, target = self.s.bundle, self.target
+        target, executor = self.target, self.s.executor
         page, length = target.cache.page_size, len(self.windows[0])
         pages = MODE_WINDOWS * -(-length // page) + MODE_WINDOWS
-        backend = backends.load(bundle, self.s.target_name, cache_tokens=pages * page, threads=self.s.threads)
-        debug = None
-        if target.backend == "onnxruntime":
-            graph = bundle.file(target.graph)
-            cache = target.cache
-            debug = DebugGraph(load_onnx(graph), graph.parent, cache.page_size, cache.width, cache.dtype, self.s.threads)
-        else:
-            self.findings.notes.append(f"backend {target.backend} cannot be looked into: the engine was not compared by layer")
-        return EngineStage(backend, debug)
+        backend = executor.load(pages * page, self.s.threads)
+        debug = engine_graph.load(executor, backend, self.s.threads, self.findings.notes)
+        return EngineStage(backend, debug, engine_graph.logit_rows(executor))
 
     def _early_stages(self) -> None:
         """Torch model and exported graph, against transformers on the checkpoint's weights."""
         t = self.s.tolerances
         checkpoint, length = self.s.checkpoint, len(self.windows[0])
         pages = 2 + EARLY_WINDOWS * (2 + length // 64)
-        window = self.windows[0]
         with self._timed("torch model"):
-            self.trace = self.reference.trace(window)
             self._early(ModelStage(checkpoint, pages), t.model_logits)
         with self._timed("exported graph"), tempfile.TemporaryDirectory(prefix="latentrt-") as folder:
             graph = GraphStage(exported_graph.export(checkpoint, Path(folder), 64, self.s.threads), pages)
@@ -138,8 +131,8 @@ class Comparison:
         runs = {"prefill": [stage.prefill(w) for w in cut], "chunked": stage.chunked(cut),
                 "decode": stage.decode(cut, EARLY_STEPS)}  # fmt: skip
         self._judge_runs(stage, cut, expected, runs, limit, Tolerance(None, "follows from the logits"))
-        errors = trace_stage(stage, self.windows[0], self.trace, self.reference, self.findings)
-        judge_layers(stage.name, errors, self.s.tolerances.float_layer, self.findings, self.s.tolerances.flips)
+        trace_stage(stage, self.windows[0], self.trace, self.reference, self.findings)
+        judge_layers(stage.name, self.s.tolerances.float_layer, None, self.s.tolerances, self.findings)
 
     def _judge_runs(self, stage: Stage, windows, expected, runs: dict, limit: Tolerance, kl_limit: Tolerance) -> None:
         """Judges logits [T, V] of `runs` (mode -> one per window) against `expected`, near ties of the routing excused."""
@@ -191,8 +184,8 @@ class Comparison:
             self._judge_runs(self.engine, windows, expected, runs, t.exact_logits, t.exact_kl)
         if self.engine.debug:
             with self._timed("engine, layer by layer"):
-                errors = trace_stage(self.engine, self.windows[0], self.trace, self.reference, self.findings)
-                judge_layers("engine", errors, t.layer, self.findings, t.flips)
+                trace_stage(self.engine, self.windows[0], self.trace, self.reference, self.findings)
+                judge_layers("engine", t.layer, t.token, t, self.findings)
                 routed = self.findings.traced["engine"]["logits_routed"]
                 self.findings.judge("logits with the reference's routing: largest error", "engine", routed, t.routed_logits)
         with self._timed("greedy generation"):

@@ -1,8 +1,10 @@
 """A step graph opened up: what every layer puts out becomes a graph output, and routing and layer inputs can be given.
 
-The graph is that of the bundle, its weights are read where they lie, and only graph outputs and inputs are added.
+The graph is that of the bundle, its weights are read where they lie, and only graph outputs and inputs are added. ONNX
+Runtime runs it where it has function bodies (`OnnxRuntimeGraph`), PyTorch where it is a GPU engine's (`TorchGraph`).
 """
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,13 +12,17 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnxruntime as ort
+import torch
 
 from plugins.contract import DOMAIN
 from runtime.backends.base import StepBatch
+from runtime.backends.torch_graph import StepProgram
+from runtime.backends.torch_ops import DTYPES
 from validation.errors import ValidationError
 
 _FLOAT, _INT32 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
 FORCED = ".forced"
+Feeds = Mapping[str, np.ndarray]
 
 
 @dataclass(frozen=True)
@@ -24,6 +30,7 @@ class LayerValues:
     """Names of one layer's values; the routing's are None in dense layers."""
 
     attention: str
+    mlp: str
     output: str
     router_input: str | None = None
     router_logits: str | None = None
@@ -31,66 +38,124 @@ class LayerValues:
     weights: str | None = None
 
 
-class DebugGraph:
-    """Sessions over one graph, made when first used: free, with forced routing, with forced layer inputs as well."""
+class DebugGraph(ABC):
+    """One graph in three forms, made when they are used: free, with forced routing, with forced layer inputs as well."""
 
-    def __init__(self, model: onnx.ModelProto, weights: Path, page_size: int, width: int, cache_dtype: str, threads: int):
-        self.model, self.weights_folder, self.threads = model, weights, threads
-        self.page_size, self.width, self.cache_dtype = page_size, width, cache_dtype
+    def __init__(self, model: onnx.ModelProto, page_size: int, width: int):
+        self.model, self.page_size, self.width = model, page_size, width
         self.num_layers = sum(i.name.startswith("latent_cache.") for i in model.graph.input)
         self.layers = [self._find(i) for i in range(self.num_layers)]
-        self._sessions: dict[str, ort.InferenceSession] = {}
 
-    def empty_caches(self, num_pages: int) -> list[np.ndarray]:
+    @abstractmethod
+    def empty_caches(self, num_pages: int) -> list:
         """Caches filled with NaN: what is read without having been written shows. Page 0 is scratch."""
-        shape = (num_pages, self.page_size, self.width)
-        return [np.full(shape, np.nan, np.dtype(self.cache_dtype)) for _ in range(self.num_layers)]
+
+    @abstractmethod
+    def execute(self, form: str, feeds: Feeds, caches: list) -> dict[str, np.ndarray]:
+        """Runs one form. `caches` are replaced by what the step made of them. Returns outputs by name, the caches left out."""
 
     def run(
-        self, batch: StepBatch, caches: list[np.ndarray], routing: Mapping | None = None, hidden: list[np.ndarray] | None = None
+        self, batch: StepBatch, caches: list, routing: Mapping | None = None, hidden: list[np.ndarray] | None = None
     ) -> dict[str, np.ndarray]:
-        """One step. `caches` are replaced by what the step made of them. Returns logits and all layer values by name.
+        """One step; logits and all layer values by name.
 
         `routing` (layer -> Routing) replaces what the routers chose; `hidden` also replaces every layer's input.
         """
-        kind = "isolated" if hidden is not None else "routed" if routing else "free"
-        session = self._session(kind)
-        feeds = dict(vars(batch)) | {f"latent_cache.{i}": c for i, c in enumerate(caches)}
+        feeds = dict(vars(batch))
         for layer, given in (routing or {}).items():
             feeds |= {self.layers[layer].ids: given.ids.astype(np.int32), self.layers[layer].weights: given.weights}
         for layer, given in enumerate((hidden or [])[:-1]):
             feeds[self.layers[layer].output + FORCED] = given
+        return self.execute("isolated" if hidden is not None else "routed" if routing else "free", feeds, caches)
+
+    def form(self, form: str) -> onnx.ModelProto:
+        """A copy of the graph in one of its forms."""
+        model = onnx.ModelProto()
+        model.CopyFrom(self.model)
+        if form != "free":
+            _force_routing(model, self.layers)
+        if form == "isolated":
+            _force_hidden(model, self.layers)
+        _expose(model, (v for names in self.layers for v in vars(names).values() if v))
+        return model
+
+    def _find(self, layer: int) -> LayerValues:
+        """Value names of a layer: its two residual sums are found by the norms and the name of its output."""
+        prefix = f"model.layers.{layer}."
+        nodes = [n for n in self.model.graph.node if any(o.startswith(prefix) for o in n.output)]
+        made = {o: n for n in nodes for o in n.output}
+        entry, middle = (_reader(nodes, f"{prefix}{norm}.weight") for norm in ("input_layernorm", "post_attention_layernorm"))
+        attention, mlp = _other_term(made.get(middle), entry), _other_term(made.get(f"{prefix}output"), middle)
+        if attention is None or mlp is None:
+            raise ValidationError(f"graph: layer {layer} has no residual sums around its norms; cannot look inside")
+        names = attention, mlp, f"{prefix}output"
+        route = next((n for n in nodes if n.domain == DOMAIN and n.op_type == "MoeRoute"), None)
+        if route is None:
+            return LayerValues(*names)
+        experts = next(n for n in nodes if n.domain == DOMAIN and n.op_type == "MoeExperts")
+        return LayerValues(*names, experts.input[0], route.input[0], *route.output)
+
+
+class OnnxRuntimeGraph(DebugGraph):
+    """A graph with function bodies whose external weights lie in the folder `weights`."""
+
+    def __init__(self, model: onnx.ModelProto, weights: Path, page_size: int, width: int, cache_dtype: str, threads: int):
+        super().__init__(model, page_size, width)
+        self.weights_folder, self.cache_dtype, self.threads = weights, cache_dtype, threads
+        self._sessions: dict[str, ort.InferenceSession] = {}
+
+    def empty_caches(self, num_pages: int) -> list[np.ndarray]:
+        shape = (num_pages, self.page_size, self.width)
+        return [np.full(shape, np.nan, np.dtype(self.cache_dtype)) for _ in range(self.num_layers)]
+
+    def execute(self, form: str, feeds: Feeds, caches: list[np.ndarray]) -> dict[str, np.ndarray]:
+        if form not in self._sessions:
+            self._sessions[form] = open_session(self.form(form), self.weights_folder, self.threads)
+        session = self._sessions[form]
+        given = dict(feeds) | {f"latent_cache.{i}": c for i, c in enumerate(caches)}
         names = [o.name for o in session.get_outputs()]
         taken = {i.name for i in session.get_inputs()}
-        values = dict(zip(names, session.run(names, {k: v for k, v in feeds.items() if k in taken}), strict=True))
+        values = dict(zip(names, session.run(names, {k: v for k, v in given.items() if k in taken}), strict=True))
         for i in range(self.num_layers):
             caches[i] = values.pop(f"latent_cache.{i}.updated")
         return values
 
-    def _session(self, kind: str) -> ort.InferenceSession:
-        if kind not in self._sessions:
-            model = onnx.ModelProto()
-            model.CopyFrom(self.model)
-            if kind != "free":
-                _force_routing(model, self.layers)
-            if kind == "isolated":
-                _force_hidden(model, self.layers)
-            _expose(model, (v for names in self.layers for v in vars(names).values() if v))
-            self._sessions[kind] = open_session(model, self.weights_folder, self.threads)
-        return self._sessions[kind]
 
-    def _find(self, layer: int) -> LayerValues:
-        """Value names of a layer, found through the weights and ops that make them."""
-        prefix = f"model.layers.{layer}."
-        nodes = [n for n in self.model.graph.node if any(o.startswith(prefix) for o in n.output)]
-        o_proj = [n for n in nodes if f"{prefix}self_attn.o_proj.weight" in n.input]
-        if len(o_proj) != 1 or not any(f"{prefix}output" in n.output for n in self.model.graph.node):
-            raise ValidationError(f"graph: layer {layer} has no o_proj product or no value {prefix}output; cannot look inside")
-        route = next((n for n in nodes if n.domain == DOMAIN and n.op_type == "MoeRoute"), None)
-        if route is None:
-            return LayerValues(o_proj[0].output[0], f"{prefix}output")
-        experts = next(n for n in nodes if n.domain == DOMAIN and n.op_type == "MoeExperts")
-        return LayerValues(o_proj[0].output[0], f"{prefix}output", experts.input[0], route.input[0], *route.output)
+class TorchGraph(DebugGraph):
+    """A GPU engine's graph, interpreted as the torch backend does it: Triton kernels on a GPU, plain torch on the CPU.
+
+    One form is kept at a time, since merged and decoded weights are copies.
+    """
+
+    def __init__(
+        self, model: onnx.ModelProto, weights: Mapping[str, torch.Tensor], page_size: int, width: int, cache_dtype: str,
+        device: torch.device,
+    ):  # fmt: skip
+        super().__init__(model, page_size, width)
+        self.weights, self.device, self.cache_dtype = weights, device, getattr(torch, cache_dtype)
+        self._types = {v.name: DTYPES[v.type.tensor_type.elem_type] for v in model.graph.value_info}
+        self._program: tuple[str, StepProgram] | None = None
+
+    def empty_caches(self, num_pages: int) -> list[torch.Tensor]:
+        shape = (num_pages, self.page_size, self.width)
+        return [torch.full(shape, torch.nan, dtype=self.cache_dtype, device=self.device) for _ in range(self.num_layers)]
+
+    @torch.inference_mode()
+    def execute(self, form: str, feeds: Feeds, caches: list[torch.Tensor]) -> dict[str, np.ndarray]:
+        if self._program is None or self._program[0] != form:
+            self._program = None  # before the next is made: both may not fit
+            kind = "triton" if self.device.type == "cuda" else "reference"
+            self._program = form, StepProgram(self.form(form), self.weights, self.device, kind)
+        given = {name: self._placed(name, value) for name, value in feeds.items()}
+        values = self._program[1].run(given | {f"latent_cache.{i}": c for i, c in enumerate(caches)})
+        for i in range(self.num_layers):
+            caches[i] = values.pop(f"latent_cache.{i}.updated")
+        return {name: v.float().cpu().numpy() if v.is_floating_point() else v.cpu().numpy() for name, v in values.items()}
+
+    def _placed(self, name: str, value: np.ndarray) -> torch.Tensor:
+        """A fed value on the device; hidden states in the type of the graph's own, as the layer before would hand them on."""
+        tensor = torch.from_numpy(value).to(self.device)
+        return tensor.to(self._types[name.removesuffix(FORCED)]) if name.endswith(FORCED) else tensor
 
 
 def open_session(model: onnx.ModelProto, weights: Path, threads: int) -> ort.InferenceSession:
@@ -104,6 +169,18 @@ def open_session(model: onnx.ModelProto, weights: Path, threads: int) -> ort.Inf
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has no common base class for its errors
         raise ValidationError(f"onnxruntime {ort.__version__} cannot load the graph for a look inside: {error}") from error
+
+
+def _reader(nodes: list[onnx.NodeProto], weight: str) -> str | None:
+    """The value that the node with this weight takes first."""
+    return next((n.input[0] for n in nodes if weight in n.input), None)
+
+
+def _other_term(node: onnx.NodeProto | None, term: str | None) -> str | None:
+    """What a sum adds to `term`."""
+    if node is None or node.op_type != "Add" or term not in node.input:
+        return None
+    return next(name for name in node.input if name != term)
 
 
 def _force_routing(model: onnx.ModelProto, layers: list[LayerValues]) -> None:

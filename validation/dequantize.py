@@ -2,7 +2,7 @@
 
     python -m validation.dequantize BUNDLE --reference CHECKPOINT --out DIR
 
-writes them as a checkpoint of its own, so that anyone can load it with transformers and check an int8 engine.
+writes them as a checkpoint of its own, so that anyone can load it with transformers and check a quantized engine.
 """
 
 import json
@@ -23,12 +23,14 @@ from export.config import DeepseekV2Config
 from export.lowering import onnxruntime as cpu
 from export.models import deepseek_v2
 from export.models.weights import Weight
-from export.quantization import WeightFormat
+from export.quantization import BFloat16, Fp8, WeightFormat
 from runtime.bundle import Bundle, BundleError
 from validation.errors import ValidationError
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json", "special_tokens_map.json",
                    "chat_template.jinja", "held_out.txt")  # fmt: skip
+LAYOUTS = (cpu.LAYOUT, "step_graph")  # rows of gate and up in turn, or gate above up
+_GPU_FORMATS = {"bf16": BFloat16, "fp8": Fp8}
 SHARD_BYTES = 1 << 30
 INDEX = "model.safetensors.index.json"
 
@@ -39,21 +41,24 @@ class StoredWeights:
     def __init__(self, bundle: Bundle, target_name: str | None = None):
         _, target = bundle.target(target_name)
         weight_set = bundle.manifest.weight_sets[target.weight_set]
-        if weight_set.layout != cpu.LAYOUT:
-            raise ValidationError(f"weight set {target.weight_set}: layout {weight_set.layout!r}, known: {cpu.LAYOUT!r}")
+        if weight_set.layout not in LAYOUTS:
+            known = ", ".join(map(repr, LAYOUTS))
+            raise ValidationError(f"weight set {target.weight_set}: layout {weight_set.layout!r}, known: {known}")
         self.config = bundle_config(bundle)
         self.format = _format(self.config, target)
-        self.weights = cpu.stored_weights(deepseek_v2.weights(self.config))
+        self.weights = deepseek_v2.weights(self.config)
+        self.interleaved = weight_set.layout == cpu.LAYOUT
         self._handles = [safe_open(bundle.file(ref), framework="pt") for ref in weight_set.files]
         self._where = {name: handle for handle in self._handles for name in list(handle.keys())}
 
     def decode(self, weight: Weight) -> torch.Tensor:
-        """`weight` as the engine uses it, float32, in the graph's shape and row order."""
+        """`weight` as the engine uses it, float32, in the step graph's shape: gate rows above up rows."""
         suffixes = [stored.suffix for stored in self.format.stored(weight)]
         missing = [weight.name + s for s in suffixes if weight.name + s not in self._where]
         if missing:
             raise BundleError(f"the weight set lacks tensor {missing[0]}; the bundle is damaged, build it again")
-        return self.format.decode(weight, [self._where[weight.name + s].get_tensor(weight.name + s) for s in suffixes])
+        value = self.format.decode(weight, [self._where[weight.name + s].get_tensor(weight.name + s) for s in suffixes])
+        return torch.cat([value[:, 0::2], value[:, 1::2]], 1) if self.interleaved and weight.role == "gate_up" else value
 
     def is_quantized(self, weight: Weight) -> bool:
         return getattr(self.format, "is_quantized", lambda w: False)(weight)
@@ -72,8 +77,8 @@ def dequantized_state_dict(bundle: Bundle, target_name: str | None = None) -> di
 def dequantized_tensors(bundle: Bundle, target_name: str | None = None) -> Iterator[tuple[str, torch.Tensor]]:
     """(checkpoint name, float32 tensor) of every weight, one graph weight in memory at a time.
 
-    kv_b_proj is put together from w_uk and w_uv, stacked experts are taken apart, gate and up rows (which take turns in
-    the onnxruntime layout) are separated. lm_head is always given, since a tied one may be stored quantized.
+    kv_b_proj is put together from w_uk and w_uv, stacked experts are taken apart into gate_proj, up_proj and down_proj.
+    lm_head is always given, since a tied one may be stored quantized.
     """
     stored = StoredWeights(bundle, target_name)
     pending: dict[str, torch.Tensor] = {}
@@ -85,8 +90,8 @@ def dequantized_tensors(bundle: Bundle, target_name: str | None = None) -> Itera
                 yield weight.sources[0][0], _kv_b(pending.pop("w_uk"), pending.pop("w_uv"))
         elif weight.role == "gate_up":
             for expert, (gate, up) in enumerate(weight.sources):
-                yield gate, value[expert, 0::2].contiguous()
-                yield up, value[expert, 1::2].contiguous()
+                for name, rows in zip((gate, up), value[expert].chunk(2), strict=True):
+                    yield name, rows.contiguous()
         elif weight.role == "down":
             for expert, (down,) in enumerate(weight.sources):
                 yield down, value[expert].contiguous()
@@ -101,8 +106,11 @@ def _kv_b(w_uk: torch.Tensor, w_uv: torch.Tensor) -> torch.Tensor:
 
 def _format(config: DeepseekV2Config, target) -> WeightFormat:
     """The weight format that a target was built with; its key must be the weight set's."""
-    options = cpu.CpuOptions(target.precision, str(target.options.get("accuracy", "fast")), target.cache.format)
-    weight_format = cpu.weight_format(config, options)
+    if target.precision in _GPU_FORMATS:
+        weight_format = _GPU_FORMATS[target.precision]()
+    else:
+        options = cpu.CpuOptions(target.precision, str(target.options.get("accuracy", "fast")), target.cache.format)
+        weight_format = cpu.weight_format(config, options)
     if not target.weight_set.startswith(f"{weight_format.key}."):
         raise ValidationError(
             f"weight set {target.weight_set!r} does not fit format {weight_format.key!r} here; build the bundle again"

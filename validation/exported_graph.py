@@ -8,7 +8,7 @@ from export.checkpoint import Checkpoint
 from export.lowering import onnxruntime as cpu
 from export.models import deepseek_v2
 from plugins.mla_attention import formats
-from validation.debug_graph import DebugGraph
+from validation.debug_graph import OnnxRuntimeGraph
 
 
 class _Folder:
@@ -26,7 +26,7 @@ class _Folder:
         return name
 
 
-def export(checkpoint: Checkpoint, folder: Path, page_size: int, threads: int) -> DebugGraph:
+def export(checkpoint: Checkpoint, folder: Path, page_size: int, threads: int) -> OnnxRuntimeGraph:
     """Traces, stamps and lowers the model with float32 weights; `folder` gets the weights and must outlive the graph."""
     config, options = checkpoint.config, cpu.CpuOptions("fp32", "exact", "float32")
     weight_format = cpu.weight_format(config, options)
@@ -35,4 +35,4 @@ def export(checkpoint: Checkpoint, folder: Path, page_size: int, threads: int) -
     model = graph.build(config, page_size=page_size)
     proto = cpu.lower(model, config, weights, located, weight_format, options)
     width = formats.get("float32").width(config.kv_lora_rank, config.qk_rope_head_dim)
-    return DebugGraph(proto, folder, page_size, width, "float32", threads)
+    return OnnxRuntimeGraph(proto, folder, page_size, width, "float32", threads)

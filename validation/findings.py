@@ -26,7 +26,8 @@ class Check:
 @dataclass
 class LayerErrors:
     """Relative (Euclidean) errors of one layer against the reference: running free, with the reference's routing, and with
-    the reference's layer input as well (isolated, so that errors of earlier layers do not count)."""
+    the reference's layer input as well (isolated, so that errors of earlier layers do not count). The last two are of the
+    worst token of what attention and MLP or MoE block add to the residual, isolated: a wrong expert meets few tokens."""
 
     layer: int
     is_moe: bool
@@ -35,6 +36,8 @@ class LayerErrors:
     hidden_routed: float
     attention_isolated: float
     hidden_isolated: float
+    attention_token: float
+    mlp_token: float
 
 
 @dataclass
@@ -44,6 +47,7 @@ class Findings:
     checks: list[Check] = field(default_factory=list)
     audit: list[dict] = field(default_factory=list)
     tolerances: str = ""
+    executed: dict[str, Any] = field(default_factory=dict)  # Executor.describe
     text: dict[str, Any] = field(default_factory=dict)
     weights: list[dict] = field(default_factory=list)
     logits: dict[str, dict[str, dict]] = field(default_factory=dict)  # stage -> mode -> metrics.LogitComparison.summary

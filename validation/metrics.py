@@ -35,6 +35,19 @@ def relative_error(reference: np.ndarray, found: np.ndarray) -> float:
     return float(difference / size) if size else float(0.0 if difference == 0 else np.inf)
 
 
+def largest_row_error(reference: np.ndarray, found: np.ndarray) -> float:
+    """The largest relative error of a row: what is wrong for a few tokens shows. Rows far below the usual size count as that.
+
+    [T, D] both; the usual size is a tenth of the root mean square of the rows' norms. Infinite where not finite.
+    """
+    reference, found = np.asarray(reference, np.float64), np.asarray(found, np.float64)
+    errors, sizes = np.linalg.norm(found - reference, axis=-1), np.linalg.norm(reference, axis=-1)
+    if not np.isfinite(errors).all():
+        return float("inf")
+    least = 0.1 * np.sqrt((sizes**2).mean())
+    return float((errors / np.maximum(sizes, least or 1.0)).max())
+
+
 def cosine(reference: np.ndarray, found: np.ndarray) -> np.ndarray:
     """Cosine similarity per row. [T, V] -> [T], in -1 .. 1; NaN where a row is zero or not finite."""
     reference, found = np.asarray(reference, np.float64), np.asarray(found, np.float64)

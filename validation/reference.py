@@ -32,6 +32,7 @@ class Trace:
     logits: np.ndarray | None = None  # [T, vocab_size]
     embedding: np.ndarray | None = None  # [T, hidden_size]
     attention: list[np.ndarray] = field(default_factory=list)  # [T, hidden_size] output of self_attn
+    mlp: list[np.ndarray] = field(default_factory=list)  # [T, hidden_size] output of the MLP or MoE block
     hidden: list[np.ndarray] = field(default_factory=list)  # [T, hidden_size] after the layer
     routing: dict[int, Routing] = field(default_factory=dict)
 
@@ -91,6 +92,7 @@ class Reference:
         for index, layer in enumerate(self.model.model.layers):
             handles.append(layer.register_forward_hook(lambda m, a, out: trace.hidden.append(_rows(out))))
             handles.append(layer.self_attn.register_forward_hook(lambda m, a, out: trace.attention.append(_rows(out))))
+            handles.append(layer.mlp.register_forward_hook(lambda m, a, out: trace.mlp.append(_rows(out))))
             if hasattr(layer.mlp, "gate"):
                 handles.append(layer.mlp.gate.register_forward_hook(self._gate_hook(trace, index)))
         handles.append(

@@ -31,7 +31,7 @@ def evidence(findings: Findings, bundle: Bundle, target_name: str, checkpoint_di
             "first_failure": describe(first) if first else None,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
             "machine": machine(),
-            "versions": {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES},
+            "versions": versions(findings),
             "bundle": {
                 "path": str(bundle.path.resolve()), "manifest_sha256": bundle.digest, "target": target_name,
                 "backend": f"{target.backend} {target.backend_version}", "precision": target.precision,
@@ -41,6 +41,11 @@ def evidence(findings: Findings, bundle: Bundle, target_name: str, checkpoint_di
         }
         | body
     )  # fmt: skip
+
+
+def versions(findings: Findings) -> dict[str, str]:
+    """Of Python, of the packages that compare, and of those that ran the engine."""
+    return {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES} | findings.executed["packages"]
 
 
 def describe(check: Check) -> str:
@@ -63,9 +68,9 @@ def machine() -> str:
     return f"{name}, {cores} cores, {platform.system()}"
 
 
-def write_evidence(bundle: Bundle, target_name: str, content: dict) -> Path:
-    """Puts the evidence into the bundle, under its manifest's digest."""
-    file = bundle.evidence_file(target_name)
+def write_evidence(bundle: Bundle, name: str, content: dict) -> Path:
+    """Puts the evidence into the bundle, under its manifest's digest and `Executor.evidence_name`."""
+    file = bundle.evidence_file(name)
     file.parent.mkdir(parents=True, exist_ok=True)
     replace(file, json.dumps(content, indent=1))
     return file
@@ -124,8 +129,10 @@ def summarize(console: Console, content: dict, findings: Findings, files: list[P
     if findings.text.get("is_text") and p:
         count = findings.text["tokens"]
         console.print(f"perplexity on {count} tokens: reference {p['reference']:.3f}, engine {p['engine']:.3f}")
+    console.print(f"executed: {escape(findings.executed['summary'])}", highlight=False, soft_wrap=True)
     if findings.passed:
-        console.print(f"[bold green]PASS[/]  {content['bundle']['target']}, {findings.tolerances}", highlight=False)
+        judged = content["bundle"]["target"] + ("" if findings.executed["is_engine"] else " (its ONNX graph, not the engine)")
+        console.print(f"[bold green]PASS[/]  {judged}, {findings.tolerances}", highlight=False)
     else:
         console.print(f"[bold red]FAIL[/]  {escape(content['first_failure'])}", highlight=False, soft_wrap=True)
     for file in files:

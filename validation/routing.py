@@ -41,6 +41,7 @@ class LayerRouting:
     logit_changes: np.ndarray  # [T]
     flipped: np.ndarray  # [T] bool
     weight_error: float  # largest difference of the weights of experts chosen by both
+    formula_error: float  # largest difference of the router's weights and the formula's on the router's own logits
     load: np.ndarray  # [E] share of the tokens' choices, reference
     flips: list[Flip]
 
@@ -60,12 +61,19 @@ def compare(layer: int, reference: Routing, found: Routing, gate: np.ndarray, co
         for t in np.flatnonzero(~same)
     ]  # fmt: skip
     load = np.bincount(reference.ids.ravel(), minlength=config.n_routed_experts) / reference.ids.size
-    return LayerRouting(layer, float(same.mean()), score_margin, changes, ~same, _weight_error(reference, found), load, flips)
+    weight_errors = _weight_error(reference, found), _weight_error(_formula(found, config), found)
+    return LayerRouting(layer, float(same.mean()), score_margin, changes, ~same, *weight_errors, load, flips)
+
+
+def _formula(found: Routing, config: DeepseekV2Config) -> Routing:
+    """What the formula makes of the logits that the router itself had."""
+    ids, weights = formulas.route(found.router_logits.astype(np.float64), config, formulas.family_routing(config))
+    return Routing(found.router_input, found.router_logits, ids, weights)
 
 
 def _follows(found: Routing, size: np.ndarray, config: DeepseekV2Config) -> np.ndarray:
     """[T] bool: the chosen experts are those of the formula on the router's own logits, or those are a tie."""
-    ids, _ = formulas.route(found.router_logits.astype(np.float64), config, formulas.family_routing(config))
+    ids = _formula(found, config).ids
     _, margin = margins(found.router_logits, config)
     return (np.sort(ids, -1) == np.sort(found.ids, -1)).all(-1) | (margin <= _ROUNDING * size)
 

@@ -5,7 +5,7 @@ out, with routing or every layer's input taken from the reference where asked.
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from unittest import mock
 
 import numpy as np
@@ -78,16 +78,22 @@ class Stage:
 
 
 class EngineStage(Stage):
-    """The bundle's target through its runtime backend, as a user runs it; traced on its own graph where that is ONNX."""
+    """The bundle's target through a runtime backend, as a user runs it; traced on its ONNX graph where there is room for it.
+
+    `logit_rows`: most rows of a step that get logits; None where the backend has no limit.
+    """
 
     name = "engine"
 
-    def __init__(self, backend: Backend, debug: "DebugGraph | None"):
-        self.backend, self.debug = backend, debug
+    def __init__(self, backend: Backend, debug: "DebugGraph | None", logit_rows: int | None = None):
+        self.backend, self.debug, self.logit_rows = backend, debug, logit_rows
         self.page_size, self.num_pages = backend.target.cache.page_size, backend.num_pages
 
     def step(self, batch: StepBatch) -> np.ndarray:
-        return self.backend.step(batch)
+        """A step with more logits than an engine gives is run again for the rest: it writes the same tokens once more."""
+        rows, most = batch.logit_rows, self.logit_rows or len(batch.logit_rows)
+        parts = [replace(batch, logit_rows=rows[i : i + most]) for i in range(0, len(rows), most)]
+        return np.concatenate([self.backend.step(part) for part in parts]) if len(parts) > 1 else self.backend.step(batch)
 
     def trace(self, tokens: np.ndarray, force: Force | None = None) -> Trace:
         return _trace_graph(self.debug, tokens, force)
@@ -123,6 +129,7 @@ def _trace_graph(debug: DebugGraph, tokens: np.ndarray, force: Force | None) -> 
     trace = Trace(logits=values["logits"])
     for i, names in enumerate(debug.layers):
         trace.attention.append(values[names.attention])
+        trace.mlp.append(values[names.mlp])
         trace.hidden.append(values[names.output])
         if names.router_logits:
             ids, weights = (values.get(names.ids), values.get(names.weights))
@@ -160,6 +167,7 @@ class ModelStage(Stage):
         for index, layer in enumerate(self.module.layers):
             handles.append(layer.register_forward_hook(lambda m, a, out: trace.hidden.append(out[0].numpy())))
             handles.append(layer.self_attn.register_forward_hook(lambda m, a, out: trace.attention.append(out[0].numpy())))
+            handles.append(layer.mlp.register_forward_hook(lambda m, a, out: trace.mlp.append(out.numpy())))
             if force and force.hidden and index:
                 given = torch.from_numpy(force.hidden[index - 1])
                 handles.append(layer.register_forward_pre_hook(lambda m, a, given=given: (given, *a[1:])))

@@ -7,12 +7,23 @@ from pathlib import Path
 
 import onnx
 import pytest
+import torch
 
 from runtime.bundle import Bundle
 from tests import checkpoints
+from tests.conftest import EXAMPLE
 from validation import exported_graph
 
 TOKENS, FEW_TOKENS = 300, 100  # the first make two windows, of 256 and 44
+
+
+@pytest.fixture(scope="session", autouse=True)
+def one_thread():
+    """Models this small only lose by threads, fifty-fold where cores are shared."""
+    torch.set_num_threads(1)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("os.sched_getaffinity", lambda process: {0})
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -60,10 +71,30 @@ def copied(tiny_bundle, tmp_path) -> Path:
     return tmp_path / "bundle"
 
 
-def edit_graph(bundle_path: Path, change) -> None:
-    """Changes the target's graph and gives it its proper name and digest in the manifest."""
+@pytest.fixture(scope="session")
+def gpu_bundle(tmp_path_factory) -> Path:
+    """The example for sm86 (bf16) and sm89 (fp8); plans and kernels are stand-ins, which nothing here reads."""
+    pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13: the package that builds")
+    import build
+    from export.lowering import gpu_kernels, tensorrt_package
+
+    def run(job, folder, progress):
+        Path(job.plan).write_bytes(b"plan %d" % job.compute_capability)
+        Path(job.network).write_text("[]")
+
+    out = tmp_path_factory.mktemp("gpu") / "bundle"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tensorrt_package, "run", run)
+        patch.setattr(gpu_kernels, "compile_all", lambda specs, capability, progress=None: [])
+        build.build(EXAMPLE, out, "sm86,sm89")
+    return out
+
+
+def edit_graph(bundle_path: Path, change, target: str | None = None) -> None:
+    """Changes the ONNX graph of a target (the first one) and gives it its proper name and digest in the manifest."""
     bundle = Bundle(bundle_path)
-    ref = next(iter(bundle.manifest.targets.values())).graph
+    entry = bundle.manifest.targets[target or next(iter(bundle.manifest.targets))]
+    ref = entry.onnx or entry.graph
     model = onnx.load(str(bundle.file(ref)), load_external_data=False)
     change(model)
     content = model.SerializeToString()

@@ -169,9 +169,12 @@ def test_a_limit_never_passes_nan():
 
 
 def test_every_tolerance_has_a_reason():
-    for row in (("fp32", "exact"), ("int8", "exact"), ("int8", "fast")):
-        for cache in ("float32", "float16"):
-            found = tolerances.find(*row, cache)
-            assert all(t.reason for t in vars(found).values() if isinstance(t, Tolerance))
+    rows = ("fp32", "exact"), ("int8", "exact"), ("int8", "fast")
+    cpu = [(*row, cache) for row in rows for cache in ("float32", "float16")]
+    for row in (*cpu, ("bf16", "", "bfloat16"), ("fp8", "", "bfloat16")):
+        found = tolerances.find(*row)
+        assert all(t.reason for t in vars(found).values() if isinstance(t, Tolerance))
     with pytest.raises(KeyError, match="known: fp32"):
-        tolerances.find("fp8", "exact", "float32")
+        tolerances.find("fp4", "exact", "float32")
+    with pytest.raises(KeyError, match="known: bfloat16"):
+        tolerances.find("fp8", "", "float32")

@@ -80,3 +80,16 @@ def test_comparison_accumulates_windows():
     assert whole.summary() == pytest.approx(parts.summary())
     assert whole.summary()["tokens"] == 6
     assert whole.summary()["max_abs_error"] == np.abs(a - b).max()
+
+
+def test_the_worst_row_stands_out_and_tiny_rows_do_not():
+    reference = np.ones((100, 4))
+    found = reference.copy()
+    found[7] *= 1.5
+    assert metrics.relative_error(reference, found) == pytest.approx(0.05)
+    assert metrics.largest_row_error(reference, found) == pytest.approx(0.5)
+    reference[7], found[7] = 1e-9, 2e-9  # off by its own size, which is nothing beside the others
+    assert metrics.largest_row_error(reference, found) < 1e-7
+    found[3] = np.nan
+    assert metrics.largest_row_error(reference, found) == np.inf
+    assert metrics.largest_row_error(np.zeros((2, 3)), np.zeros((2, 3))) == 0

@@ -68,3 +68,14 @@ def test_exact_ties_are_explained():
     other = dataclasses.replace(routed(a), ids=np.full((4, 2), [6, 7], np.int32))
     found = routing.compare(1, routed(a), other, GATE, GREEDY)
     assert found.agreement == 0 and all(f.explained and f.score_margin == 0 for f in found.flips)
+
+
+def test_weights_are_held_to_the_formula_on_the_routers_own_logits():
+    """However far its logits are from the reference's; the order of the chosen does not count."""
+    a = np.array([[3.0, 2.0, 1.0, 0, 0, 0, 0, 0], [0.0, 1.0, 5.0, 2.0, 0, 0, 0, 0]])
+    right = routed(a + np.linspace(0, 1, 8))
+    right = dataclasses.replace(right, ids=right.ids[:, ::-1], weights=right.weights[:, ::-1])
+    assert routing.compare(1, routed(a), right, GATE, GREEDY).formula_error < 1e-6
+    wrong = dataclasses.replace(right, weights=right.weights / 1.25)
+    expected = 0.2 * right.weights.max()
+    np.testing.assert_allclose(routing.compare(1, routed(a), wrong, GATE, GREEDY).formula_error, expected, rtol=1e-5)
