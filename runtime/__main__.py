@@ -49,7 +49,7 @@ def info(
     opened = Bundle(bundle)
     findings = console.verify(opened, quiet=as_json) if verify else console.check_files(opened) or []
     if as_json:
-        evidence = {n: str(f) for n in opened.manifest.targets if (f := opened.evidence_file(n)).is_file()}
+        evidence = {n: [str(f) for f in files] for n in opened.manifest.targets if (files := opened.evidence_files(n))}
         checked = {"verified": not findings, "findings": findings} if verify else {}
         passport = {"bundle": str(bundle), "digest": opened.digest, "manifest": opened.manifest.model_dump(mode="json")}
         print(json.dumps(passport | checked | {"evidence": evidence}))

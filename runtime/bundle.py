@@ -74,6 +74,10 @@ class Bundle:
         """Where the evidence on one target lies, keyed by the manifest's digest: changed bundles have none yet."""
         return self.path / EVIDENCE / f"{self.digest[:16]}.{target}.json"
 
+    def evidence_files(self, target: str) -> list[Path]:
+        """What validation recorded: of the target's own runs, and of its graph interpreted by PyTorch."""
+        return [f for f in (self.evidence_file(target), self.evidence_file(f"{target}.torch")) if f.is_file()]
+
 
 def _read_manifest(path: Path) -> tuple[Manifest, str]:
     file = path / MANIFEST

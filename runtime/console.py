@@ -39,8 +39,7 @@ def _target_rows(bundle: Bundle, name: str, target: Target) -> dict[str, str]:
     options = ", ".join(f"{key} {value}" for key, value in target.options.items())
     weights = bundle.manifest.weight_sets[target.weight_set].files
     per_token, per_context = _bytes(cache.bytes_per_token), _bytes(cache.bytes_per_token * limits.max_context)
-    evidence = bundle.evidence_file(name)
-    none = "none" if target.compute_capability else "none: run python -m validation"  # which judges cpu targets
+    evidence = "\n".join(map(str, bundle.evidence_files(name)))
     return {
         f"target {name}": f"{target.backend} {target.backend_version}, {target.compute_capability or 'any CPU'}",
         "precision": f"{target.precision}{f' ({options})' if options else ''}",
@@ -49,7 +48,7 @@ def _target_rows(bundle: Bundle, name: str, target: Target) -> dict[str, str]:
         "latent cache": f"{cache.format}, pages of {cache.page_size}: {per_token} per token, {per_context} per context",
         "limits": f"context {limits.max_context}, {limits.max_batch_tokens} rows and {limits.max_sequences} sequences a step",
         "executed": f"{target.executed.date} on {target.executed.machine}" if target.executed else "never",
-        "evidence": str(evidence) if evidence.is_file() else none,
+        "evidence": evidence or "none: run python -m validation",
     }
 
 

@@ -174,14 +174,14 @@ def load(
     if threads < 0:
         raise RequestError(f"threads is {threads}, accepted: 0 (all cores) or more")
     bundle = Bundle(path)
-    options = {"cache_tokens": cache_tokens, "threads": threads} | _device_option(bundle, target, backend, device)
+    options = {"cache_tokens": cache_tokens, "threads": threads} | device_option(bundle, target, backend, device)
     try:
         return Engine(bundle, backends.load(bundle, target, backend, **options))
     except MemoryError as error:
         raise RequestError(f"cache_tokens is {cache_tokens}, more than this machine's memory holds ({error})") from None
 
 
-def _device_option(bundle: Bundle, target: str | None, backend: str | None, device: str) -> dict[str, str | int]:
+def device_option(bundle: Bundle, target: str | None, backend: str | None, device: str) -> dict[str, str | int]:
     """`device` as the backend takes it. RequestError for a device that is none, or that the backend does not run on."""
     if device == "auto":
         return {}

@@ -68,7 +68,7 @@ class Executor:
         )
 
     def _options(self) -> dict[str, str | int]:
-        return generate._device_option(self.bundle, self.name, self.backend, self.device)
+        return generate.device_option(self.bundle, self.name, self.backend, self.device)
 
     def _check_gpu(self, index: int) -> None:
         wanted = self.target.compute_capability

@@ -228,10 +228,10 @@ def test_what_is_empty_is_said_in_its_own_words(engine, monkeypatch):
 @pytest.mark.parametrize(("device", "options"), [("auto", {}), ("cuda", {"gpu": 0}), ("cuda:1", {"gpu": 1})])
 def test_the_device_of_a_gpu_target(device, options):
     bundle = SimpleNamespace(target=lambda name: ("sm89", SimpleNamespace(backend="tensorrt_rtx")))
-    assert generate._device_option(bundle, None, None, device) == options
-    assert generate._device_option(bundle, None, "torch", "cpu") == {"device": "cpu"}
+    assert generate.device_option(bundle, None, None, device) == options
+    assert generate.device_option(bundle, None, "torch", "cpu") == {"device": "cpu"}
     with pytest.raises(RequestError, match=r"'cpu', but target sm89 runs on a GPU .*choose backend torch"):
-        generate._device_option(bundle, None, None, "cpu")
+        generate.device_option(bundle, None, None, "cpu")
 
 
 def test_running_on_the_cpu_imports_neither_torch_nor_the_exporter(tiny_bundle):

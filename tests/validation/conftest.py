@@ -91,17 +91,17 @@ def gpu_bundle(tmp_path_factory) -> Path:
 
 
 def edit_graph(bundle_path: Path, change, target: str | None = None) -> None:
-    """Changes the ONNX graph of a target (the first one) and gives it its proper name and digest in the manifest."""
+    """Changes the ONNX graphs of a target (the first one) and gives them their proper names and digests in the manifest."""
     bundle = Bundle(bundle_path)
     entry = bundle.manifest.targets[target or next(iter(bundle.manifest.targets))]
-    ref = entry.onnx or entry.graph
-    model = onnx.load(str(bundle.file(ref)), load_external_data=False)
-    change(model)
-    content = model.SerializeToString()
-    digest = hashlib.sha256(content).hexdigest()
-    name = f"{digest[:40]}.onnx"
-    (bundle_path / "files" / name).write_bytes(content)
-    _edit_manifest(bundle_path, {ref.file: name, ref.sha256: digest}, {name: len(content)})
+    for ref in (entry.onnx or entry.graph, *([entry.expanded.onnx] if entry.expanded else [])):
+        model = onnx.load(str(bundle.file(ref)), load_external_data=False)
+        change(model)
+        content = model.SerializeToString()
+        digest = hashlib.sha256(content).hexdigest()
+        name = f"{digest[:40]}.onnx"
+        (bundle_path / "files" / name).write_bytes(content)
+        _edit_manifest(bundle_path, {ref.file: name, ref.sha256: digest}, {name: len(content)})
 
 
 def edit_weight(bundle_path: Path, name: str, change) -> None:

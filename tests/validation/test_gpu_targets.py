@@ -108,8 +108,8 @@ def faulty(gpu_bundle, tmp_path, monkeypatch):
     return SimpleNamespace(path=tmp_path / "bundle", failures=failures)
 
 
-def of_type(model: onnx.ModelProto, kind: str) -> list[onnx.NodeProto]:
-    return [n for n in model.graph.node if n.op_type == kind]
+def of_type(model: onnx.ModelProto, *kinds: str) -> list[onnx.NodeProto]:
+    return [n for n in model.graph.node if n.op_type in kinds]
 
 
 def set_attribute(node: onnx.NodeProto, name: str, change) -> None:
@@ -118,12 +118,12 @@ def set_attribute(node: onnx.NodeProto, name: str, change) -> None:
 
 
 def no_mscale(model):
-    for node in of_type(model, "MlaAttention"):
+    for node in of_type(model, "MlaAttention", "MlaPrefill"):
         set_attribute(node, "softmax_scale", lambda scale: 48**-0.5)
 
 
 def smaller_scale(model):
-    set_attribute(of_type(model, "MlaAttention")[2], "softmax_scale", lambda scale: 0.8 * scale)
+    set_attribute(of_type(model, "MlaAttention", "MlaPrefill")[2], "softmax_scale", lambda scale: 0.8 * scale)
 
 
 def swapped_norms(model):
