@@ -195,9 +195,9 @@ class _Builder:
         )  # fmt: skip
 
     def _engine(self, engine: Engine) -> dict:
-        """An engine's fields of the manifest; its files are copied into the bundle."""
+        """An engine's fields of the manifest; its files are moved into the bundle."""
         files = {"graph": engine.graph, "onnx": engine.onnx, "network": engine.network}
-        return {name: file and self.writer.copy(file) for name, file in files.items()} | {"profiles": engine.profiles}
+        return {name: file and self.writer.move(file) for name, file in files.items()} | {"profiles": engine.profiles}
 
     def _manifest(self, tokenizer, sets: dict[str, WeightSet], new: dict[str, Target]) -> Manifest:
         """The new manifest: targets and weight sets of the same checkpoint are kept beside the new ones."""

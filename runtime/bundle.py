@@ -141,6 +141,10 @@ class BundleWriter:
         """Keeps a copy of `source` under its content's name."""
         return self.add(source.suffix, lambda draft: shutil.copyfile(source, draft))
 
+    def move(self, source: Path) -> FileRef:
+        """Keeps `source`, a file under `building`, under its content's name: the largest plans lie on the disk once."""
+        return self.add(source.suffix, lambda draft: os.replace(source, draft))
+
     def ref(self, file: str) -> FileRef:
         """The reference of a file noted by `write`, in this build or in one before."""
         return next(r for r in self._journal.values() if r.file == file)

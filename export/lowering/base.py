@@ -68,7 +68,7 @@ class Engine:
 
 @dataclass(frozen=True)
 class Lowered:
-    """What a lowering made. Files lie in the scratch folder or in a cache until the bundle copies them.
+    """What a lowering made. Engine files lie in the scratch folder, from where the bundle takes them; kernels in a cache.
 
     weight_inputs are the stored tensors that the graph takes as inputs, under their own names. `expanded` is the engine of
     the expanded form: the same inputs, outputs and weights; `kernels` are those of both.
