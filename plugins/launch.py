@@ -24,6 +24,12 @@ class PlanError(ValueError):
     """No kernel can run this op call: the message says what is accepted."""
 
 
+def require(op: str, condition: bool, name: str, value, accepted) -> None:
+    """PlanError that names what an op's kernels do not take, unless `condition` holds."""
+    if not condition:
+        raise PlanError(f"{op} kernels: {name} is {value!r}, accepted: {accepted}")
+
+
 @dataclass(frozen=True)
 class KernelSpec:
     """One kernel to compile: a @triton.jit function of plugins/<op>/kernel.py with its constants bound.

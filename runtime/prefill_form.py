@@ -36,10 +36,10 @@ class Chooser:
         if self.asked != "auto":
             return self.asked
         absorbed, expanded = self.multiplications(query_starts, cached_lengths)
-        rows = int(query_starts[-1])
-        slots = min(len(cached_lengths), rows) * block_table.shape[1] * self.page_size
-        empty = max(0, slots - rows - int(np.asarray(cached_lengths, np.int64).sum()))
-        expanded += EMPTY_SLOT * empty * self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
+        new = np.diff(np.asarray(query_starts, np.int64))
+        used = int((new + np.asarray(cached_lengths, np.int64))[new > 0].sum())
+        slots = min(len(new), int(new.sum())) * block_table.shape[1] * self.page_size
+        expanded += EMPTY_SLOT * max(0, slots - used) * self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
         return EXPANDED if expanded < absorbed else ABSORBED
 
     def multiplications(self, query_starts: np.ndarray, cached_lengths: np.ndarray) -> tuple[int, int]:

@@ -12,12 +12,12 @@ from runtime import backends, generate
 from runtime.backends import cuda_device
 from runtime.backends import torch as torch_backend
 from runtime.backends.base import Backend
+from runtime.backends.tensorrt import DISTRIBUTIONS
 from runtime.bundle import Bundle, Target
 from validation.errors import ValidationError
 
 AUTO = "auto"
 TORCH = "torch"
-_TENSORRT = {"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"}  # backend -> distribution
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Executor:
         options = self._options()
         if self.chosen == TORCH:
             torch_backend.resolve_device(options.get("device", AUTO))
-        elif self.chosen in _TENSORRT:
+        elif self.chosen in DISTRIBUTIONS:
             self._check_gpu(self.gpu)
 
     def load(self, cache_tokens: int, threads: int) -> Backend:
@@ -90,9 +90,9 @@ class Executor:
         """What was executed, for the evidence: names, versions, whether it was the engine, and one sentence."""
         if self.chosen == TORCH:
             gpu, packages = self._torch(backend)
-        elif self.chosen in _TENSORRT:
+        elif self.chosen in DISTRIBUTIONS:
             gpu = f"{backend.device.name} (sm{backend.device.capability}, driver {backend.device.driver_version})"
-            packages = _versions(_TENSORRT[self.chosen], "cuda-bindings")
+            packages = _versions(DISTRIBUTIONS[self.chosen], "cuda-bindings")
         else:
             gpu, packages = None, _versions(self.chosen)
         where = gpu or f"the CPU ({platform.machine()})"

@@ -1,11 +1,11 @@
 """Launch plans of `mla_attention`: append, attend (directly, or split over the cached tokens), combine."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import e, log2
 
 from plugins.architecture import Target
-from plugins.launch import ELEMENTS, KernelSpec, Launch, Plan, PlanError, bind, cdiv, place, power_of_two
+from plugins.launch import ELEMENTS, KernelSpec, Launch, Plan, bind, cdiv, place, power_of_two, require
 from plugins.mla_attention.tiles import FEW, TILES, Tile
 
 DTYPES = ("bfloat16", "float16")
@@ -17,6 +17,7 @@ MAX_SPLITS = max(COMBINE)
 MAX_PROGRAMS = 4  # splitting makes no more programs than this per multiprocessor
 SPLIT_COST = 4  # blocks of cached tokens that take as long as a program's beginning and end
 PARTIALS = 100  # partial tiles that are written and read again in the time of one block
+_require = partial(require, "mla_attention")
 
 
 @dataclass(frozen=True)
@@ -40,11 +41,6 @@ class Attention:
         width = rank + power_of_two(rope)
         _require(width <= MAX_WIDTH, "kv_lora_rank + qk_rope_head_dim", width, f"up to {MAX_WIDTH} (shared memory)")
         _require(page >= 16 and page == power_of_two(page), "page_size", page, "powers of two from 16")
-
-
-def _require(condition: bool, name: str, value, accepted) -> None:
-    if not condition:
-        raise PlanError(f"mla_attention kernels: {name} is {value!r}, accepted: {accepted}")
 
 
 @lru_cache(maxsize=1024)

@@ -1,9 +1,10 @@
 """Launch plans of `mla_prefill`: append, survey, then expand and attend for every segment of the cached tokens."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import e, log2
 
+from plugins import launch
 from plugins.architecture import Target
 from plugins.launch import ELEMENT_BYTES, ELEMENTS, Buffer, KernelSpec, Launch, Plan, PlanError, bind, cdiv, place, power_of_two
 from plugins.mla_attention.plan import CACHE_FORMATS, DTYPES, SEARCH_BLOCK, append, append_kernel
@@ -12,6 +13,7 @@ from plugins.mla_prefill.tiles import TILES
 MAX_WIDTH = 320  # elements of a token's key and value in one head that the tiles leave shared memory for
 SEGMENT_BYTES = 256 << 20  # of expanded keys and values that lie in the workspace at a time
 MIN_SEGMENT = 1024  # slots
+_require = partial(launch.require, "mla_prefill")
 
 
 @dataclass(frozen=True)
@@ -39,11 +41,6 @@ class Prefill:
         width = self.qk_nope_head_dim + power_of_two(rope) + self.v_head_dim
         names = "qk_nope_head_dim + qk_rope_head_dim + v_head_dim"
         _require(width <= MAX_WIDTH, names, width, f"up to {MAX_WIDTH} (shared memory)")
-
-
-def _require(condition: bool, name: str, value, accepted) -> None:
-    if not condition:
-        raise PlanError(f"mla_prefill kernels: {name} is {value!r}, accepted: {accepted}")
 
 
 @lru_cache(maxsize=1024)

@@ -1,11 +1,11 @@
 """Launch plans of `moe_experts`: [sort,] [quantize,] gate and up, [quantize,] down, combine."""
 
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 
 from plugins import architecture
 from plugins.architecture import Target
-from plugins.launch import ELEMENTS, Buffer, KernelSpec, Launch, Plan, PlanError, bind, cdiv, place, power_of_two
+from plugins.launch import ELEMENTS, Buffer, KernelSpec, Launch, Plan, PlanError, bind, cdiv, place, power_of_two, require
 from plugins.moe_experts.tiles import FEW, SIZES, SOME, TILES, Tile
 
 DTYPES = ("bfloat16", "float16")
@@ -13,6 +13,7 @@ WEIGHTS = ("bfloat16", "float16", "float8_e4m3fn")
 LAYOUTS = ("concatenated", "interleaved")
 SORT_BLOCK = 1024  # ids a program looks at together
 COMBINE_BLOCK = 1024
+_require = partial(require, "moe_experts")
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,6 @@ class Experts:
     @property
     def float8(self) -> bool:
         return self.weights == "float8_e4m3fn"
-
-
-def _require(condition: bool, name: str, value, accepted) -> None:
-    if not condition:
-        raise PlanError(f"moe_experts kernels: {name} is {value!r}, accepted: {accepted}")
 
 
 @lru_cache(maxsize=1024)
