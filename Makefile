@@ -1,4 +1,4 @@
-# make demo: the main job, end to end, on this machine's CPU.   make test: all tests.
+# make demo: the main job, end to end, on this machine's CPU.   make test: all tests.   make test-fast: those to run while working.
 # make gpu-check: everything that needs a GPU, checked and measured (docs/gpu.md). They set themselves up in .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -7,7 +7,7 @@ EXAMPLE := examples/tiny-deepseek-v2
 DEMO := demo
 JOBS ?= 2
 
-.PHONY: demo test kernels gpu-check lint clean
+.PHONY: demo test test-fast kernels gpu-check lint clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python examples/demo.py --checkpoint $(EXAMPLE) --out $(DEMO)
@@ -15,8 +15,11 @@ demo: $(VENV)/installed
 test: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS)
 
+test-fast: $(VENV)/installed
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
 kernels: $(VENV)/installed
-	$(BIN)/python -m plugins.compile --all
+	$(BIN)/python -m latentrt kernels --all
 
 gpu-check: $(VENV)/installed
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)

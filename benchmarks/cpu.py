@@ -22,11 +22,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-import build
-from runtime import backends
-from runtime.backends.base import SequenceRows, StepBatch
-from runtime.bundle import Bundle
-from runtime.latent_cache import LatentCache
+from latentrt import builder
+from latentrt.export.options import BuildOptions
+from latentrt.runtime import backends
+from latentrt.runtime.backends.base import SequenceRows, pack
+from latentrt.runtime.bundle.reader import Bundle
+from latentrt.runtime.engine.pages import LatentCache
 
 SHAPE = dict(
     vocab_size=32000, hidden_size=1024, intermediate_size=4096, moe_intermediate_size=512, num_hidden_layers=8,
@@ -46,10 +47,10 @@ class Engine:
             cache.reserve(b, context + new)
         tokens = np.random.default_rng(0).integers(0, SHAPE["vocab_size"], (batch, new))
         rows = [SequenceRows(t, context, [new - 1]) for t in tokens]
-        self.batch = StepBatch.of(rows, cache.block_table(list(range(batch))))
+        self.batch = pack(rows, cache.block_table(list(range(batch))))
 
     def __call__(self) -> None:
-        self.backend.step(self.batch)
+        self.backend.step(self.batch).logits()
 
 
 class Transformers:
@@ -104,7 +105,7 @@ def main(
         folder = Path(temporary)
         make_checkpoint(folder / "checkpoint")
         for precision in ("fp32", "int8"):
-            build.build(folder / "checkpoint", folder / precision, precision=precision)
+            builder.build(folder / "checkpoint", folder / precision, BuildOptions(precision=precision))
         models = {
             f"transformers {name}": DeepseekV2ForCausalLM.from_pretrained(folder / "checkpoint", dtype=dtype).eval()
             for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16))

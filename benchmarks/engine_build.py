@@ -14,13 +14,13 @@ import onnx_ir as ir
 import torch
 import typer
 
-from export import config as configs
-from export import graph, targets
-from export.lowering import tensorrt, tensorrt_package
-from export.lowering.base import Limits
-from export.models import deepseek_v2
-from export.models.deepseek_v2_weights import weights
-from export.quantization import BFloat16, Fp8
+from latentrt.export import graph, targets
+from latentrt.export.lowering.tensorrt import lowering as tensorrt
+from latentrt.export.lowering.tensorrt import package as tensorrt_package
+from latentrt.export.models.deepseek_v2 import config as configs
+from latentrt.export.models.deepseek_v2.weights import weights
+from latentrt.export.quantization import BFloat16, Fp8
+from latentrt.plugins.step_graph import ABSORBED, EXPANDED, Limits
 
 
 def main(
@@ -33,7 +33,7 @@ def main(
     """Traces, quantizes and builds; memory is the largest child process's largest resident set."""
     row = targets.find(target)
     weight_format = {"fp8": Fp8(), "bf16": BFloat16()}[targets.precision(row, precision)]
-    forms = {"expanded": deepseek_v2.FORMS, "absorbed": (deepseek_v2.ABSORBED,)}[prefill]
+    forms = {EXPANDED: (ABSORBED, EXPANDED), ABSORBED: (ABSORBED,)}[prefill]
     raw = json.loads(config.read_text())
     model_config = configs.parse(raw | ({"num_hidden_layers": layers} if layers else {}))
     start, cpu = time.monotonic(), time.process_time()

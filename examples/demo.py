@@ -45,11 +45,11 @@ def main() -> None:
     parser.add_argument("--out", default="demo", help="folder for the bundle and the report")
     given, start = parser.parse_args(), time.monotonic()
     bundle, report = f"{given.out}/bundle", f"{given.out}/report"
-    step("Build", "build.py", given.checkpoint, "--target", "cpu", "--precision", "int8", "--out", bundle)
-    step("Bundle", "-m", "runtime", "info", bundle)
-    step("Generate", "-m", "runtime", "generate", bundle, "--prompt", "def read_file(path", "--max-new-tokens", "64")
-    step("Chat", "-m", "runtime", "chat", bundle, typed=QUESTION)
-    step("Validate", "-m", "validation", bundle, "--reference", given.checkpoint, "--report", report)
+    step("Build", "-m", "latentrt", "build", given.checkpoint, "--target", "cpu", "--precision", "int8", "--out", bundle)
+    step("Bundle", "-m", "latentrt", "info", bundle)
+    step("Generate", "-m", "latentrt", "generate", bundle, "--prompt", "def read_file(path", "--max-new-tokens", "64")
+    step("Chat", "-m", "latentrt", "chat", bundle, typed=QUESTION)
+    step("Validate", "-m", "latentrt", "validate", bundle, "--reference", given.checkpoint, "--report", report)
     print(f"\ndone in {time.monotonic() - start:.0f} s: bundle in {bundle}, report in {report}")
 
 

@@ -12,16 +12,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from export.checkpoint import Checkpoint
-from export.config import DeepseekV2Config
-from export.errors import BuildError
-from export.models import deepseek_v2
-from export.models.weights import Weight
-from export.quantization.fp8 import LARGEST, SMALLEST_ABSMAX
+from latentrt.export.checkpoint import Checkpoint
+from latentrt.export.errors import BuildError
+from latentrt.export.models import registry
+from latentrt.export.models.base import Config, Read, Weight, page_shape, weight_name
+from latentrt.export.quantization.fp8 import LARGEST, SMALLEST_ABSMAX
+from latentrt.plugins.step_graph import ABSORBED, StepBatch, layer_prefix
 
+Tokens = tuple[int, ...]  # ids of one sequence
 TEXT_SEQUENCE = 512  # tokens of one sequence that a text is cut into
 _PAGE, _CHUNK = 64, 256  # the cache's page; rows at once, which bounds the attention scores [rows, heads, tokens]
 _WIDE = 1024  # hidden_size from which threads help; at 192, two were 7 to 20 times slower than one on two shared cores
@@ -31,7 +33,7 @@ _WIDE = 1024  # hidden_size from which threads help; at 192, two were 7 to 20 ti
 class Samples:
     """Token ids of sequences, at least one and none empty."""
 
-    sequences: tuple[tuple[int, ...], ...]
+    sequences: tuple[Tokens, ...]
 
     @property
     def digest(self) -> str:
@@ -97,7 +99,7 @@ def _encode(file: Path, text: str, tokenizer: Path) -> list[int]:
         raise BuildError(f"{tokenizer}: cannot encode calibration {file} ({error}); download it again") from None
 
 
-def _check(where: str, sequence: list[int], config: DeepseekV2Config) -> None:
+def _check(where: str, sequence: list[int], config: Config) -> None:
     stranger = next((i for i in sequence if not 0 <= i < config.vocab_size), None)
     if stranger is not None:
         raise BuildError(f"{where} has token id {stranger}, accepted: 0 to {config.vocab_size - 1}; is it another model's?")
@@ -111,16 +113,15 @@ def activation_scales(
 ) -> dict[str, float]:
     """Weight name of every linear -> scale of its input: largest |x| / 448. `progress` gets 1 per finished layer."""
     config, scales = checkpoint.config, {}
-    members: dict[int, list[Weight]] = {i: [] for i in range(config.num_hidden_layers)}
-    for weight in deepseek_v2.weights(config):
-        if weight.name.startswith("model.layers."):
-            members[int(weight.name.split(".")[2])].append(weight)
+    weights = registry.of(config).weights(config)
     with torch.no_grad(), _threads_for(config):
-        states = _embed(checkpoint, samples)
-        for number, weights in members.items():
-            layer = _load_layer(config, number, weights, checkpoint.read)
-            with _largest_inputs(layer, f"model.layers.{number}.", weights) as largest:
-                states = [(_run(layer, hidden, cos, sin, config), cos, sin) for hidden, cos, sin in states]
+        states = _embed(checkpoint, weights, samples)
+        for number in range(config.num_hidden_layers):
+            prefix = layer_prefix(number)
+            members = [w for w in weights if w.name.startswith(prefix)]
+            layer = _load_layer(config, number, members, checkpoint.read)
+            with _largest_inputs(layer, prefix, members) as largest:
+                states = [(tokens, _run(layer, tokens, hidden, angles, config), angles) for tokens, hidden, angles in states]
             del layer  # before the next one is loaded
             checkpoint.release()
             scales |= {name: max(value, SMALLEST_ABSMAX) / LARGEST for name, value in largest.items()}
@@ -129,7 +130,7 @@ def activation_scales(
 
 
 @contextmanager
-def _threads_for(config: DeepseekV2Config) -> Iterator[None]:
+def _threads_for(config: Config) -> Iterator[None]:
     """One thread where products are so small that several only wait for each other."""
     before = torch.get_num_threads()
     torch.set_num_threads(1 if config.hidden_size < _WIDE else before)
@@ -139,22 +140,29 @@ def _threads_for(config: DeepseekV2Config) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
-def _embed(checkpoint: Checkpoint, samples: Samples) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """hidden [T, hidden_size], cos and sin [T, qk_rope_head_dim / 2] of every sequence, float32."""
-    module = deepseek_v2.Embed(checkpoint.config.model_copy(update={"vocab_size": 1}))  # the table comes from the checkpoint
-    module.embed_tokens.weight = nn.Parameter(checkpoint.read("model.embed_tokens.weight"), requires_grad=False)
-    found = [module(torch.tensor(s), torch.arange(len(s))) for s in samples.sequences]
-    return [(hidden.float(), cos, sin) for hidden, cos, sin in found]
-
-
-def _load_layer(config: DeepseekV2Config, number: int, weights: list[Weight], read) -> deepseek_v2.DecoderLayer:
-    """The layer in float32, filled slab by slab: memory holds the layer and one tensor of the checkpoint."""
+def _embed(checkpoint: Checkpoint, weights: list[Weight], samples: Samples) -> list[tuple[Tokens, Tensor, list[Tensor]]]:
+    """Tokens, hidden [T, hidden_size] and angles of every sequence, float32. The table is the checkpoint's tensor, mapped."""
     with torch.device("meta"):
-        layer = deepseek_v2.DecoderLayer(config, config.is_moe_layer(number), "float32")
+        module = registry.of(checkpoint.config).embed(checkpoint.config)
+    by_name = {w.name: w for w in weights}
+    read = {n: by_name[weight_name(f"embed.{n}")].read(checkpoint.read) for n, _ in module.named_parameters()}
+    module.load_state_dict(read, strict=False, assign=True)
+    found = []
+    for sequence in samples.sequences:
+        hidden, *angles = module(_batch(sequence))
+        found.append((sequence, hidden.float(), angles))
+    return found
+
+
+def _load_layer(config: Config, number: int, weights: list[Weight], read: Read) -> nn.Module:
+    """The layer in float32, filled slab by slab: memory holds the layer and one tensor of the checkpoint."""
+    family = registry.of(config)
+    with torch.device("meta"):
+        layer = family.layer(config, family.layer_kind(config, number), "float32", ABSORBED)
     layer.to_empty(device="cpu")
     parameters = dict(layer.named_parameters())
     for weight in weights:
-        parameter, start = parameters.pop(weight.name.removeprefix(f"model.layers.{number}.")), 0
+        parameter, start = parameters.pop(weight.name.removeprefix(layer_prefix(number))), 0
         for slab in weight.slabs(read):
             parameter[start : start + len(slab)].copy_(slab)
             start += len(slab)
@@ -183,14 +191,22 @@ def _largest_inputs(layer: nn.Module, prefix: str, weights: list[Weight]) -> Ite
             handle.remove()
 
 
-def _run(layer: nn.Module, hidden: Tensor, cos: Tensor, sin: Tensor, config: DeepseekV2Config) -> Tensor:
+def _run(layer: nn.Module, tokens: Tokens, hidden: Tensor, angles: list[Tensor], config: Config) -> Tensor:
     """One whole sequence through the layer, [T, hidden_size] -> the same, in chunks over a cache of its own."""
-    pages, width = -(-len(hidden) // _PAGE), config.kv_lora_rank + config.qk_rope_head_dim
-    cache, table, parts = torch.zeros(pages, _PAGE, width), torch.arange(pages, dtype=torch.int32)[None], []
-    for start in range(0, len(hidden), _CHUNK):
-        rows = slice(start, min(start + _CHUNK, len(hidden)))
-        count = rows.stop - start
-        batch = (torch.tensor(v, dtype=torch.int32) for v in ([start], [0, count], [count]))
-        part, cache = layer(hidden[rows], cos[rows], sin[rows], cache, table, *batch)
+    cache, parts = torch.zeros(-(-len(tokens) // _PAGE), *page_shape(config, "float32", _PAGE)), []
+    for start in range(0, len(tokens), _CHUNK):
+        rows = slice(start, start + _CHUNK)
+        part, cache, *_ = layer(hidden[rows], *(a[rows] for a in angles), cache, _batch(tokens[rows], start))
         parts.append(part)
     return torch.cat(parts)
+
+
+def _batch(tokens: Tokens, cached: int = 0) -> dict[str, Tensor]:
+    """The step of one sequence that has `cached` tokens in the cache, on pages 0, 1, ...; no row gets logits."""
+    count = len(tokens)
+    step = StepBatch(
+        input_ids=np.array(tokens), positions=cached + np.arange(count), query_starts=np.array([0, count]),
+        cached_lengths=np.array([cached]), block_table=np.arange(-(-(cached + count) // _PAGE))[None],
+        num_tokens=np.array([count]), logit_rows=np.array([]),
+    )  # fmt: skip
+    return {name: torch.from_numpy(value.astype(np.int32)) for name, value in vars(step).items()}

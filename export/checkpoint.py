@@ -12,9 +12,9 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
-from export import config as config_file
-from export.config import DeepseekV2Config
-from export.errors import CheckpointError
+from latentrt.export.errors import CheckpointError
+from latentrt.export.models import registry
+from latentrt.export.models.base import Config
 
 INDEX, SINGLE = "model.safetensors.index.json", "model.safetensors"
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -43,7 +43,7 @@ class Checkpoint:
         self.path = Path(path)
         if not self.path.is_dir():
             raise CheckpointError(f"{self.path}: not a folder; give the folder of a Hugging Face checkpoint")
-        self.config: DeepseekV2Config = config_file.load(self.path)
+        self.config: Config = registry.load(self.path)
         self.files = _weight_files(self.path)
         self._handles = {file: _open(file) for file in self.files}
         self._touched: set[Path] = set()
@@ -62,9 +62,7 @@ class Checkpoint:
 
     def _check_counts(self) -> None:
         """A list of what a config expects would not end for absurd counts, so they are refused first."""
-        moe = self.config.first_k_dense_replace < self.config.num_hidden_layers
-        for name in ("num_hidden_layers", *(["n_routed_experts"] if moe else [])):
-            found = getattr(self.config, name)
+        for name, found in registry.of(self.config).counts(self.config).items():
             if found > len(self.tensors):
                 raise CheckpointError(
                     f"{self.path}: config.json says {name} {found}, but there are only {len(self.tensors)} tensors; "
@@ -81,6 +79,10 @@ class Checkpoint:
                 found[name] = StoredTensor(file, tuple(view.get_shape()), view.get_dtype())
         _check_index(self.path, found)
         return {k: v for k, v in found.items() if not k.endswith(_IGNORED_SUFFIXES)}
+
+    def expected_tensors(self) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors that the model of this config.json needs."""
+        return registry.of(self.config).checkpoint_tensors(self.config)
 
     def check(self, expected: Mapping[str, tuple[int, ...]]) -> None:
         """Compares names, shapes and dtypes with what the model definition expects; reports all findings at once."""

@@ -1,23 +1,14 @@
 """Puts traced parts together: copies of them in one graph, named per layer, with constants shared."""
 
-import numpy as np
 import onnx_ir as ir
 
-from export.tracing import BATCH_INPUTS, CUSTOM_OPS, OPSET, Shapes
-from plugins.contract import DOMAIN, VERSION
+from latentrt.export.models.base import weight_name
+from latentrt.export.tracing import CACHE, OPSET, Shapes
+from latentrt.plugins import ops
+from latentrt.plugins.contract import DOMAIN, VERSION
+from latentrt.plugins.step_graph import INPUTS, attention_output, cache_name, layer_output, layer_prefix, mlp_output, updated
 
 IR_VERSION = 11
-
-
-def cache_name(layer: int) -> str:
-    """Graph input of a layer's latent cache; its output has the suffix ".updated"."""
-    return f"latent_cache.{layer}"
-
-
-def weight_name(parameter: str) -> str:
-    """Name in `weights` of a parameter of DeepseekV2Step: embed.x and layers.x lie under model., head.lm_head does not."""
-    parameter = parameter.removeprefix("embed.").removeprefix("head.")
-    return parameter if parameter.startswith("lm_head.") else f"model.{parameter}"
 
 
 class Stamper:
@@ -30,22 +21,24 @@ class Stamper:
         self.caches: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self.constants: dict[tuple, ir.Value] = {}
-        int32 = ir.TensorType(ir.DataType.INT32)
-        self.batch = {
-            name: ir.Value(name=name, shape=ir.Shape(shapes.batch_shape(name)), type=int32) for name in BATCH_INPUTS
-        }
+        self.batch = {name: shapes.values[name].as_input(name) for name in INPUTS}
 
-    def add_cache(self, layer: int) -> ir.Value:
-        dtype = ir.DataType.from_numpy(np.dtype(str(self.shapes.cache_dtype).removeprefix("torch.")))
-        shape = ir.Shape(["num_pages", *self.shapes.page_shape()])
-        self.caches.append(ir.Value(name=cache_name(layer), shape=shape, type=ir.TensorType(dtype)))
-        return self.caches[-1]
+    def stamp_layer(self, part: ir.Model, layer: int, feeds: dict[str, ir.Value]) -> ir.Value:
+        """Stamps what `trace_layer` made and names its outputs; returns hidden. `feeds`: hidden and angles."""
+        self.caches.append(self.shapes.values[CACHE].as_input(cache_name(layer)))
+        values = self.stamp(part, layer_prefix(layer), feeds | {CACHE: self.caches[-1]})
+        names = layer_output(layer), updated(cache_name(layer)), attention_output(layer), mlp_output(layer)
+        for value, name in zip(values, names, strict=True):
+            value.name = name
+        self.outputs.append(values[1])
+        return values[0]
 
-    def stamp(self, part: ir.Model, prefix: str, feeds: dict[str, ir.Value]) -> list[ir.Value]:
-        """Appends a copy of `part`; inputs are taken from `feeds`, all others are weights. Returns the outputs."""
+    def stamp(self, part: ir.Model, prefix: str, feeds: dict[str, ir.Value] = {}) -> list[ir.Value]:
+        """Appends a copy of `part`; inputs are taken from batch and `feeds`, all others are weights. Returns the outputs."""
         values: dict[ir.Value | None, ir.Value | None] = {None: None}
+        given = self.batch | feeds
         for value in part.graph.inputs:
-            values[value] = feeds[value.name] if value.name in feeds else self._weight(value, prefix)
+            values[value] = given[value.name] if value.name in given else self._weight(value, prefix)
         for value in part.graph.initializers.values():
             values[value] = self._constant(value)
         for node in part.graph:
@@ -65,7 +58,7 @@ class Stamper:
         return dict(zip(node.outputs, copy.outputs, strict=True))
 
     def _weight(self, value: ir.Value, prefix: str) -> ir.Value:
-        name = f"{prefix}{value.name}" if prefix.startswith("model.layers.") else weight_name(value.name)
+        name = weight_name(f"{prefix.removeprefix('model.')}{value.name}")
         self.weights.append(ir.Value(name=name, shape=value.shape, type=value.type))
         return self.weights[-1]
 
@@ -84,14 +77,14 @@ class Stamper:
         inputs = [*self.batch.values(), *self.caches, *self.weights]
         graph = ir.Graph(
             inputs, outputs + self.outputs, nodes=self.nodes, initializers=list(self.constants.values()),
-            opset_imports={"": OPSET, DOMAIN: VERSION}, name="deepseek_v2_step",
+            opset_imports={"": OPSET, DOMAIN: VERSION}, name=f"{self.shapes.family.model_type}_step",
         )  # fmt: skip
         return ir.Model(graph, ir_version=IR_VERSION, producer_name="latentrt")
 
 
 def _value_name(node: ir.Node, index: int) -> str:
     """The contract's output name for custom ops, so that validation finds topk_ids; the exporter's name otherwise."""
-    for op in CUSTOM_OPS:
-        if node.domain == DOMAIN and node.op_type == op.CONTRACT.onnx_type:
-            return f"{op.CONTRACT.name}.{op.CONTRACT.outputs[index].name}"
-    return node.outputs[index].name
+    if node.domain != DOMAIN:
+        return node.outputs[index].name
+    contract = ops.contracts()[node.op_type]
+    return f"{contract.name}.{contract.outputs[index].name}"

@@ -1,131 +1,123 @@
-"""Traces modules of the model definition on the meta device: shapes of their arguments, and torch.export to onnx-ir.
+"""Traces the parts of a model family on the meta device, through torch.export, to onnx-ir.
 
-Parameters come out as graph inputs under their own names, so that no memory is needed for weights.
+Parameters come out as graph inputs under their own names, so that no memory is needed for weights; buffers as constants.
 """
 
 import logging
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Hashable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
+from torch import nn
 
-from export.config import DeepseekV2Config
-from export.models import deepseek_v2
-from plugins.contract import onnx_translation
-from plugins.mla_attention import formats
-from plugins.mla_attention import op as mla_attention
-from plugins.mla_prefill import op as mla_prefill
-from plugins.moe_experts import op as moe_experts
-from plugins.moe_route import op as moe_route
+from latentrt.export.models import registry
+from latentrt.export.models.base import Config, Family, page_shape
+from latentrt.plugins import cache_formats, ops
+from latentrt.plugins.contract import onnx_translation
+from latentrt.plugins.step_graph import DYNAMIC, INPUTS, LAST_HIDDEN, LOGITS, Dim, size
 
 OPSET = 23
-CUSTOM_OPS = (mla_attention, mla_prefill, moe_route, moe_experts)
-BATCH_INPUTS = ("input_ids", "positions", "query_starts", "cached_lengths", "block_table", "num_tokens", "logit_rows")
-ATTENTION_INPUTS = ("block_table", "cached_lengths", "query_starts", "num_tokens")
-LOGITS, LAST_HIDDEN = "logits", "last_hidden"
-_SAMPLE = {"T": 5, "B": 3, "N": 2, "max_pages": 4, "num_pages": 7}  # sizes of the traced example; all are dynamic
+HIDDEN, CACHE = "hidden", "cache"
+LAYER_OUTPUTS = ("hidden_out", "cache_out", "attention_out", "mlp_out")
+_SAMPLE = dict(zip(DYNAMIC, (5, 3, 2, 4, 7), strict=True))  # sizes of the traced example, all different
+
+
+@dataclass(frozen=True)
+class Value:
+    """Dimensions and dtype of something that a part takes."""
+
+    dims: tuple[Dim, ...]
+    dtype: torch.dtype
+
+    def example(self) -> torch.Tensor:
+        """A new tensor every time: torch.export merges inputs that are one tensor."""
+        return torch.zeros([size(d, _SAMPLE) for d in self.dims], dtype=self.dtype, device="meta")
+
+    def as_input(self, name: str) -> ir.Value:
+        """The graph input `name`."""
+        dtype = ir.DataType.from_numpy(np.dtype(str(self.dtype).removeprefix("torch.")))
+        return ir.Value(name=name, shape=ir.Shape(self.dims), type=ir.TensorType(dtype))
 
 
 @dataclass
 class Shapes:
-    """Example arguments and dynamic dimensions of everything that is traced."""
+    """Everything that parts take, by name: the step's inputs, what the embedding gives to layers, a layer's cache."""
 
-    config: DeepseekV2Config
+    config: Config
     dtype: torch.dtype
     cache_format: str
     page_size: int
-    dims: dict = field(default_factory=lambda: {n: torch.export.Dim(n, min=1, max=2**31 - 1) for n in _SAMPLE})
-
-    def batch_input(self, name: str) -> torch.Tensor:
-        return torch.zeros([_SAMPLE.get(d, d) for d in self._batch_dims(name)], dtype=torch.int32, device="meta")
-
-    def batch_shape(self, name: str) -> list:
-        """Shape of a batch input with dynamic dimensions by name."""
-        return ["B + 1"] if name == "query_starts" else self._batch_dims(name)
-
-    def dynamic(self, name: str) -> dict:
-        if name == "cache":
-            return {0: self.dims["num_pages"]}
-        if name == "query_starts":
-            return {0: self.dims["B"] + 1}
-        if name in ("hidden", "cos", "sin"):
-            return {0: self.dims["T"]}
-        return {axis: self.dims[d] for axis, d in enumerate(self._batch_dims(name)) if d in self.dims}
-
-    def _batch_dims(self, name: str) -> list:
-        return {
-            "query_starts": [_SAMPLE["B"] + 1], "cached_lengths": ["B"], "block_table": ["B", "max_pages"],
-            "num_tokens": [1], "logit_rows": ["N"],
-        }.get(name, ["T"])  # fmt: skip
-
-    def cache(self) -> torch.Tensor:
-        return torch.zeros(_SAMPLE["num_pages"], *self.page_shape(), dtype=self.cache_dtype, device="meta")
-
-    def page_shape(self) -> tuple[int, int]:
-        c = self.config
-        return self.page_size, formats.get(self.cache_format).width(c.kv_lora_rank, c.qk_rope_head_dim)
+    dims: dict = field(default_factory=lambda: {n: torch.export.Dim(n, min=1, max=2**31 - 1) for n in DYNAMIC})
 
     @property
-    def cache_dtype(self) -> torch.dtype:
-        return formats.get(self.cache_format).dtype
+    def family(self) -> Family:
+        return registry.of(self.config)
 
-    def rows(self, width: int, dtype: torch.dtype) -> torch.Tensor:
-        return torch.zeros(_SAMPLE["T"], width, dtype=dtype, device="meta")
+    @cached_property
+    def values(self) -> dict[str, Value]:
+        page = page_shape(self.config, self.cache_format, self.page_size)
+        return {
+            **{name: Value(dims, torch.int32) for name, dims in INPUTS.items()},
+            HIDDEN: Value(("T", self.config.hidden_size), self.dtype),
+            **{name: Value(("T", width), torch.float32) for name, width in self.angles.items()},
+            CACHE: Value(("num_pages", *page), cache_formats.get(self.cache_format).dtype),
+        }
 
-    def inv_freq(self) -> np.ndarray:
-        return np.asarray(self.config.rope.inv_freq(self.config.qk_rope_head_dim), np.float32)
+    @property
+    def angles(self) -> dict[str, int]:
+        return self.family.angles(self.config)
+
+    def batch(self) -> dict[str, torch.Tensor]:
+        """Examples of the step's inputs."""
+        return {name: self.values[name].example() for name in INPUTS}
+
+    def dynamic(self, name: str) -> dict:
+        """Dynamic axes of `values[name]`, in torch.export's words."""
+        dims = enumerate(self.values[name].dims)
+        return {axis: self.dims.get(d) or size(d, self.dims) for axis, d in dims if isinstance(d, str)}
 
 
 def trace_embed(s: Shapes) -> ir.Model:
-    module = on_meta(lambda: deepseek_v2.Embed(s.config), s.dtype)
-    names = ["input_ids", "positions"]
-    arguments = tuple(s.batch_input(n) for n in names)
-    model = trace(module, arguments, tuple(s.dynamic(n) for n in names), names, ["hidden", "cos", "sin"])
-    for value in list(model.graph.inputs):
-        if value.name == "inv_freq":
-            model.graph.inputs.remove(value)
-            value.const_value = ir.tensor(s.inv_freq(), name=value.name)
-            model.graph.register_initializer(value)
-    return model
+    """Outputs are named as what layers take, with the suffix "_out"."""
+    return _trace_part(s, lambda: s.family.embed(s.config), (), [f"{name}_out" for name in (HIDDEN, *s.angles)])
 
 
-def trace_layer(s: Shapes, is_moe: bool, form: str) -> ir.Model:
-    c = s.config
-    module = on_meta(lambda: deepseek_v2.DecoderLayer(c, is_moe, s.cache_format, form), s.dtype)
-    cos, sin = (s.rows(c.qk_rope_head_dim // 2, torch.float32) for _ in range(2))  # one tensor for both would be merged
-    arguments = (s.rows(c.hidden_size, s.dtype), cos, sin, s.cache(), *map(s.batch_input, ATTENTION_INPUTS))
-    names = ["hidden", "cos", "sin", "cache", *ATTENTION_INPUTS]
-    return trace(module, arguments, tuple(s.dynamic(n) for n in names), names, ["hidden_out", "cache_out"])
+def trace_layer(s: Shapes, kind: Hashable, form: str) -> ir.Model:
+    """One kind of layer in one form of attention, with LAYER_OUTPUTS."""
+    takes = HIDDEN, *s.angles, CACHE
+    return _trace_part(s, lambda: s.family.layer(s.config, kind, s.cache_format, form), takes, LAYER_OUTPUTS)
 
 
 def trace_head(s: Shapes) -> ir.Model:
-    module = on_meta(lambda: deepseek_v2.Head(s.config), s.dtype)
-    arguments = (s.rows(s.config.hidden_size, s.dtype), s.batch_input("logit_rows"))
-    names = ["hidden", "logit_rows"]
-    return trace(module, arguments, tuple(s.dynamic(n) for n in names), names, [LOGITS, LAST_HIDDEN])
+    return _trace_part(s, lambda: s.family.head(s.config), (HIDDEN,), (LOGITS, LAST_HIDDEN))
 
 
-def on_meta(make: Callable[[], torch.nn.Module], dtype: torch.dtype) -> torch.nn.Module:
-    """A module without memory: parameters in `dtype`, buffers in their own."""
-    with torch.device("meta"):
-        module = make().eval()
-    for parameter in module.parameters():
-        parameter.data = parameter.data.to(dtype)
-        parameter.requires_grad_(False)
-    return module
+def _trace_part(s: Shapes, make: Callable[[], nn.Module], takes: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+    """All parts take the batch beside what `takes` names."""
+    arguments = *(s.values[name].example() for name in takes), s.batch()
+    dynamic = *(s.dynamic(name) for name in takes), {name: s.dynamic(name) for name in INPUTS}
+    return trace(make, s.dtype, arguments, dynamic, [*takes, *INPUTS], outputs)
 
 
-def trace(module, arguments, dynamic, input_names, output_names) -> ir.Model:
-    """Traces a module on the meta device; its parameters and buffers come out as graph inputs under their own names."""
-    table = {getattr(torch.ops.latentrt, op.CONTRACT.name).default: onnx_translation(op.CONTRACT) for op in CUSTOM_OPS}
+def trace(
+    make: Callable[[], nn.Module], dtype: torch.dtype, arguments: tuple, dynamic: tuple, input_names: Sequence[str],
+    output_names: Sequence[str],
+) -> ir.Model:  # fmt: skip
+    """Traces the module that `make` makes, with parameters in `dtype`. They come out as graph inputs under their own names.
+
+    Buffers become constants; `make` must have given them values, on the CPU, in spite of the device being meta.
+    """
+    module, buffers = _on_meta(make, dtype)
+    table = {getattr(torch.ops.latentrt, c.name).default: onnx_translation(c) for c in ops.contracts().values()}
     with _quiet(), torch.no_grad():
         program = torch.onnx.export(
-            module, arguments, dynamo=True, dynamic_shapes=dynamic, custom_translation_table=table, opset_version=OPSET,
+            module, (*arguments, {}), dynamo=True, dynamic_shapes=dynamic, custom_translation_table=table, opset_version=OPSET,
             optimize=False, verbose=False, input_names=input_names, output_names=output_names,
         )  # fmt: skip
     graph = program.model.graph
@@ -134,7 +126,22 @@ def trace(module, arguments, dynamic, input_names, output_names) -> ir.Model:
         value.const_value = None
         graph.inputs.append(value)
     onnxscript.optimizer.optimize(program.model)
+    for value in [v for v in graph.inputs if v.name in buffers]:
+        graph.inputs.remove(value)
+        value.const_value = ir.tensor(buffers[value.name], name=value.name)
+        graph.register_initializer(value)
     return program.model
+
+
+def _on_meta(make: Callable[[], nn.Module], dtype: torch.dtype) -> tuple[nn.Module, dict[str, np.ndarray]]:
+    """A module without memory, parameters in `dtype`, and the values of its buffers, which keep their own."""
+    with torch.device("meta"):
+        module = make().eval()
+    buffers = {name: buffer.numpy() for name, buffer in module.named_buffers()}
+    for parameter in module.parameters():
+        parameter.data = parameter.data.to(dtype)
+        parameter.requires_grad_(False)
+    return module.to("meta"), buffers
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Writing weight sets: safetensors shards, one per part of the model, streamed so that memory holds one slab at a time.
 
-A shard that is finished is remembered by the store under its key, so that an interrupted build goes on behind it.
+A shard that is finished is remembered by the store under its key, so that an interrupted build resumes after it.
 The safetensors package cannot write a tensor piece by piece, hence the writer below; everything else reads with it.
 """
 
@@ -13,9 +13,9 @@ from typing import Protocol
 
 import torch
 
-from export.checkpoint import Checkpoint
-from export.models.weights import Weight
-from export.quantization.base import WeightFormat
+from latentrt.export.checkpoint import Checkpoint
+from latentrt.export.models.base import Weight
+from latentrt.export.quantization.base import WeightFormat
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int32: "I32",
           torch.float8_e4m3fn: "F8_E4M3"}  # fmt: skip

@@ -1,1 +1,4 @@
-"""The custom ops of the step graph. One folder per op; `op.py` is its contract, every other form derives from it."""
+"""The custom ops of the step graph, one folder each: `op.py` is the contract, every other form derives from it.
+
+ops.py lists them; step_graph.py is the contract of the graph around them.
+"""

@@ -42,13 +42,13 @@ def get(capability: int) -> Architecture:
 
 
 @dataclass(frozen=True)
-class Target:
+class Gpu:
     """The GPU a plan is made for: grids follow its number of multiprocessors, tiles its capability."""
 
     capability: int
     num_sms: int
 
     @classmethod
-    def of(cls, capability: int, num_sms: int | None = None) -> "Target":
+    def of(cls, capability: int, num_sms: int | None = None) -> "Gpu":
         """The usual GPU of `capability`, or one with `num_sms` multiprocessors."""
         return cls(capability, num_sms or get(capability).num_sms)

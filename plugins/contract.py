@@ -34,12 +34,21 @@ class ContractError(ValueError):
 
 @dataclass(frozen=True)
 class TensorSpec:
-    """One tensor of an op. `dims` are names (equal names must have equal sizes), integers, "B + 1" or "2 * N"."""
+    """One tensor of an op. `dims` are names (equal names must have equal sizes), integers, "B + 1" or "2 * N".
+
+    The last one may be a name and "?": the tensor may come without that axis.
+    """
 
     name: str
     dims: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     optional: bool = False
+
+    def dims_of(self, rank: int) -> tuple[str, ...]:
+        """The dimensions of a tensor with `rank` axes, without "?"; another number of them if it cannot have that rank."""
+        *first, last = self.dims
+        absent = last.endswith("?") and rank == len(first)
+        return (*first,) if absent else (*first, last.removesuffix("?"))
 
 
 @dataclass(frozen=True)
@@ -135,14 +144,15 @@ class OpContract:
         if tensor.dtype not in spec.dtypes:
             accepted = ", ".join(map(str, spec.dtypes))
             raise ContractError(f"{self.name}: {spec.name} has dtype {tensor.dtype}, accepted: {accepted}")
-        if tensor.dim() != len(spec.dims):
+        dims = spec.dims_of(tensor.dim())
+        if tensor.dim() != len(dims):
             raise ContractError(f"{self.name}: {spec.name} has shape {tuple(tensor.shape)}, expected {list(spec.dims)}")
-        for axis, (dim, size) in enumerate(zip(spec.dims, tensor.shape, strict=True)):
+        for axis, (dim, size) in enumerate(zip(dims, tensor.shape, strict=True)):
             if dim.isidentifier() and sizes.setdefault(dim, size) != size:
                 raise self._wrong_size(spec, tensor, axis, sizes[dim])
 
     def _check_sums(self, spec: TensorSpec, tensor: torch.Tensor, sizes: dict[str, int]) -> None:
-        for axis, (dim, size) in enumerate(zip(spec.dims, tensor.shape, strict=True)):
+        for axis, (dim, size) in enumerate(zip(spec.dims_of(tensor.dim()), tensor.shape, strict=True)):
             if not dim.isidentifier() and _size_of(dim, sizes) != size:
                 raise self._wrong_size(spec, tensor, axis, _size_of(dim, sizes))
 

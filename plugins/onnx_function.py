@@ -1,13 +1,62 @@
-"""Writing the body of an op as an ONNX function, from Python where the op's attributes decide which nodes are needed."""
+"""Bodies of the custom ops as ONNX functions, which ONNX Runtime inlines: what a model's nodes need, and how they are written.
+
+Each plugins/<op>/ort.py has `body(call) -> onnx.FunctionProto`, where `call` is an OpCall.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
 from onnx import helper, numpy_helper
 
-from plugins.contract import DOMAIN, OpContract
+from latentrt.plugins import ops
+from latentrt.plugins.contract import DOMAIN, OpContract
 
 MICROSOFT = "com.microsoft"
 OPSET = 23
+Shape = tuple[int | None, ...]  # None where the size is not fixed
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """How a graph uses an op. types (ONNX element types) and shapes hold the inputs that are present, by their names."""
+
+    attributes: Mapping[str, int | float | str]
+    types: Mapping[str, int]
+    shapes: Mapping[str, Shape]
+
+
+def bodies(model: onnx.ModelProto) -> list[onnx.FunctionProto]:
+    """Bodies of all custom ops in `model`. All inputs of their nodes must have a type and a shape.
+
+    A model has one body for an op: all its nodes must be used alike.
+    """
+    values, found = _values(model.graph), []
+    for onnx_type, contract in ops.contracts().items():
+        nodes = [n for n in model.graph.node if (n.domain, n.op_type) == (DOMAIN, onnx_type)]
+        calls = [_call(node, contract, values) for node in nodes]
+        assert all(call == calls[0] for call in calls), calls
+        if calls:
+            found.append(ops.part(contract.name, "ort").body(calls[0]))
+    return found
+
+
+def _values(graph: onnx.GraphProto) -> dict[str, tuple[int, Shape]]:
+    """Element type and shape of inputs, initializers and values between nodes."""
+    found = {}
+    for value in (*graph.input, *graph.value_info):
+        tensor = value.type.tensor_type
+        sizes = [d.dim_value if d.HasField("dim_value") else None for d in tensor.shape.dim]
+        found[value.name] = (tensor.elem_type, tuple(sizes))
+    return found | {t.name: (t.data_type, tuple(t.dims)) for t in graph.initializer}
+
+
+def _call(node: onnx.NodeProto, contract: OpContract, values: Mapping[str, tuple[int, Shape]]) -> OpCall:
+    present = {s.name: values[name] for s, name in zip(contract.inputs, node.input, strict=False) if name}
+    given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
+    attributes = {a.name: given[a.name].decode() if a.kind is str else given[a.name] for a in contract.attributes}
+    return OpCall(attributes, {k: t for k, (t, _) in present.items()}, {k: s for k, (_, s) in present.items()})
 
 
 class FunctionBuilder:

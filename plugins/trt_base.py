@@ -1,19 +1,19 @@
 """TensorRT plugins, derived from the op contracts: IPluginV3 classes for `tensorrt` and `tensorrt_rtx`, the module passed in.
 
 A plugin serializes the op's attributes and the compute capability it was built for. In a step it looks up the launch plan of
-the shapes it is given and hands it to a launcher (plugins/cuda_launch.py). Building needs no launcher and no GPU: without
+the shapes it is given and hands it to a launcher (plugins/launch/cuda.py). Building needs no launcher and no GPU: without
 a launcher, steps do nothing.
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 
-from plugins.architecture import Target
-from plugins.contract import DOMAIN, VERSION, OpContract
-from plugins.launch import KernelSpec, Plan
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.contract import DOMAIN, VERSION, OpContract
+from latentrt.plugins.launch.plan import KernelSpec, Plan
 
 CAPABILITY = "capability"  # field beside the op's attributes: 89 for 8.9
 MAX_SMS = 192  # multiprocessors that workspaces are sized for; plans of a larger GPU use this many
@@ -32,15 +32,15 @@ class PluginOp:
 
     contract: OpContract
     configure: Callable[[Mapping, Mapping[str, int], Mapping[str, str]], Any]
-    plan: Callable[[Any, Mapping[str, int], Target], Plan]
-    kernels: Callable[[Any, Target], tuple[KernelSpec, ...]]
-    workspace: Callable[[Any, Mapping[str, int], Target], int]
+    plan: Callable[[Any, Mapping[str, int], Gpu], Plan]
+    kernels: Callable[[Any, Gpu], tuple[KernelSpec, ...]]
+    workspace: Callable[[Any, Mapping[str, int], Gpu], int]
 
 
 class Launcher(Protocol):
     """Runs plans on the current CUDA device."""
 
-    target: Target
+    target: Gpu
 
     def prepare(self, kernels: Sequence[KernelSpec]) -> None:
         """Loads kernels, so that nothing is loaded while a stream is captured."""
@@ -49,7 +49,7 @@ class Launcher(Protocol):
         """Launches `plan` on `stream`; tensors and workspace are device addresses."""
 
 
-def register(trt, ops: Sequence[PluginOp], capability: int, launcher: Launcher | None = None) -> list:
+def register(trt, ops: Iterable[PluginOp], capability: int, launcher: Launcher | None = None) -> list:
     """Registers a creator for each op with the package's registry; returns them: they must outlive builder and engine."""
     registry = trt.get_plugin_registry()
     creators = [_creator(trt, op, capability, launcher) for op in ops]
@@ -63,7 +63,7 @@ def sizes(contract: OpContract, shapes: Sequence[Sequence[int]]) -> dict[str, in
     """Dimensions by name, from the shapes of the inputs that are present."""
     named = {}
     for spec, shape in zip(contract.inputs, shapes, strict=False):
-        for dim, size in zip(spec.dims, shape, strict=True):
+        for dim, size in zip(spec.dims_of(len(shape)), shape, strict=True):
             if dim.isidentifier():
                 named[dim] = size
     return named
@@ -153,7 +153,7 @@ class _Plugin:
     def get_workspace_size(self, tensors, outputs):
         largest = sizes(self.op.contract, [t.max for t in tensors])
         config = self._config([t.desc.type for t in tensors], largest)
-        return self.op.workspace(config, largest, Target(self.capability, MAX_SMS))
+        return self.op.workspace(config, largest, Gpu(self.capability, MAX_SMS))
 
     def get_valid_tactics(self):
         return [1]
@@ -181,7 +181,7 @@ class _Plugin:
             return  # full TensorRT's builder times layers on arbitrary bytes: lengths and page numbers would be wild
         named = sizes(self.op.contract, [t.dims for t in tensors])
         config = self._config([t.type for t in tensors], named)
-        device = Target(self.launcher.target.capability, min(self.launcher.target.num_sms, MAX_SMS))
+        device = Gpu(self.launcher.target.capability, min(self.launcher.target.num_sms, MAX_SMS))
         by_name = dict(zip(self.input_names, addresses, strict=False))
         by_name |= dict(zip([o.name for o in self.op.contract.outputs], output_addresses, strict=True))
         self.launcher.run(self.op.plan(config, named, device), by_name, workspace, stream)

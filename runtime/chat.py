@@ -6,10 +6,10 @@ The sequence of the last turn stays in the latent cache; the next one takes it o
 from collections import deque
 from collections.abc import Generator
 
-from runtime.errors import RequestError
-from runtime.generate import Engine
-from runtime.sampler import SamplingParams
-from runtime.sequence import Event, Sequence
+from latentrt.runtime.api import Engine
+from latentrt.runtime.engine.sequence import Event, Sequence
+from latentrt.runtime.errors import RequestError
+from latentrt.runtime.sampling_params import SamplingParams
 
 
 class Conversation:
@@ -44,7 +44,7 @@ class Conversation:
         return self._answer(asked, sequence)
 
     def _answer(self, asked: list[dict], sequence: Sequence) -> Generator[Event, None, None]:
-        events = self._engine.run([sequence], after=self._last)
+        events = self._engine.loop.stream([sequence], after=self._last)
         self._forget()
         self._last = sequence
         try:
@@ -55,5 +55,5 @@ class Conversation:
 
     def _forget(self) -> None:
         if self._last is not None:
-            self._engine.scheduler.forget(self._last)
+            self._engine.loop.forget(self._last)
         self._last = None

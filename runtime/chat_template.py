@@ -11,8 +11,7 @@ from jinja2 import Template, TemplateError, nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
-from runtime.bundle import BundleError
-from runtime.errors import RequestError
+from latentrt.runtime.errors import BundleError, RequestError
 
 
 class _Generation(Extension):

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 from numbers import Integral, Real
 
-from runtime.errors import RequestError
+from latentrt.runtime.errors import RequestError
 
 GREEDY = 0.0
 

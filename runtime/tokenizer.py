@@ -5,15 +5,15 @@ post-processor does (transformers 5 looks at the latter only). A prompt that beg
 """
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
 import tokenizers
 
-from runtime import chat_template
-from runtime.bundle import Bundle, BundleError
-from runtime.errors import RequestError
+from latentrt.runtime import chat_template
+from latentrt.runtime.bundle.reader import Bundle
+from latentrt.runtime.errors import BundleError, RequestError
 
 TOKENIZER, CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
 SPECIAL, TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
@@ -21,11 +21,13 @@ _ROLES = "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_t
 
 
 class Tokenizer:
-    """A bundle's tokenizer. Raises BundleError if its files are not usable."""
+    """A tokenizer of `files`, by their names in the checkpoint; `where` names it in errors.
 
-    def __init__(self, bundle: Bundle):
-        self._where = str(bundle.path)
-        self._files = {name: bundle.file(ref) for name, ref in bundle.manifest.tokenizer.items()}
+    Raises BundleError if the files are not usable.
+    """
+
+    def __init__(self, where: str, files: Mapping[str, Path]):
+        self._where, self._files = where, files
         self._tokenizer = _read_tokenizer(self._files[TOKENIZER])
         self._config = _read_json(self._files, CONFIG)
         named = _read_json(self._files, SPECIAL) | self._config
@@ -35,6 +37,11 @@ class Tokenizer:
         self._add_bos = self._config.get("add_bos_token")
         if self._add_bos and self.bos_id is None:
             raise BundleError(f"{self._files[CONFIG]}: add_bos_token is set, but bos_token is missing")
+
+    @classmethod
+    def of(cls, where: str, files: Mapping[str, Path]) -> "Tokenizer | None":
+        """The tokenizer, or None where the checkpoint had none."""
+        return cls(where, files) if TOKENIZER in files else None
 
     @property
     def vocab_size(self) -> int:
@@ -89,22 +96,23 @@ class Tokenizer:
         return found
 
 
-def load(bundle: Bundle) -> Tokenizer | None:
-    """The bundle's tokenizer, or None if it was built from a checkpoint without one."""
-    return Tokenizer(bundle) if TOKENIZER in bundle.manifest.tokenizer else None
+def load(bundle: Bundle) -> tuple[Tokenizer | None, frozenset[int]]:
+    """The bundle's tokenizer, None if it was built from a checkpoint without one, and the ids that end an answer."""
+    files = {name: bundle.file(ref) for name, ref in bundle.manifest.tokenizer.items()}
+    tokenizer = Tokenizer.of(str(bundle.path), files)
+    return tokenizer, eos_ids(str(bundle.path), files, bundle.manifest.config, tokenizer)
 
 
-def eos_ids(bundle: Bundle, tokenizer: Tokenizer | None) -> frozenset[int]:
+def eos_ids(where: str, files: Mapping[str, Path], config: Mapping, tokenizer: Tokenizer | None) -> frozenset[int]:
     """Ids that end an answer: eos_token_id of generation_config.json, else of config.json, else the tokenizer's, else none."""
-    files = {n: bundle.file(r) for n, r in bundle.manifest.tokenizer.items() if n == GENERATION}
     found = _read_json(files, GENERATION).get("eos_token_id")
     if found is None:
-        found = bundle.manifest.config.get("eos_token_id")
+        found = config.get("eos_token_id")
     if found is None:
         found = tokenizer.eos_id if tokenizer and tokenizer.eos_id is not None else []
     ids = found if isinstance(found, list) else [found]
     if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise BundleError(f"{bundle.path}: eos_token_id is {found!r}, accepted: a token id or a list of them")
+        raise BundleError(f"{where}: eos_token_id is {found!r}, accepted: a token id or a list of them")
     return frozenset(ids)
 
 
@@ -118,7 +126,7 @@ def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     return tokenizer
 
 
-def _read_json(files: dict[str, Path], name: str) -> dict:
+def _read_json(files: Mapping[str, Path], name: str) -> dict:
     if name not in files:
         return {}
     try:

@@ -12,7 +12,8 @@ import os
 import sys
 from pathlib import Path
 
-from runtime.bundle import BundleError, open_writer
+from latentrt.runtime.bundle.writer import open_writer
+from latentrt.runtime.errors import BundleError
 
 
 def say(word: str) -> None:

@@ -1,4 +1,4 @@
-"""Checkpoints and bundles shared by all tests. A build traces the model, about 10 s: once per session."""
+"""Checkpoints and bundles shared by all tests. A build traces the model, about 10 s: once a run."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ import pytest
 
 EXAMPLE = Path(__file__).parent.parent / "examples" / "tiny-deepseek-v2"
 VOCAB_SIZE = 320  # 256 bytes, bos, eos, and some merges
+TINY = dict(vocab_size=VOCAB_SIZE, hidden_size=64, kv_lora_rank=64, num_attention_heads=4)
 
 
 def save_tokenizer(folder: Path) -> Path:
@@ -31,29 +32,46 @@ def save_tokenizer(folder: Path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_checkpoint(tmp_path_factory) -> Path:
+def tiny_checkpoint(shared, tmp_path_factory) -> Path:
     """Random float32 weights: q_lora_rank, group_limited_greedy, a dense first layer, a shared expert, YaRN; a tokenizer."""
-    from tests import checkpoints
+    from tests import builds, checkpoints
 
-    folder = tmp_path_factory.mktemp("tiny") / "checkpoint"
-    checkpoints.write(folder, vocab_size=VOCAB_SIZE, hidden_size=64, kv_lora_rank=64, num_attention_heads=4)
-    return save_tokenizer(folder)
+    def write(folder: Path) -> None:
+        checkpoints.write(folder, **TINY)
+        save_tokenizer(folder)
+
+    return builds.once(shared / "tiny", write, tmp_path_factory.mktemp("tiny") / "checkpoint")
 
 
 @pytest.fixture(scope="session")
-def tiny_bundle(tiny_checkpoint) -> Path:
+def shared(tmp_path_factory) -> Path:
+    """A folder that all of pytest-xdist's processes share for one run."""
+    base = tmp_path_factory.getbasetemp()
+    return base.parent if base.name.startswith("popen-") else base
+
+
+@pytest.fixture(scope="session")
+def traced(shared):
+    """See tests.builds.Traces."""
+    from tests.builds import Traces
+
+    return Traces(shared)
+
+
+@pytest.fixture
+def fast_trace(traced):
+    """Lets a build take remembered graphs, in tests whose subject is not the trace."""
+    with traced.remembered():
+        yield
+
+
+@pytest.fixture(scope="session")
+def tiny_bundle(traced, tiny_checkpoint) -> Path:
     """`tiny_checkpoint` in fp32 for the CPU."""
-    return _build(tiny_checkpoint, tiny_checkpoint.parent / "bundle")
+    return traced.build_once("tiny", tiny_checkpoint, tiny_checkpoint.parent / "bundle", "cpu", "fp32")
 
 
 @pytest.fixture(scope="session")
-def example_bundle(tmp_path_factory) -> Path:
+def example_bundle(traced, tmp_path_factory) -> Path:
     """The example model in fp32 for the CPU."""
-    return _build(EXAMPLE, tmp_path_factory.mktemp("example") / "bundle")
-
-
-def _build(checkpoint: Path, out: Path) -> Path:
-    import build
-
-    build.build(checkpoint, out, "cpu", "fp32")
-    return out
+    return traced.build_once("example", EXAMPLE, tmp_path_factory.mktemp("example") / "bundle", "cpu", "fp32")

@@ -20,12 +20,13 @@ import onnx
 import onnx_ir as ir
 import torch
 
-import build
-from export.models import deepseek_v2  # noqa: F401 (registers the ops before the fork)
-from runtime import backends
-from runtime.backends.base import StepBatch
-from runtime.bundle import Bundle
+from latentrt import builder
+from latentrt.export.models.deepseek_v2 import model as deepseek_v2  # noqa: F401 (registers the ops before the fork)
+from latentrt.plugins.step_graph import StepBatch
+from latentrt.runtime import backends
+from latentrt.runtime.bundle.reader import Bundle
 from tests import checkpoints, ragged
+from tests.builds import build
 
 CALLS = (os, "replace"), (os, "unlink"), (os, "rmdir"), (Path, "unlink"), (Path, "rmdir"), (shutil, "rmtree")
 
@@ -68,7 +69,8 @@ def die_at(number: int) -> None:
 def logits_digest(out: Path) -> dict:
     """Digest of the logits of one prompt, as a reader of the bundle gets them."""
     backend = backends.load(Bundle(out), cache_tokens=64, threads=1)
-    logits = backend.step(StepBatch(**ragged.batch(checkpoints.random_tokens([9], vocab_size=40), [0], np.array([[1]]))))
+    tokens = checkpoints.random_tokens([9], vocab_size=40)
+    logits = backend.step(StepBatch(**ragged.batch(tokens, [0], np.array([[1]])))).logits()
     return {"logits": hashlib.sha256(logits.tobytes()).hexdigest()}
 
 
@@ -79,11 +81,11 @@ def files(out: Path) -> list[str]:
 def main(checkpoint: Path, graph: Path, folder: Path) -> None:
     torch.set_num_threads(1)
     model = onnx.load(graph)
-    build.step_graph.build_forms = lambda *args, **kwargs: {"absorbed": ir.from_proto(model)}
-    build.execute = lambda *args: None  # the first step is no part of the commit, and takes most of the time
+    builder.step_graphs.build_forms = lambda *args, **kwargs: {"absorbed": ir.from_proto(model)}
+    builder.smoke_test.run = lambda bundle, name: None  # no part of the commit, and takes most of the time
 
     def make(out: Path, precision: str) -> dict:
-        build.build(checkpoint, out, "cpu", precision, "exact", force=True)
+        build(checkpoint, out, "cpu", precision, "exact", force=True)
         return logits_digest(out) | {"files": files(out)}
 
     old, reference = folder / "old", folder / "reference"

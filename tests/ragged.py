@@ -66,7 +66,7 @@ def torch_step(model, pages: Pages, dtype) -> Callable[[dict], np.ndarray]:
 
     @torch.no_grad()
     def step(inputs: dict) -> np.ndarray:
-        logits, _, state["caches"] = model(*(torch.from_numpy(inputs[n]) for n in BATCH), state["caches"])
+        logits, _, state["caches"] = model({n: torch.from_numpy(inputs[n]) for n in BATCH}, state["caches"])
         return logits.numpy()
 
     step.state = state
@@ -75,8 +75,8 @@ def torch_step(model, pages: Pages, dtype) -> Callable[[dict], np.ndarray]:
 
 def engine_step(backend) -> Callable[[dict], np.ndarray]:
     """A step function over a runtime backend; its cache is filled with NaN."""
-    from runtime.backends.base import StepBatch
+    from latentrt.plugins.step_graph import StepBatch
 
     for cache in backend.caches:
         cache.fill(np.nan)
-    return lambda inputs: backend.step(StepBatch(**inputs))
+    return lambda inputs: backend.step(StepBatch(**inputs)).logits()

@@ -1,5 +1,7 @@
-"""build.py: exit codes, what it refuses, interruption and death at any point, and that errors leave nothing behind."""
+"""latentrt build: exit codes, what it refuses, interruption and death at any point, and that errors leave nothing behind."""
 
+import contextlib
+import io
 import json
 import os
 import shutil
@@ -9,45 +11,48 @@ from pathlib import Path
 
 import onnx_ir as ir
 import pytest
-import typer
-from typer.testing import CliRunner
 
-import build
-from export import config, weight_set
-from export.errors import BuildError, CheckpointError
-from runtime.bundle import Bundle, BundleError, open_writer
+from latentrt import cli
+from latentrt.export import weight_set
+from latentrt.export.errors import BuildError, CheckpointError
+from latentrt.export.models import registry
+from latentrt.runtime import smoke_test
+from latentrt.runtime.bundle.reader import Bundle
+from latentrt.runtime.bundle.writer import open_writer
+from latentrt.runtime.errors import BundleError
 from tests import checkpoints
-from tests.export.conftest import fast_trace, shared, traced  # noqa: F401 (fixtures)
+from tests.builds import build
+from tests.conftest import TINY
 
 pytestmark = pytest.mark.usefixtures("fast_trace")
 ROOT = Path(__file__).parents[1]
-FIRST_STEP = build.execute
-SMALL = {"num_hidden_layers": 2, "vocab_size": 40}
+SMOKE_TEST = smoke_test.run
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory) -> Path:
-    return checkpoints.write(tmp_path_factory.mktemp("build"), seed=1, **SMALL)
+    return checkpoints.write(tmp_path_factory.mktemp("build"), seed=1, **TINY)
 
 
 @pytest.fixture(autouse=True)
-def no_first_step(monkeypatch):
+def no_smoke_test(monkeypatch):
     """Loading the engine takes most of a build's time, and is no part of what these tests are about."""
-    monkeypatch.setattr(build, "execute", lambda *args: None)
+    monkeypatch.setattr(smoke_test, "run", lambda bundle, name: None)
 
 
 def command(*arguments) -> tuple[int, str]:
     """Exit code and standard output of the command line, without a process of its own."""
-    app = typer.Typer()
-    app.command()(build.main)
-    result = CliRunner().invoke(app, [str(a) for a in arguments])
-    return result.exit_code, result.stdout
+    out = io.StringIO()
+    with contextlib.redirect_stdout(out), contextlib.redirect_stderr(io.StringIO()):
+        code = cli.main(["build", *map(str, arguments)])
+    return code, out.getvalue()
 
 
 def snapshot(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
+@pytest.mark.slow
 def test_json_and_up_to_date(checkpoint, tmp_path):
     out = tmp_path / "bundle"
     code, text = command(checkpoint, "--out", out, "--precision", "fp32", "--json")
@@ -68,7 +73,7 @@ def test_a_bundle_that_is_there_is_kept_without_force(checkpoint, tmp_path):
     before = snapshot(out)
     code, text = command(checkpoint, "--out", out, "--precision", "int8", "--json")
     assert code == 2 and "--force" in json.loads(text)["error"] and snapshot(out) == before
-    other = checkpoints.write(tmp_path / "other", seed=2, **SMALL)
+    other = checkpoints.write(tmp_path / "other", seed=2, **TINY)
     code, text = command(other, "--out", out, "--precision", "fp32", "--json")
     assert code == 2 and "another checkpoint" in json.loads(text)["error"] and snapshot(out) == before
     assert command(other, "--out", out, "--precision", "int8", "--force", "--json")[0] == 0
@@ -86,7 +91,7 @@ def test_a_bundle_that_is_there_is_kept_without_force(checkpoint, tmp_path):
     (("--activations", "wild"), ["activations is 'wild', accepted: dynamic, static"]),
     (("--weights", "embedded"), ["weights is 'embedded', but only GPU targets", "target cpu is built in int8", "leave it out"]),
 ])  # fmt: skip
-def test_unknown_choices(checkpoint, tmp_path, arguments, words):
+def test_unknown_choices(checkpoint, tmp_path, capsys, arguments, words):
     code, text = command(checkpoint, "--out", tmp_path / "bundle", "--json", *arguments)
     error = json.loads(text)
     assert code == 2 and error["kind"] == "BuildError" and not (tmp_path / "bundle").exists()
@@ -104,6 +109,7 @@ def test_a_folder_that_is_no_bundle_is_left_alone(checkpoint, tmp_path):
     assert code == 2 and "is a file" in json.loads(text)["error"] and (tmp_path / "thesis.txt").read_text() == "years of work"
 
 
+@pytest.mark.slow
 def test_two_builds_at_once(checkpoint, tmp_path):
     out = tmp_path / "bundle"
     with open_writer(out):
@@ -116,15 +122,14 @@ def test_two_builds_at_once(checkpoint, tmp_path):
     ((), "not a folder"), (("--max-context", "9999"), "max_context"), (("--out", "{file}"), "is a file"),
     (("--calibration", "{file}"), "calibration"), (("--precision", "int8"), "already"),
 ])  # fmt: skip
-def test_no_progress_before_what_can_be_known_at_once(tiny_checkpoint, tiny_bundle, tmp_path, arguments, words):
+def test_no_progress_before_what_can_be_known_at_once(tiny_checkpoint, tiny_bundle, tmp_path, capsys, arguments, words):
     (tmp_path / "file").write_text("")
     checkpoint = tiny_checkpoint if arguments else tmp_path / "missing"
     arguments = [a.format(file=tmp_path / "file") for a in arguments]
-    app, out = typer.Typer(), [] if "--out" in arguments else ["--out", str(tiny_bundle)]
-    app.command()(build.main)
-    result = CliRunner().invoke(app, [str(checkpoint), "--precision", "fp32", *out, *arguments])
-    assert result.exit_code == 2 and words in result.stderr and result.stderr.startswith("error: ")
-    assert result.stderr.count("\n") == 1, result.stderr
+    out = [] if "--out" in arguments else ["--out", str(tiny_bundle)]
+    assert cli.main(["build", str(checkpoint), "--precision", "fp32", *out, *arguments]) == 2
+    said = capsys.readouterr().err
+    assert words in said and said.startswith("error: ") and said.count("\n") == 1, said
 
 
 def test_a_damaged_tokenizer_is_named_before_anything_is_made(tiny_checkpoint, tmp_path):
@@ -168,6 +173,7 @@ def test_a_lock_that_was_removed_locks_nobody_out_of_nothing(process):
     assert late.go_on() == "refused" and third.go_on() == "whole"
 
 
+@pytest.mark.slow
 def test_a_build_that_leaves_takes_nothing_from_one_that_enters(process):
     leaving = process("leave")
     entering = process("enter")
@@ -180,6 +186,7 @@ def test_a_build_that_leaves_takes_nothing_from_one_that_enters(process):
     assert entering.go_on() == "whole" and process("enter").at == "refused"
 
 
+@pytest.mark.slow
 def test_real_command_line(tmp_path):
     """As a user starts it: the error goes to standard error in one line, the exit code is 2, no traceback."""
     child = subprocess.run(
@@ -196,35 +203,35 @@ def poison(folder: Path) -> str:
 
 
 def test_an_error_leaves_nothing_behind(checkpoint, tmp_path):
-    damaged, out = checkpoints.write(tmp_path / "damaged", seed=1, **SMALL), tmp_path / "bundle"
+    damaged, out = checkpoints.write(tmp_path / "damaged", seed=1, **TINY), tmp_path / "bundle"
     name = poison(damaged)
     with pytest.raises(CheckpointError, match=name):
-        build.build(damaged, out, "cpu", "fp32")
+        build(damaged, out, "cpu", "fp32")
     assert not out.exists()
-    build.build(checkpoint, out, "cpu", "fp32")
+    build(checkpoint, out, "cpu", "fp32")
     before = snapshot(out)
     with pytest.raises(CheckpointError, match=name):
-        build.build(damaged, out, "cpu", "int8", force=True)
+        build(damaged, out, "cpu", "int8", force=True)
     assert snapshot(out) == before
 
 
 def test_a_damaged_manifest_is_replaced_with_force_only(checkpoint, tmp_path):
     out = tmp_path / "bundle"
-    build.build(checkpoint, out, "cpu", "fp32")
+    build(checkpoint, out, "cpu", "fp32")
     (out / "manifest.json").write_text("{")
     with pytest.raises(BundleError, match="manifest"):
-        build.build(checkpoint, out, "cpu", "fp32")
+        build(checkpoint, out, "cpu", "fp32")
     assert (out / "manifest.json").read_text() == "{"
-    build.build(checkpoint, out, "cpu", "fp32", force=True)
+    build(checkpoint, out, "cpu", "fp32", force=True)
     assert Bundle(out).verify() == []
 
 
 @pytest.mark.parametrize("there_before", [False, True])
-def test_interruption_goes_on_behind_finished_shards(checkpoint, tmp_path, monkeypatch, there_before):
-    """Ctrl-C in the third of four shards: the next build fills that one and the last one only."""
+def test_an_interrupted_build_resumes_after_its_finished_shards(checkpoint, tmp_path, monkeypatch, there_before):
+    """Ctrl-C in the third of five shards: the next build fills that one and the last two only."""
     out, filled, real = tmp_path / "bundle", [], weight_set._fill
     if there_before:
-        build.build(checkpoint, out, "cpu", "fp32")
+        build(checkpoint, out, "cpu", "fp32")
         before = snapshot(out)
 
     def fill(path, *args, **kwargs):
@@ -240,10 +247,10 @@ def test_interruption_goes_on_behind_finished_shards(checkpoint, tmp_path, monke
     if there_before:
         assert before.items() <= snapshot(out).items() and Bundle(out).verify() == []
     code, _ = command(checkpoint, "--out", out, "--precision", "int8", "--force", "--json")
-    assert code == 0 and len(filled) == 5  # the third again, and the fourth
+    assert code == 0 and len(filled) == 6  # the third again, and the last two
     assert Bundle(out).verify() == [] and len(snapshot(out)) == 1 + len(set(Bundle(out).manifest.refs()))
     fresh = tmp_path / "fresh"
-    build.build(checkpoint, fresh, "cpu", "int8")
+    build(checkpoint, fresh, "cpu", "int8")
     assert sorted(os.listdir(fresh / "files")) == sorted(os.listdir(out / "files"))  # content-named: the same bytes
 
 
@@ -258,18 +265,19 @@ def test_an_interrupted_shard_of_another_checkpoint_is_not_taken(checkpoint, tmp
 
     monkeypatch.setattr(weight_set, "_fill", fill)
     assert command(checkpoint, "--out", out, "--precision", "fp32", "--json")[0] == 130
-    other = checkpoints.write(tmp_path / "other", seed=7, **SMALL)
+    other = checkpoints.write(tmp_path / "other", seed=7, **TINY)
     assert command(other, "--out", out, "--precision", "fp32", "--json")[0] == 0
     fresh = tmp_path / "fresh"
-    build.build(other, fresh, "cpu", "fp32")
+    build(other, fresh, "cpu", "fp32")
     assert sorted(os.listdir(fresh / "files")) == sorted(os.listdir(out / "files"))
 
 
-def test_killed_anywhere(checkpoint, traced, tmp_path):  # noqa: F811 (a fixture)
+@pytest.mark.slow
+def test_killed_anywhere(checkpoint, traced, tmp_path):
     """kill -9 before every rename and removal of a build that replaces fp32 by int8: a reader sees the old bundle until the
     manifest's rename and the new one from then on, and the next build makes the new one and leaves no garbage."""
     graph = tmp_path / "graph.onnx"
-    graph.write_bytes(ir.to_proto(traced(config.load(checkpoint))).SerializeToString())
+    graph.write_bytes(ir.to_proto(traced(registry.load(checkpoint))).SerializeToString())
     child = subprocess.run(
         [sys.executable, "-m", "tests.killed_builds", checkpoint, graph, tmp_path], capture_output=True, text=True, cwd=ROOT,
         env=os.environ | {"OMP_NUM_THREADS": "1"},
@@ -286,25 +294,26 @@ def test_killed_anywhere(checkpoint, traced, tmp_path):  # noqa: F811 (a fixture
 
 def test_a_checkpoint_whose_logits_overflow_is_not_committed(tmp_path, monkeypatch):
     """Finite weights, infinite logits: the first step finds out, and nothing is left."""
-    monkeypatch.setattr(build, "execute", FIRST_STEP)
-    huge, out = checkpoints.write(tmp_path / "huge", seed=1, **SMALL), tmp_path / "bundle"
+    monkeypatch.setattr(smoke_test, "run", SMOKE_TEST)
+    huge, out = checkpoints.write(tmp_path / "huge", seed=1, **TINY), tmp_path / "bundle"
     checkpoints.edit_tensors(huge, lambda t: (t["lm_head.weight"].fill_(3e38), t["model.norm.weight"].fill_(1e3)))
     with pytest.raises((BuildError, BundleError), match="not finite"):
-        build.build(huge, out, "cpu", "fp32")
+        build(huge, out, "cpu", "fp32")
     assert not out.exists()
 
 
+@pytest.mark.slow
 def test_a_damaged_bundle_is_mended_by_building_again(tiny_checkpoint, tiny_bundle, tmp_path):
     bundle = tmp_path / "bundle"
     shutil.copytree(tiny_bundle, bundle)
     shard = max(bundle.glob("files/*.safetensors"), key=lambda f: f.stat().st_size)
     content = shard.read_bytes()
     shard.write_bytes(content[:-1])
-    assert build.build(tiny_checkpoint, bundle, "cpu", "fp32")["built"]
+    assert build(tiny_checkpoint, bundle, "cpu", "fp32")["built"]
     assert Bundle(bundle).verify() == []
     shard.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     assert Bundle(bundle).verify() != []
-    assert build.build(tiny_checkpoint, bundle, "cpu", "fp32", force=True)["built"]
+    assert build(tiny_checkpoint, bundle, "cpu", "fp32", force=True)["built"]
     assert Bundle(bundle).verify() == []
 
 
@@ -312,15 +321,16 @@ def test_another_tokenizer_is_another_target(tiny_checkpoint, tiny_bundle, tmp_p
     bundle, checkpoint = tmp_path / "bundle", tmp_path / "checkpoint"
     shutil.copytree(tiny_bundle, bundle)
     shutil.copytree(tiny_checkpoint, checkpoint)
-    assert not build.build(checkpoint, bundle, "cpu", "fp32")["built"]
+    assert not build(checkpoint, bundle, "cpu", "fp32")["built"]
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": 7}')
-    assert build.build(checkpoint, bundle, "cpu", "fp32")["built"]
+    assert build(checkpoint, bundle, "cpu", "fp32")["built"]
     (checkpoint / "generation_config.json").write_text("{bad")
     with pytest.raises(BundleError, match="generation_config"):
-        build.build(checkpoint, bundle, "cpu", "fp32")
+        build(checkpoint, bundle, "cpu", "fp32")
     assert Bundle(bundle).verify() == []
 
 
+@pytest.mark.slow
 def test_a_folder_that_cannot_be_made_is_one_line(tiny_checkpoint, tmp_path):
     (tmp_path / "file").write_text("")
     command = [sys.executable, "build.py", str(tiny_checkpoint), "--out", str(tmp_path / "file" / "bundle"), "--json"]
@@ -335,4 +345,4 @@ def test_absurd_counts_are_refused_at_once(tiny_checkpoint, tmp_path):
     config = json.loads((checkpoint / "config.json").read_text())
     (checkpoint / "config.json").write_text(json.dumps(config | {"num_hidden_layers": 10**9}))
     with pytest.raises(CheckpointError, match="num_hidden_layers 1000000000, but there are only"):
-        build.build(checkpoint, tmp_path / "bundle", "cpu", "fp32")
+        build(checkpoint, tmp_path / "bundle", "cpu", "fp32")

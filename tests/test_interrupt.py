@@ -8,13 +8,14 @@ from pathlib import Path
 
 import pytest
 
-from runtime import interrupt
+from latentrt import interrupt
 
 ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(("command", "package"), [
-    ("build.py", "typer"), ("build.py", "torch"), ("-m runtime", "numpy"), ("-m runtime", "rich"), ("-m validation", "torch"),
+    ("build.py", "typer"), ("build.py C --out B", "torch"), ("-m latentrt generate B --prompt x", "numpy"),
+    ("-m latentrt info B", "rich"), ("-m latentrt validate B --reference C", "torch"),
 ])  # fmt: skip
 def test_during_imports(command, package):
     """-X importtime says what has been imported: Ctrl-C comes after the package's first module, so within the package."""
@@ -47,6 +48,7 @@ def test_a_program_that_ignores_ctrl_c_goes_on_doing_so():
         signal.signal(signal.SIGINT, before)
 
 
+@pytest.mark.slow
 def test_the_demo(tmp_path):
     """As in a terminal: Ctrl-C goes to the command that runs, too."""
     command = [sys.executable, "examples/demo.py", "--out", str(tmp_path / "demo")]

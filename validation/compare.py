@@ -7,26 +7,30 @@ quantized, transformers on the decoded weights (exactness). There is one module 
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
-from export.checkpoint import Checkpoint
-from runtime.bundle import Bundle
-from validation import engine_graph, exported_graph, metrics, weights
-from validation.dequantize import dequantized_tensors
-from validation.excuse import Excuses
-from validation.executor import Executor
-from validation.findings import Findings
-from validation.greedy import compare_greedy
-from validation.layers import judge_layers, trace_stage
-from validation.metrics import LogitComparison
-from validation.reference import Reference
-from validation.stages import EngineStage, GraphStage, ModelStage, Stage
-from validation.tokens import Tokens
-from validation.tolerances import Tolerance, Tolerances
+from latentrt.export.checkpoint import Checkpoint
+from latentrt.runtime.backends.base import Backend
+from latentrt.runtime.bundle.reader import Bundle
+from latentrt.validation.dequantize import dequantized_tensors
+from latentrt.validation.judge import metrics, weights
+from latentrt.validation.judge.excuse import Excuses
+from latentrt.validation.judge.findings import Findings
+from latentrt.validation.judge.greedy import compare_greedy
+from latentrt.validation.judge.layers import judge_layers, trace_stage
+from latentrt.validation.judge.metrics import LogitComparison
+from latentrt.validation.judge.tolerances import Tolerance, Tolerances
+from latentrt.validation.reference.model import Reference
+from latentrt.validation.stages import engine_graph, exported_graph
+from latentrt.validation.stages.base import PAGE_SIZE, Stage
+from latentrt.validation.stages.executor import Executor
+from latentrt.validation.stages.graph import EngineStage, GraphStage
+from latentrt.validation.stages.model import ModelStage
+from latentrt.validation.tokens import Tokens
 
 MODE_WINDOWS = 4  # windows for chunked and decode runs of the engine
 DECODE_STEPS = 64
@@ -70,13 +74,15 @@ class Comparison:
             self.trace = self.reference.trace(self.windows[0])
         self._files()
         self._weights()
-        with self._timed("load the engine"):
-            self.engine = self._engine()
-            f.executed = s.executor.describe(self.engine.backend)
-        self._early_stages()
-        with self._timed("engine against the original weights"):
-            self._fidelity()
-        self._exactness()
+        with ExitStack() as loaded:
+            with self._timed("load the engine"):
+                backend = loaded.enter_context(self._load())
+                self.engine = self._engine(backend)
+                f.executed = s.executor.describe(backend)
+            self._early_stages()
+            with self._timed("engine against the original weights"):
+                self._fidelity()
+            self._exactness()
         return f
 
     @contextmanager
@@ -106,11 +112,13 @@ class Comparison:
                 detail = f"{bad.name} is off by {bad.error:.2g} of its row's largest element" if bad else ""
                 self.findings.judge(name, "weights", max(w.error for w in members), tolerance, detail)
 
-    def _engine(self) -> EngineStage:
-        target, executor = self.target, self.s.executor
-        page, length = target.cache.page_size, len(self.windows[0])
+    def _load(self) -> Backend:
+        page, length = self.target.cache.page_size, len(self.windows[0])
         pages = MODE_WINDOWS * -(-length // page) + MODE_WINDOWS
-        backend = executor.load(pages * page, self.s.threads)
+        return self.s.executor.load(pages * page, self.s.threads)
+
+    def _engine(self, backend: Backend) -> EngineStage:
+        executor = self.s.executor
         debug = engine_graph.load(executor, backend, self.s.threads, self.findings.notes)
         return EngineStage(backend, debug, engine_graph.logit_rows(executor))
 
@@ -118,11 +126,11 @@ class Comparison:
         """Torch model and exported graph, against transformers on the checkpoint's weights."""
         t = self.s.tolerances
         checkpoint, length = self.s.checkpoint, len(self.windows[0])
-        pages = 2 + EARLY_WINDOWS * (2 + length // 64)
+        pages = 2 + EARLY_WINDOWS * (2 + length // PAGE_SIZE)
         with self._timed("torch model"):
             self._early(ModelStage(checkpoint, pages), t.model_logits)
         with self._timed("exported graph"), tempfile.TemporaryDirectory(prefix="latentrt-") as folder:
-            graph = GraphStage(exported_graph.export(checkpoint, Path(folder), 64, self.s.threads), pages)
+            graph = GraphStage(exported_graph.export(checkpoint, Path(folder), PAGE_SIZE, self.s.threads), pages)
             self._early(graph, t.graph_logits)
 
     def _early(self, stage: Stage, limit: Tolerance) -> None:
@@ -182,7 +190,7 @@ class Comparison:
                     "decode": self.engine.decode(windows, DECODE_STEPS)}  # fmt: skip
             expected = [self.reference.logits(w) for w in windows]
             self._judge_runs(self.engine, windows, expected, runs, t.exact_logits, t.exact_kl)
-        if self.engine.debug:
+        if self.engine.can_trace:
             with self._timed("engine, layer by layer"):
                 trace_stage(self.engine, self.windows[0], self.trace, self.reference, self.findings)
                 judge_layers("engine", t.layer, t.token, t, self.findings)

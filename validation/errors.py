@@ -1,7 +1,9 @@
 """Errors that end a validation without a verdict: every message says what was found, what is needed, and what to do."""
 
+from latentrt.errors import UserError
 
-class ValidationError(ValueError):
+
+class ValidationError(UserError, ValueError):
     """The bundle, the checkpoint and the text do not make a comparison (exit status 2)."""
 
 

@@ -5,8 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from export.checkpoint import Checkpoint
-from validation.errors import ValidationError
+from latentrt.export.checkpoint import Checkpoint
+from latentrt.validation.errors import ValidationError
 
 HELD_OUT = "held_out.txt"
 WINDOW = 512  # tokens; each window is a sequence of its own

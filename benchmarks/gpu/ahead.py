@@ -3,21 +3,18 @@
 A machine with a GPU may have another Triton than the one that ships; its JIT then measures other machine code.
 """
 
-import hashlib
 import json
-import os
 from collections.abc import Callable
-from dataclasses import asdict
 from functools import lru_cache
 from importlib.metadata import version
 
 import torch
 
 from benchmarks.gpu.run import Run
-from plugins import compile as kernels
-from plugins.architecture import Target
-from plugins.cuda_launch import CudaLauncher, LaunchError
-from plugins.launch import KernelSpec
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.launch import compile as kernels
+from latentrt.plugins.launch.cuda import CudaLauncher, LaunchError
+from latentrt.plugins.launch.plan import KernelSpec
 
 
 def jit() -> str:
@@ -31,16 +28,9 @@ def find(spec: KernelSpec, capability: int) -> kernels.CompiledKernel | None:
     found = []
     for file in kernels.cache_directory().glob(f"{spec.op}.{spec.function}.sm{capability}.*.json"):
         metadata = json.loads(file.read_text())
-        if file.stem.rsplit(".", 1)[1] == digest(spec, capability, metadata["triton"]):
+        if file.stem.rsplit(".", 1)[1] == kernels.digest(spec, capability, metadata["triton"]):
             found.append((_numbers(metadata["triton"]), kernels.CompiledKernel(file.with_suffix(".cubin"), metadata)))
     return max(found, key=lambda f: f[0])[1] if found else None
-
-
-def digest(spec: KernelSpec, capability: int, triton: str) -> str:
-    """`plugins.compile.digest` under another Triton."""
-    tools = {name: os.environ.get(name) for name in kernels._TOOLS}
-    identity = [kernels.FORMAT, asdict(spec), capability, kernels._sources_digest(spec.op), triton, tools]
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()[:32]
 
 
 def _numbers(words: str) -> tuple[int, ...]:
@@ -57,7 +47,7 @@ class Ahead:
 
     def _made(self) -> CudaLauncher | None:
         properties = torch.cuda.get_device_properties(self.run.device)
-        target = Target.of(properties.major * 10 + properties.minor, properties.multi_processor_count)
+        target = Gpu.of(properties.major * 10 + properties.minor, properties.multi_processor_count)
         try:
             return CudaLauncher(target, {})
         except ImportError as error:

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.gpu.run import BF16_FLOPS, HBM, Run, relative_error, timed
-from plugins.mla_attention.kernel import mla_attention_
-from plugins.mla_attention.reference import mla_attention
+from latentrt.plugins.mla_attention.kernel import mla_attention_
+from latentrt.plugins.mla_attention.reference import mla_attention
 
 SCALE = 0.1147  # V2's softmax scale with mscale^2
 PAGE = 64

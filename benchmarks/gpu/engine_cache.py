@@ -6,6 +6,7 @@ from statistics import median
 import numpy as np
 
 from benchmarks.gpu.run import Run
+from latentrt.plugins.step_graph import DECODE_FORM, cache_name, updated
 
 PAGES = (64, 65536)  # copying the larger caches of the example takes over a millisecond on any GPU
 STEPS, SEQUENCES, CACHED = 50, 4, 100
@@ -21,20 +22,20 @@ def check(run: Run, label: str, bundle, name: str) -> None:
 
 def _decode(bundle, name: str, pages: int) -> tuple[float, str, str]:
     """Seconds of a step, how it ran, and which input the engine says that a cache's output shares memory with."""
-    from runtime import backends
-    from runtime.backends.base import SequenceRows, StepBatch
+    from latentrt.runtime import backends
+    from latentrt.runtime.backends.base import SequenceRows, pack
 
     page_size = bundle.target(name)[1].cache.page_size
     backend = backends.load(bundle, name, cache_tokens=(pages - 1) * page_size)
     width = CACHED // page_size + 1
     table = np.arange(1, 1 + SEQUENCES * width).reshape(SEQUENCES, width)
-    batch = StepBatch.of([SequenceRows([5], CACHED, [0])] * SEQUENCES, table)
+    batch = pack([SequenceRows([5], CACHED, [0])] * SEQUENCES, table)
     seconds = []
     for _ in range(STEPS):
         start = time.perf_counter()
-        backend.step(batch)
+        backend.step(batch).logits()
         seconds.append(time.perf_counter() - start)
     graphs = backend.load_seconds["graphs"]
-    aliased = str(backend.engines["absorbed"].get_aliased_input_tensor("latent_cache.0.updated"))
+    aliased = str(backend.engines[DECODE_FORM].get_aliased_input_tensor(updated(cache_name(0))))
     backend.close()
     return median(seconds), graphs, aliased

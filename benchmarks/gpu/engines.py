@@ -7,13 +7,14 @@ import torch
 
 from benchmarks.gpu import engine_cache, model
 from benchmarks.gpu.run import Run
+from latentrt.plugins.step_graph import FORMS
 
 
 def check(run: Run) -> None:
     """Builds the example for this GPU in every precision it has, and compares every position's logits. Needs a GPU."""
-    from export.checkpoint import Checkpoint
-    from export.errors import BuildError
-    from export.targets import TARGETS
+    from latentrt.export.checkpoint import Checkpoint
+    from latentrt.export.errors import BuildError
+    from latentrt.export.targets import TARGETS
 
     if run.device.type != "cuda":
         run.skip("engines", "no GPU")
@@ -37,12 +38,13 @@ def check(run: Run) -> None:
 
 
 def _check_engine(run: Run, out: Path, name: str, precision: str, texts, reference: str, expected) -> None:
-    import build
-    from export.checkpoint import Checkpoint
-    from runtime import backends
-    from runtime.bundle import Bundle
+    from latentrt import builder
+    from latentrt.export.checkpoint import Checkpoint
+    from latentrt.export.options import BuildOptions
+    from latentrt.runtime import backends
+    from latentrt.runtime.bundle.reader import Bundle
 
-    summary = build.build(model.EXAMPLE, out, name, precision)
+    summary = builder.build(model.EXAMPLE, out, BuildOptions(name, precision))
     run.measure(f"engine {name} {precision} built", seconds=float(sum(summary["seconds"].values())))
     tokens = sum(map(len, texts)) + 64 * len(texts)
     for attempt, form in (("first load", "expanded"), ("second load", "expanded"), ("third load", "absorbed")):
@@ -54,9 +56,8 @@ def _check_engine(run: Run, out: Path, name: str, precision: str, texts, referen
         backend.close()
     engine_cache.check(run, f"engine {name} {precision}", Bundle(out), name)
     config = Checkpoint(model.EXAMPLE).config
-    for form in model.FORMS:
+    for form in FORMS:
         label = f"torch backend on {name} {precision} bundle, {form}"
         steps = backends.load(Bundle(out), name, backend="torch", cache_tokens=tokens, prefill=form)
-        program = steps.runner.program if form == "absorbed" else steps.runner.expanded
-        model.check_groups(run, label, program, config, precision)
+        model.check_groups(run, label, steps.runner.programs[form], config, precision)
         model.compare(run, label, model.teacher_forced(steps.step, texts), expected, model.LIMITS[precision])

@@ -6,9 +6,9 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.gpu.run import BF16_FLOPS, HBM, Run, relative_error, timed
-from plugins.moe_experts.kernel import moe_experts
-from plugins.moe_route.kernel import moe_route
-from plugins.moe_route.reference import moe_route as moe_route_reference
+from latentrt.plugins.moe_experts.kernel import moe_experts
+from latentrt.plugins.moe_route.kernel import moe_route
+from latentrt.plugins.moe_route.reference import moe_route as moe_route_reference
 
 LARGEST = 448.0
 NEAR_TIE = 1e-6  # scores nearer than this may come in either order

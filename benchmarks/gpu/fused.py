@@ -23,7 +23,7 @@ def check(run: Run) -> None:
 
 def _latent(run: Run, tokens: int, heads: int, rank: int, rope: int) -> None:
     """RoPE alone, and with the norm of the latent beside it."""
-    from runtime.backends import torch_kernels as kernels
+    from latentrt.runtime.backends.torch import kernels
 
     q, kv, weight = run.randn(tokens, heads, rank + rope), run.randn(tokens, rank + rope), run.randn(rank)
     angle = torch.rand(tokens, rope // 2, device=run.device)
@@ -47,7 +47,7 @@ def _normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def _rows(run: Run, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> None:
-    from runtime.backends import torch_kernels as kernels
+    from latentrt.runtime.backends.torch import kernels
 
     run.check("fused swiglu", relative_error(kernels.swiglu(a, b), F.silu(a.double()) * b.double()), LIMIT)
     weight = run.randn(a.shape[1])
@@ -61,8 +61,8 @@ def _rows(run: Run, a: torch.Tensor, b: torch.Tensor, c: torch.Tensor) -> None:
 
 def _products(run: Run, x: torch.Tensor) -> None:
     """The router's product in float32, and products head by head."""
-    from runtime.backends import torch_fused_ops as ops
-    from runtime.backends import torch_kernels as kernels
+    from latentrt.runtime.backends.torch import fused_ops as ops
+    from latentrt.runtime.backends.torch import kernels
 
     weight = run.randn(160, x.shape[1], dtype=torch.float32)
     for rows in (1, 5):
@@ -75,9 +75,9 @@ def _products(run: Run, x: torch.Tensor) -> None:
 
 def _float8(run: Run, x: torch.Tensor) -> None:
     """FP8 linears on rows rounded to e4m3, scaled by row and by a constant: fused, as the backend takes them, and our own."""
-    from runtime.backends.torch_float8_kernels import multiply
-    from runtime.backends.torch_fused_ops import float8_linear, quantizing_linear
-    from runtime.backends.torch_kernels import quantize_rows
+    from latentrt.runtime.backends.torch.float8_kernels import multiply
+    from latentrt.runtime.backends.torch.fused_ops import float8_linear, quantizing_linear
+    from latentrt.runtime.backends.torch.kernels import quantize_rows
 
     (tokens, hidden), largest = x.shape, experts.LARGEST
     weight, channel = (t[0] for t in experts._weights(run, (1, 2 * hidden, hidden), True))

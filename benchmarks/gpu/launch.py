@@ -13,12 +13,12 @@ import torch
 
 from benchmarks.gpu import ahead, attention, experts, prefill
 from benchmarks.gpu.run import Run, relative_error
-from plugins import trt
-from plugins.architecture import Target
-from plugins.compile import CompiledKernel, compile_in_child
-from plugins.cuda_launch import CudaLauncher
-from plugins.launch import Plan
-from plugins.trt_base import PluginOp, sizes
+from latentrt.plugins import ops
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.launch.compile import CompiledKernel, compile_in_child
+from latentrt.plugins.launch.cuda import CudaLauncher
+from latentrt.plugins.launch.plan import Plan
+from latentrt.plugins.trt_base import PluginOp, sizes
 
 ATTENTION = dict(softmax_scale=attention.SCALE, cache_format="bfloat16")
 ROUNDING = 3e-2  # relative error between two compilers' machine code: FP8 rows may round to their other side
@@ -27,7 +27,7 @@ ROUNDING = 3e-2  # relative error between two compilers' machine code: FP8 rows 
 def check(run: Run) -> None:
     """Every op on V2-Lite's and V2's shapes. Without a GPU: a stand-in driver counts launches."""
     launcher = _launcher(run)
-    by_name = {op.contract.name: op for op in trt.OPS}
+    by_name = {op.contract.name: op for op in ops.plugins().values()}
     calls = [
         (f"{name} {op_name}", by_name[op_name], tensors, attributes)
         for name, cases in _cases(run).items()
@@ -43,9 +43,9 @@ def check(run: Run) -> None:
 
 def _launcher(run: Run) -> CudaLauncher:
     if run.device.type != "cuda":
-        return CudaLauncher(Target.of(90), {}, driver=_StandIn())
+        return CudaLauncher(Gpu.of(90), {}, driver=_StandIn())
     properties = torch.cuda.get_device_properties(run.device)
-    return CudaLauncher(Target.of(properties.major * 10 + properties.minor, properties.multi_processor_count), {})
+    return CudaLauncher(Gpu.of(properties.major * 10 + properties.minor, properties.multi_processor_count), {})
 
 
 def _cases(run: Run) -> dict[str, list[tuple[str, list, dict]]]:
@@ -72,7 +72,7 @@ def _cases(run: Run) -> dict[str, list[tuple[str, list, dict]]]:
     return found
 
 
-def _plan(op: PluginOp, tensors: list, attributes: dict, target: Target) -> tuple:
+def _plan(op: PluginOp, tensors: list, attributes: dict, target: Gpu) -> tuple:
     """Sizes by name, the op's static configuration and its plan, as a plugin's enqueue finds them."""
     names = [s.name for s in op.contract.inputs]
     words = {n: str(t.dtype).removeprefix("torch.") for n, t in zip(names, tensors, strict=False) if t is not None}
@@ -81,9 +81,9 @@ def _plan(op: PluginOp, tensors: list, attributes: dict, target: Target) -> tupl
     return dims, config, op.plan(config, dims, target)
 
 
-def outputs_and_plan(op_name: str, tensors: list, attributes: dict, target: Target) -> tuple[dict, dict, Plan]:
+def outputs_and_plan(op_name: str, tensors: list, attributes: dict, target: Gpu) -> tuple[dict, dict, Plan]:
     """An op's inputs and poisoned outputs by name, and its plan."""
-    op = next(op for op in trt.OPS if op.contract.name == op_name)
+    op = ops.part(op_name, "trt").OP
     dims, _, plan = _plan(op, tensors, attributes, target)
     named = {s.name: t for s, t in zip(op.contract.inputs, tensors, strict=False) if t is not None}
     return named, _poisoned(op, named, attributes, dims), plan
@@ -150,7 +150,7 @@ def _through_triton(op: PluginOp, tensors: list, attributes: dict) -> dict[str, 
     name = contract.name + ("_" if contract.aliases else "")
     written = {[s.name for s in contract.inputs].index(i): o for o, i in contract.aliases}
     copies = [t.clone() if i in written else t for i, t in enumerate(tensors)]
-    results = getattr(importlib.import_module(f"plugins.{contract.name}.kernel"), name)(*copies, **attributes)
+    results = getattr(importlib.import_module(f"latentrt.plugins.{contract.name}.kernel"), name)(*copies, **attributes)
     results = results if isinstance(results, tuple) else (results,)
     kept = [o.name for o in contract.outputs if o.name not in written.values()]
     return dict(zip(kept, results, strict=True)) | {o: copies[i] for i, o in written.items()}

@@ -6,22 +6,22 @@ import numpy as np
 import torch
 
 from benchmarks.gpu.run import Run
+from latentrt.plugins.step_graph import ABSORBED, EXPANDED, FORMS, cache_name
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "tiny-deepseek-v2"
 LIMITS = {"bf16": 0.05, "fp8": 0.15}  # median relative error of a row of logits, five layers
 LENGTHS, DRY_LENGTHS = (97, 5, 64, 130), (9, 6)
-FORMS = ("absorbed", "expanded")
 
 
 def graphs(config, precision: str) -> dict:
     """The step graphs as the TensorRT lowering writes them (weights as inputs): ONNX models by form."""
     import onnx_ir as ir
 
-    from export import graph as step_graph
-    from export.lowering.tensorrt import prepare
-    from export.models.deepseek_v2_weights import weights
-    from export.quantization import BFloat16, Fp8
+    from latentrt.export import graph as step_graph
+    from latentrt.export.lowering.tensorrt.lowering import prepare
+    from latentrt.export.models.deepseek_v2.weights import weights
+    from latentrt.export.quantization import BFloat16, Fp8
 
     models = step_graph.build_forms(config, torch.bfloat16, "bfloat16")
     for model in models.values():
@@ -31,24 +31,25 @@ def graphs(config, precision: str) -> dict:
 
 def runner(run: Run, models: dict, weights: dict, config, num_pages: int, **options):
     """A StepRunner of both forms with a latent cache full of NaN."""
-    from runtime.backends.torch_graph import StepProgram
-    from runtime.backends.torch_step import StepRunner
+    from latentrt.runtime.backends.torch.graph import StepProgram
+    from latentrt.runtime.backends.torch.step import StepRunner
 
     folded: dict = {}
     programs = {form: StepProgram(m, weights, run.device, "triton", folded=folded) for form, m in models.items()}
     shape = (num_pages, 64, config.kv_lora_rank + config.qk_rope_head_dim)
     caches = {
-        f"latent_cache.{i}": torch.full(shape, float("nan"), dtype=torch.bfloat16, device=run.device)
+        cache_name(i): torch.full(shape, float("nan"), dtype=torch.bfloat16, device=run.device)
         for i in range(config.num_hidden_layers)
     }
-    return StepRunner(programs["absorbed"], caches, expanded=programs["expanded"], chooser=chooser(config), **options)
+    return StepRunner(programs, caches, chooser(config), **options)
 
 
-def chooser(config, prefill: str = "auto"):
-    """What decides on the form of eager steps, or forces one."""
-    from runtime.prefill_form import Chooser
+def chooser(config, *forms: str):
+    """What decides on the form of eager steps, among `forms` or all."""
+    from latentrt.runtime.backends.forms import FormChooser, Head
 
-    return Chooser(prefill, config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim, 64)
+    sizes = config.kv_lora_rank, config.qk_nope_head_dim, config.qk_rope_head_dim, config.v_head_dim
+    return FormChooser(forms or FORMS, Head(*sizes, page_size=64))
 
 
 def precisions(run: Run) -> list[str]:
@@ -61,9 +62,9 @@ def precisions(run: Run) -> list[str]:
 
 def check(run: Run) -> None:
     """Prefill, decode steps (captured on a GPU) and their mixture, teacher-forced, at every position, in both forms."""
-    from export.checkpoint import Checkpoint
-    from export.models.deepseek_v2_weights import weights
-    from export.quantization import BFloat16, Fp8
+    from latentrt.export.checkpoint import Checkpoint
+    from latentrt.export.models.deepseek_v2.weights import weights
+    from latentrt.export.quantization import BFloat16, Fp8
 
     checkpoint = Checkpoint(EXAMPLE)
     texts = _texts(checkpoint.config.vocab_size, DRY_LENGTHS if run.dry else LENGTHS)
@@ -90,28 +91,28 @@ def check(run: Run) -> None:
 
 def _check_form(run: Run, label: str, steps, form: str, config, precision: str, texts, name: str, expected) -> None:
     steps.chooser = chooser(config, form)
-    check_groups(run, label, steps.program if form == "absorbed" else steps.expanded, config, precision)
+    check_groups(run, label, steps.programs[form], config, precision)
     try:
         compare(run, f"{label}, against {name}", teacher_forced(steps.step, texts), expected, LIMITS[precision])
     except Exception as error:  # capturing may fail where running does not
         run.check(f"{label} runs", float("nan"), 0, f"{type(error).__name__}: {error}"[:300])
 
 
-def groups(config, precision: str, form: str = "absorbed") -> dict[str, int]:
+def groups(config, precision: str, form: str = ABSORBED) -> dict[str, int]:
     """How many groups of each kind a step graph has, once fused and merged by runtime/backends: so many as its layers imply."""
     layers = config.num_hidden_layers
     moe = sum(config.is_moe_layer(i) for i in range(layers))
     gated = layers if config.n_shared_experts else layers - moe  # layers with a SwiGLU outside of routed experts
     found = dict(Latent=layers, MoeRoute=moe, MoeExperts=moe, WideLinear=moe, SumNorm=2 * layers - 1, SwiGlu=gated)
     found["Columns"] = layers + gated  # merged products
-    found |= dict(MlaAttention=layers, MatMulByHead=2 * layers) if form == "absorbed" else dict(MlaPrefill=layers)
+    found |= dict(MlaAttention=layers, MatMulByHead=2 * layers) if form == ABSORBED else dict(MlaPrefill=layers)
     products = (3 if config.q_lora_rank else 2) * layers + 2 * gated
     return found | (dict(Float8Linear=products) if precision == "fp8" else {})
 
 
 def check_groups(run: Run, label: str, program, config, precision: str) -> None:
     """Another exporter's graph may be written otherwise: what is not fused is right, but slow, and says nothing."""
-    expected = groups(config, precision, "expanded" if program.op_counts["MlaPrefill"] else "absorbed")
+    expected = groups(config, precision, EXPANDED if program.op_counts["MlaPrefill"] else ABSORBED)
     counts = {name: program.op_counts[name] for name in expected}
     missing = sum(abs(counts[name] - n) for name, n in expected.items())
     wrong = {name: n for name, n in expected.items() if counts[name] != n}
@@ -136,30 +137,31 @@ def reference(run: Run, checkpoint, texts: list[list[int]]) -> tuple[str, list[n
     try:
         import transformers
 
-        from validation.reference import Reference
+        from latentrt.validation.reference.model import Reference
 
         model = Reference(checkpoint)
         return f"transformers {transformers.__version__}", [model.logits(np.array(t)) for t in texts]
     except Exception as error:  # missing, or refused by its audit
         run.skip("transformers as the reference", f"{type(error).__name__}: {error}")
-    from export.models import deepseek_v2
+    from latentrt.export.models.deepseek_v2 import model as deepseek_v2
+    from latentrt.runtime.backends.base import SequenceRows, pack
 
     model = deepseek_v2.DeepseekV2Step(checkpoint.config).eval().load_weights(checkpoint.read)
     width = checkpoint.config.kv_lora_rank + checkpoint.config.qk_rope_head_dim
     found = []
     for tokens in texts:
         n, pages = len(tokens), -(-len(tokens) // 64)
-        inputs = (tokens, range(n), [0, n], [0], [range(1, pages + 1)], [n], range(n))
+        batch = pack([SequenceRows(tokens, 0, range(n))], np.arange(1, pages + 1)[None])
         caches = [torch.zeros(pages + 1, 64, width) for _ in range(checkpoint.config.num_hidden_layers)]
         with torch.no_grad():
-            logits, _, _ = model(*(torch.tensor(np.array(i), dtype=torch.int32) for i in inputs), caches)
+            logits, _, _ = model({name: torch.from_numpy(value) for name, value in vars(batch).items()}, caches)
         found.append(logits.numpy())
     return "our own model in float32", found
 
 
 def teacher_forced(step, texts: list[list[int]]) -> list[np.ndarray]:
     """Logits at every position: half of each text as a prompt, then token by token, then the rest in one mixed step."""
-    from runtime.backends.base import SequenceRows, StepBatch
+    from latentrt.runtime.backends.base import SequenceRows, pack
 
     done, found = [0] * len(texts), [[] for _ in texts]
     table = np.zeros((len(texts), max(-(-len(t) // 64) for t in texts)), np.int32)
@@ -170,7 +172,7 @@ def teacher_forced(step, texts: list[list[int]]) -> list[np.ndarray]:
     halves = [len(t) // 2 for t in texts]
     for counts in (halves, *[[1] * len(texts)] * 2, [len(t) - h - 2 for t, h in zip(texts, halves, strict=True)]):
         rows = [SequenceRows(t[d : d + n], d, range(n)) for t, d, n in zip(texts, done, counts, strict=True)]
-        logits, start = step(StepBatch.of(rows, table)), 0
+        logits, start = step(pack(rows, table)).logits(), 0
         for i, n in enumerate(counts):
             found[i].append(logits[start : start + n])
             start, done[i] = start + n, done[i] + n

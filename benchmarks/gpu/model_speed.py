@@ -8,13 +8,14 @@ import torch
 
 from benchmarks.gpu import model as example
 from benchmarks.gpu.run import HBM, Run, timed
+from latentrt.plugins.step_graph import DECODE_FORM, FORMS
 
 CONTEXT, PREFIX = 1024, 30720  # tokens in the cache: of a decoding sequence, and before a later chunk
 
 
 def measure(run: Run) -> None:
     """Decode at 1 to 128 sequences of 1K tokens, random weights made on the device; transformers in the same section."""
-    from export.config import parse
+    from latentrt.export.models.deepseek_v2.config import parse
 
     raw = _raw_config(run)
     config = parse(raw)
@@ -22,12 +23,12 @@ def measure(run: Run) -> None:
     for precision in example.precisions(run)[: 1 if run.dry else None]:
         start = time.monotonic()
         models = example.graphs(config, precision)
-        if run.device.type == "cuda" and 1.1 * declared_bytes(models["absorbed"]) > run.free_bytes():
+        if run.device.type == "cuda" and 1.1 * declared_bytes(models[DECODE_FORM]) > run.free_bytes():
             run.skip(f"V2-Lite {precision}", "the weights do not fit into this GPU's memory")
             continue
-        weights = random_weights(run, models["absorbed"])
+        weights = random_weights(run, models[DECODE_FORM])
         steps = example.runner(run, models, weights, config, 1 + max(sizes) * (CONTEXT // 64 + 1), sizes=sizes)
-        for program in (steps.program, steps.expanded):
+        for program in steps.programs.values():
             example.check_groups(run, f"V2-Lite {precision}", program, config, precision)
         for cache in steps.caches.values():
             cache.normal_()
@@ -49,7 +50,7 @@ def measure(run: Run) -> None:
 
 def declared(model) -> dict[str, tuple[list[int], torch.dtype]]:
     """Shape and dtype of every weight input of `model`."""
-    from runtime.backends.torch_ops import DTYPES
+    from latentrt.runtime.backends.torch.ops import DTYPES
 
     kinds = {i.name: i.type.tensor_type for i in model.graph.input if i.name.startswith(("model.", "lm_head"))}
     return {name: ([d.dim_value for d in k.shape.dim], DTYPES[k.elem_type]) for name, k in kinds.items()}
@@ -83,22 +84,22 @@ def _bytes(tensors) -> int:
 
 def _measure_one(run: Run, steps, config, weights: dict, precision: str, size: int) -> None:
     """Device time of a captured step, and a whole step with its logits on the host."""
-    from runtime.backends.base import SequenceRows, StepBatch
-    from runtime.backends.padding import decode_shape
+    from latentrt.runtime.backends.base import SequenceRows, pack
+    from latentrt.runtime.backends.padding import decode_shape
 
     context = 64 if run.dry else CONTEXT
     table = np.arange(1, 1 + size * (context // 64 + 1)).reshape(size, -1)
-    batch = StepBatch.of([SequenceRows([7 + i], context, [0]) for i in range(size)], table)
-    logits = steps.step(batch)
+    batch = pack([SequenceRows([7 + i], context, [0]) for i in range(size)], table)
+    logits = steps.step(batch).logits()
     run.check(f"V2-Lite {precision}, batch {size}: logits that are not numbers", float((~np.isfinite(logits)).sum()), 0)
     captured = steps.captured(decode_shape(batch, steps.sizes, steps.max_pages)) if steps.capture else None
     if steps.capture:
         run.check(f"V2-Lite {precision}, batch {size}: CUDA graph", float(not captured), 0, steps.uncaptured[:300])
-    step = captured.graph.replay if captured else lambda: steps.step(batch)
+    step = captured.graph.replay if captured else lambda: steps.step(batch).logits()
     seconds = timed(run, {"step": step}, capture=False)["step"]
     start = time.perf_counter()
     for _ in range(1 if run.dry else 10):
-        steps.step(batch)
+        steps.step(batch).logits()
     wall = (time.perf_counter() - start) / (1 if run.dry else 10)
     read = touched(config, weights, size) + size * context * config.num_hidden_layers * 2 * 576
     run.measure(
@@ -111,20 +112,20 @@ def _measure_one(run: Run, steps, config, weights: dict, precision: str, size: i
 def _measure_prefill(run: Run, steps, config, precision: str, past: int) -> None:
     """One chunk of a prompt in both forms, in turn, not captured: launches from Python are part of the time.
 
-    `chosen` marks the form that runtime/prefill_form.py takes.
+    `chosen` marks the form that runtime/backends/forms.py takes.
     """
-    from runtime.backends.base import SequenceRows, StepBatch
+    from latentrt.runtime.backends.base import SequenceRows, pack
 
     rows = 16 if run.dry else 2048
     pages = np.arange(1, 1 + -(-(past + rows) // 64))[None]
-    batch = StepBatch.of([SequenceRows(range(rows), past, [rows - 1])], pages)
-    chosen = example.chooser(config).form(batch.query_starts, batch.cached_lengths, batch.block_table)
-    seconds: dict[str, list[float]] = {form: [] for form in example.FORMS}
+    batch = pack([SequenceRows(range(rows), past, [rows - 1])], pages)
+    chosen = example.chooser(config).form(batch)
+    seconds: dict[str, list[float]] = {form: [] for form in FORMS}
     for _ in range(1 if run.dry else 6):
         for form, found in seconds.items():
             steps.chooser = example.chooser(config, form)
             start = time.perf_counter()
-            steps.step(batch)
+            steps.step(batch).logits()
             found.append(time.perf_counter() - start)
     for form, found in seconds.items():
         rate = rows / float(np.median(found[len(found) > 1 :]))  # the first one compiles

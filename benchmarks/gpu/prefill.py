@@ -4,9 +4,9 @@ import torch
 
 from benchmarks.gpu.attention import CASES, DRY_CASES, LIMIT, PAGE, SCALE, batch
 from benchmarks.gpu.run import Run, relative_error, timed
-from plugins.mla_attention.kernel import mla_attention_
-from plugins.mla_prefill.kernel import mla_prefill_
-from plugins.mla_prefill.reference import mla_prefill
+from latentrt.plugins.mla_attention.kernel import mla_attention_
+from latentrt.plugins.mla_prefill.kernel import mla_prefill_
+from latentrt.plugins.mla_prefill.reference import mla_prefill
 
 RANK, NOPE, ROPE, VALUE = 512, 128, 64, 128  # of V2 and V2-Lite
 DRY_WIDTHS = 64, 32, 16, 32

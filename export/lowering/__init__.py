@@ -4,16 +4,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from export.lowering.base import Lowering, Request
+    from latentrt.export.lowering.base import Lowering
+    from latentrt.export.options import TargetSpec
 
 _LOWERINGS = {
-    "onnxruntime": "onnxruntime:OnnxruntimeLowering",
-    "tensorrt": "tensorrt:TensorrtLowering",
-    "tensorrt_rtx": "tensorrt:TensorrtLowering",
+    "onnxruntime": "onnxruntime.lowering:OnnxruntimeLowering",
+    "tensorrt": "tensorrt.lowering:TensorrtLowering",
+    "tensorrt_rtx": "tensorrt.lowering:TensorrtLowering",
 }
 
 
-def find(request: "Request") -> "Lowering":
-    """The lowering for a request. Raises BuildError for what cannot be had."""
-    module, name = _LOWERINGS[request.target.backend].split(":")
-    return getattr(import_module(f"export.lowering.{module}"), name)(request)
+def find(spec: "TargetSpec") -> "Lowering":
+    """The lowering for a target. Raises BuildError for what cannot be had."""
+    module, name = _LOWERINGS[spec.target.backend].split(":")
+    return getattr(import_module(f"latentrt.export.lowering.{module}"), name)(spec)

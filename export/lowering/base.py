@@ -1,86 +1,53 @@
-"""What every lowering answers, so that build.py needs to know none of them. See `lowering` in __init__.py for the table."""
+"""What every lowering answers, so that the builder knows none of them. See `lowering` in __init__.py for the table."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
 import torch
 
-from export.config import DeepseekV2Config
-from export.models.deepseek_v2 import ABSORBED, EXPANDED
-from export.models.weights import Weight
-from export.quantization import WeightFormat
-from export.targets import BuildTarget
-from export.weight_set import StoredWeight
-from plugins.mla_attention import formats
+from latentrt.export.models.base import Config, Weight
+from latentrt.export.options import TargetSpec
+from latentrt.export.quantization import WeightFormat
+from latentrt.export.weight_set import StoredWeight
+from latentrt.plugins import cache_formats
+from latentrt.plugins.launch.compile import CompiledKernel
+from latentrt.plugins.step_graph import Limits
 
+Profiles = dict[str, dict[str, dict[str, list[int]]]]
 Stage = Callable[[str], AbstractContextManager[Callable[[float], None]]]
 
 
 @dataclass(frozen=True)
-class Limits:
-    """What a target can be asked for: tokens of one sequence, rows of one step, sequences of one step."""
-
-    max_context: int
-    max_batch_tokens: int = 2048
-    max_sequences: int = 256
-
-
-@dataclass(frozen=True)
-class Request:
-    """What one target is built from; equal requests give equal targets. "auto" is resolved already."""
-
-    target: BuildTarget
-    precision: str
-    accuracy: str
-    cache_format: str
-    max_context: int
-    weights: str  # "inputs" or "embedded" in the plan; a matter of TensorRT
-    activations: str = "dynamic"  # scales of FP8 activations: one per token, or "static": one per linear
-    prefill: str = "absorbed"  # attention of prompt chunks; "expanded" adds a second engine for them
-
-
-@dataclass(frozen=True)
-class Kernel:
-    """A compiled kernel's files: machine code, and the JSON manifest that says how it is launched."""
-
-    op: str
-    function: str
-    cubin: Path
-    manifest: Path
-
-
-@dataclass(frozen=True)
-class Engine:
+class LoweredEngine:
     """What a backend loads (`graph`), the model that it was built from (`onnx`) and its layers (`network`).
 
-    profiles: name -> input -> smallest, usual and largest shape.
+    profiles: name -> input -> "min", "opt" and "max" shape.
     """
 
     graph: Path
     onnx: Path | None = None
     network: Path | None = None
-    profiles: dict[str, dict[str, list[list[int]]]] = field(default_factory=dict)
+    profiles: Profiles = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Lowered:
-    """What a lowering made. Engine files lie in the scratch folder, from where the bundle takes them; kernels in a cache.
+    """What a lowering made: an engine per form, in the scratch folder, from where the bundle takes it; kernels in a cache.
 
-    weight_inputs are the stored tensors that the graph takes as inputs, under their own names. `expanded` is the engine of
-    the expanded form: the same inputs, outputs and weights; `kernels` are those of both.
+    All forms have the same inputs, outputs, weights and kernels. weight_inputs are the stored tensors that the graphs take as
+    inputs, under their own names.
     """
 
-    engine: Engine
+    engines: dict[str, LoweredEngine]
     inputs: list[ir.Value]
     outputs: list[ir.Value]
     limits: Limits
-    kernels: list[Kernel] = field(default_factory=list)
+    kernels: list[CompiledKernel] = field(default_factory=list)
     weight_inputs: list[str] = field(default_factory=list)
-    expanded: Engine | None = None
 
 
 def described(values: Sequence[ir.Value]) -> list[dict]:
@@ -90,15 +57,15 @@ def described(values: Sequence[ir.Value]) -> list[dict]:
 
 
 class Lowering(ABC):
-    """Lowers for one request. The constructor raises BuildError for what cannot be had, before anything is read."""
+    """Lowers for one target. The constructor raises BuildError for what cannot be had, before anything is read."""
 
     page_size = 64
-    layout: str  # of the weight set
+    gate_up_layout: str  # of the experts' rows in the weight set, see plugins/moe_experts/op.py
     dtype: torch.dtype  # of the step graph's activations and weights
     executes: bool  # whether this machine can run what it builds
 
-    def __init__(self, request: Request):
-        self.request = request
+    def __init__(self, spec: TargetSpec):
+        self.spec = spec
 
     @property
     @abstractmethod
@@ -106,44 +73,38 @@ class Lowering(ABC):
         """Version of the package that builds; BuildError if it is missing."""
 
     @property
-    def forms(self) -> tuple[str, ...]:
-        """Forms of attention whose step graphs it lowers (export.models.deepseek_v2.FORMS)."""
-        return (ABSORBED, EXPANDED) if self.request.prefill == EXPANDED else (ABSORBED,)
-
-    @property
     def cache_format(self) -> str:
         """The latent cache's format, "auto" resolved."""
-        return self.request.cache_format
-
-    def request_identity(self) -> dict:
-        """All that the result depends on beside checkpoint and product version, for JSON."""
-        request = asdict(self.request) | {"target": self.request.target.name, "cache_format": self.cache_format}
-        return request | self.identity()
+        return self.spec.cache_format
 
     def identity(self) -> dict:
-        """What the result depends on beside all that: versions of packages, digests of sources."""
-        return {self.request.target.backend: self.backend_version}
+        """All that the result depends on beside checkpoint and product version, for JSON."""
+        return self.spec.identity() | {"cache_format": self.cache_format} | self.tools()
+
+    def tools(self) -> dict:
+        """Versions of packages and digests of sources that the result depends on."""
+        return {self.spec.target.backend: self.backend_version}
 
     def options(self) -> dict[str, str | int | float | bool]:
         """What the manifest tells of the choices made."""
         return {}
 
-    def limits(self, config: DeepseekV2Config) -> Limits:
+    def limits(self, config: Config) -> Limits:
         """What the target will take."""
-        return Limits(self.request.max_context or config.max_position_embeddings)
+        return Limits(self.spec.max_context or config.max_position_embeddings)
 
-    def cache(self, config: DeepseekV2Config) -> dict[str, str | int]:
-        """The latent cache as the manifest describes it (runtime/bundle.py, CacheSpec)."""
-        layout, sizes = formats.get(self.cache_format), (config.kv_lora_rank, config.qk_rope_head_dim)
+    def cache(self, config: Config) -> dict[str, str | int]:
+        """The latent cache as the manifest describes it (runtime/bundle/manifest.py, CacheSpec)."""
+        layout, sizes = cache_formats.get(self.cache_format), (config.kv_lora_rank, config.qk_rope_head_dim)
         return {
             "format": layout.name, "dtype": str(layout.dtype).removeprefix("torch."), "page_size": self.page_size,
             "width": layout.width(*sizes), "layers": config.num_hidden_layers,
-            "bytes_per_token": layout.bytes_per_token(*sizes) * config.num_hidden_layers,
+            "bytes_per_token": layout.bytes_per_token(*sizes) * config.num_hidden_layers, "fields": layout.fields(*sizes),
         }  # fmt: skip
 
     @abstractmethod
-    def weight_format(self, config: DeepseekV2Config) -> WeightFormat:
-        """How weights are stored."""
+    def weight_format(self, weights: list[Weight]) -> WeightFormat:
+        """How the model's weights are stored."""
 
     def stored_weights(self, weights: list[Weight]) -> list[Weight]:
         """The model's weights in this lowering's layout."""
@@ -151,13 +112,13 @@ class Lowering(ABC):
 
     @abstractmethod
     def lower(
-        self, models: Mapping[str, ir.Model], config: DeepseekV2Config, weights: list[Weight],
+        self, models: Mapping[str, ir.Model], config: Config, weights: list[Weight],
         located: Mapping[str, StoredWeight], files: Path, scratch: Path, stage: Stage,
         activation_scales: Mapping[str, float] | None = None,
     ) -> Lowered:  # fmt: skip
-        """Lowers `models`, one of each of `forms`, which it may change. `located`: where each stored tensor lies, in the folder
-        `files`, which the bundle's files go to as well. What is made is written to `scratch`. activation_scales: weight name
-        of every linear -> scale of its input, where the request's activations are static.
+        """Lowers `models`, one per form of the specification, which it may change. `located`: where each stored tensor lies,
+        in the folder `files`, which the bundle's files go to as well. What is made is written to `scratch`.
+        activation_scales: weight name of every linear -> scale of its input, where the target's activations are static.
 
         `stage` times a named part of the work and yields the function that advances its bar. Raises BuildError.
         """

@@ -1,1 +1,1 @@
-"""Model definitions: one file per family, looked up by config.json's model_type."""
+"""Model families: one folder each, found by config.json's model_type through `registry`."""

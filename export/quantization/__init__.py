@@ -1,9 +1,24 @@
-"""Weight formats: one file each. A format says which tensors a weight becomes, and encodes and decodes its slabs."""
+"""Weight formats: one file each. A format says which tensors a weight becomes, encodes, decodes, describes itself."""
 
-from export.quantization.base import StoredTensor, WeightFormat
-from export.quantization.bf16 import BFloat16
-from export.quantization.float32 import Float32
-from export.quantization.fp8 import Fp8
-from export.quantization.int8 import Int8
+from collections.abc import Mapping
 
-__all__ = ["BFloat16", "Float32", "Fp8", "Int8", "StoredTensor", "WeightFormat"]
+from latentrt.export.quantization.base import StoredTensor, WeightFormat
+from latentrt.export.quantization.bf16 import BFloat16
+from latentrt.export.quantization.float32 import Float32
+from latentrt.export.quantization.fp8 import Fp8
+from latentrt.export.quantization.int8 import Int8
+
+__all__ = ["BFloat16", "Float32", "Fp8", "Int8", "StoredTensor", "WeightFormat", "restore"]
+
+FORMATS: dict[str, type[WeightFormat]] = {f.name: f for f in (Float32, BFloat16, Fp8, Int8)}
+
+
+def restore(description: Mapping) -> WeightFormat:
+    """The format that describes itself so. ValueError lists the names, or says what of the description differs here."""
+    name = description["name"]
+    if name not in FORMATS:
+        raise ValueError(f"unknown weight format {name!r}, accepted: {', '.join(FORMATS)}")
+    found = FORMATS[name].restored(description)
+    if found.description() != dict(description):
+        raise ValueError(f"weight format {name} is described as {dict(description)}, here it is {found.description()}")
+    return found

@@ -1,11 +1,13 @@
 """What every weight format answers."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 
 import torch
 
-from export.models.weights import Weight
+from latentrt.export.models.base import Weight
 
 
 @dataclass(frozen=True)
@@ -18,9 +20,33 @@ class StoredTensor:
 
 
 class WeightFormat(ABC):
-    """A precision. `key` identifies everything that the stored bytes depend on beside the checkpoint and the layout."""
+    """A way to store weights. `key` identifies all that the stored bytes depend on beside checkpoint and gate_up_layout.
 
+    Weights of the roles in `blocks` are stored as `quantized` elements with scales of type `scale`, named `<weight>.scale`:
+    weight = (stored - zero_point) * scale. All others are `plain`. Types are torch's, without the prefix.
+    """
+
+    name: str
     key: str
+    plain: str
+    quantized: str | None = None
+    scale: str | None = None
+    zero_point: int = 0
+    blocks: Mapping[str, int] = MappingProxyType({})  # role -> inputs that share a scale, at most; 0: all of a channel
+
+    def is_quantized(self, weight: Weight) -> bool:
+        """Whether `weight` is stored quantized."""
+        return weight.role in self.blocks
+
+    def description(self) -> dict:
+        """What a bundle's manifest says of the format (runtime/bundle/manifest.py, WeightFormat)."""
+        names = ("name", "plain", "quantized", "scale", "zero_point")
+        return {name: getattr(self, name) for name in names} | {"blocks": dict(self.blocks)}
+
+    @classmethod
+    def restored(cls, description: Mapping) -> "WeightFormat":
+        """The format with this description."""
+        return cls()
 
     @abstractmethod
     def stored(self, weight: Weight) -> list[StoredTensor]:

@@ -2,12 +2,13 @@
 
 import torch
 
-from export.models.weights import Weight
-from export.quantization.base import StoredTensor, WeightFormat
+from latentrt.export.models.base import Weight
+from latentrt.export.quantization.base import StoredTensor, WeightFormat
 
 
 class BFloat16(WeightFormat):
-    key = "bf16"
+    name = key = "bf16"
+    plain = "bfloat16"
 
     def stored(self, weight: Weight) -> list[StoredTensor]:
         return [StoredTensor("", weight.shape, torch.bfloat16)]

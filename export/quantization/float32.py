@@ -2,12 +2,13 @@
 
 import torch
 
-from export.models.weights import Weight
-from export.quantization.base import StoredTensor, WeightFormat
+from latentrt.export.models.base import Weight
+from latentrt.export.quantization.base import StoredTensor, WeightFormat
 
 
 class Float32(WeightFormat):
-    key = "fp32"
+    name = key = "fp32"
+    plain = "float32"
 
     def stored(self, weight: Weight) -> list[StoredTensor]:
         return [StoredTensor("", weight.shape, torch.float32)]

@@ -4,11 +4,13 @@ value = stored * scale, scale = absmax / 448. The absorbed products, embedding, 
 first two are small or only looked up, and errors of the last two change choices directly.
 """
 
+from types import MappingProxyType
+
 import torch
 
-from export.models.weights import Weight
-from export.quantization.base import StoredTensor, WeightFormat
-from export.quantization.bf16 import BFloat16
+from latentrt.export.models.base import Weight
+from latentrt.export.quantization.base import StoredTensor, WeightFormat
+from latentrt.export.quantization.bf16 import BFloat16
 
 LARGEST = 448.0  # of float8_e4m3fn
 SMALLEST_ABSMAX = 1e-10  # a row of zeros gets a scale that divides
@@ -16,10 +18,9 @@ _PLAIN = BFloat16()
 
 
 class Fp8(WeightFormat):
-    key = "fp8"
-
-    def is_quantized(self, weight: Weight) -> bool:
-        return weight.role in ("linear", "gate_up", "down")
+    name = key = "fp8"
+    plain, quantized, scale = "bfloat16", "float8_e4m3fn", "float32"
+    blocks = MappingProxyType({"linear": 0, "gate_up": 0, "down": 0})
 
     def stored(self, weight: Weight) -> list[StoredTensor]:
         if not self.is_quantized(weight):

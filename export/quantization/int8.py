@@ -5,12 +5,14 @@ experts have one per output channel, or per block (QMoE). Norms, biases, the rou
 float32.
 """
 
+from collections.abc import Mapping
+
 import torch
 import torch.nn.functional as F
 
-from export.models.weights import Weight
-from export.quantization.base import StoredTensor, WeightFormat
-from export.quantization.float32 import Float32
+from latentrt.export.models.base import Weight
+from latentrt.export.quantization.base import StoredTensor, WeightFormat
+from latentrt.export.quantization.float32 import Float32
 
 ZERO_POINT, LARGEST = 128, 127
 _PLAIN = Float32()
@@ -22,12 +24,18 @@ class Int8(WeightFormat):
     `expert_block_size` 0 means one scale per output channel of an expert.
     """
 
+    name = "int8"
+    plain, quantized, scale, zero_point = "float32", "uint8", "float32", ZERO_POINT
+
     def __init__(self, block_size: int = 128, expert_block_size: int = 0):
         self.block_size, self.expert_block_size = block_size, expert_block_size
         self.key = f"int8.b{block_size}.e{expert_block_size}"
+        products, experts = ("linear", "head", "absorbed"), ("gate_up", "down")
+        self.blocks = dict.fromkeys(products, block_size) | dict.fromkeys(experts, expert_block_size)
 
-    def is_quantized(self, weight: Weight) -> bool:
-        return weight.role in ("linear", "head", "absorbed", "gate_up", "down")
+    @classmethod
+    def restored(cls, description: Mapping) -> "Int8":
+        return cls(description["blocks"]["linear"], description["blocks"]["gate_up"])
 
     def linear_block(self, inputs: int) -> int:
         """Block size for a product with this many inputs: a power of two from 16 to block_size."""

@@ -8,11 +8,11 @@ import torch
 import triton
 import triton.language as tl
 
-from plugins.architecture import Target
-from plugins.launch import PlanError
-from plugins.mla_attention.plan import Attention, plan
-from plugins.ragged_kernel import locate, tile_rows
-from plugins.torch_launch import contiguous, run, target_of, word
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.launch.plan import PlanError
+from latentrt.plugins.launch.torch import contiguous, run, target_of, word
+from latentrt.plugins.mla_attention.plan import Attention, plan
+from latentrt.plugins.ragged_kernel import locate, tile_rows
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "max_pages"])
@@ -170,7 +170,7 @@ def mla_attention_(
     num_tokens: torch.Tensor,  # [1] int32
     softmax_scale: float,
     cache_format: str,
-    target: Target | None = None,
+    target: Gpu | None = None,
 ) -> torch.Tensor:
     """Runs the kernels: appends to `cache` and returns attended [T, H, kv_lora_rank]. Contract: op.py.
 

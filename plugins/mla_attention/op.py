@@ -10,13 +10,13 @@ stay as they are.
 
 import torch
 
-from plugins.contract import ACTIVATIONS, INT32, AttributeSpec, OpContract, OutputSpec, TensorSpec, register
-from plugins.mla_attention import formats
+from latentrt.plugins import cache_formats
+from latentrt.plugins.contract import ACTIVATIONS, INT32, AttributeSpec, OpContract, OutputSpec, TensorSpec, register
 
 
 def check_cache(tensors: dict, attributes: dict) -> str | None:
     """What the contract's dimensions cannot say: the cache fits its format."""
-    layout, cache = formats.get(attributes["cache_format"]), tensors["cache"]
+    layout, cache = cache_formats.get(attributes["cache_format"]), tensors["cache"]
     width = layout.width(tensors["latent"].shape[-1], tensors["k_pe"].shape[-1])
     if (cache.dtype, cache.shape[-1]) == (layout.dtype, width):
         return None
@@ -32,7 +32,7 @@ CONTRACT = OpContract(
         TensorSpec("q_pe", ("T", "H", "qk_rope_head_dim"), ACTIVATIONS),
         TensorSpec("latent", ("T", "kv_lora_rank"), ACTIVATIONS),
         TensorSpec("k_pe", ("T", "qk_rope_head_dim"), ACTIVATIONS),
-        TensorSpec("cache", ("num_pages", "page_size", "cache_width"), formats.DTYPES),
+        TensorSpec("cache", ("num_pages", "page_size", "cache_width"), cache_formats.DTYPES),
         TensorSpec("block_table", ("B", "max_pages"), (INT32,)),
         TensorSpec("cached_lengths", ("B",), (INT32,)),
         TensorSpec("query_starts", ("B + 1",), (INT32,)),
@@ -44,7 +44,7 @@ CONTRACT = OpContract(
     ),
     attributes=(
         AttributeSpec("softmax_scale", float),
-        AttributeSpec("cache_format", str, choices=formats.NAMES),
+        AttributeSpec("cache_format", str, choices=cache_formats.NAMES),
     ),
     aliases=(("cache_out", "cache"),),
     check=check_cache,
@@ -52,7 +52,7 @@ CONTRACT = OpContract(
 
 
 def _compute(*tensors, **attributes):
-    from plugins.mla_attention.reference import mla_attention
+    from latentrt.plugins.mla_attention.reference import mla_attention
 
     return mla_attention(*tensors, **attributes)
 

@@ -9,15 +9,16 @@ import onnx
 from onnxscript import script, values
 from onnxscript.onnx_opset import opset23 as op
 
-from plugins.contract import DOMAIN, VERSION
+from latentrt.plugins.contract import DOMAIN, VERSION
+from latentrt.plugins.onnx_function import OpCall
 
 _DOMAIN = values.Opset(DOMAIN, VERSION)
 _INT64 = onnx.TensorProto.INT64
 _END = 2**63 - 1
 
 
-def body() -> onnx.FunctionProto:
-    """The function; any plain cache format, computation in the queries' dtype (float32 on the CPU)."""
+def body(call: OpCall) -> onnx.FunctionProto:
+    """The same for every call: any plain cache format, computation in the queries' dtype (float32 on the CPU)."""
     return MlaAttention.to_function_proto()
 
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import e, log2
 
-from plugins.architecture import Target
-from plugins.launch import ELEMENTS, KernelSpec, Launch, Plan, bind, cdiv, place, power_of_two, require
-from plugins.mla_attention.tiles import FEW, TILES, Tile
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.launch.plan import ELEMENTS, KernelSpec, Launch, Plan, bind, cdiv, place, power_of_two, require
+from latentrt.plugins.mla_attention.tiles import FEW, TILES, Tile
 
 DTYPES = ("bfloat16", "float16")
 CACHE_FORMATS = ("bfloat16", "float16")
@@ -44,7 +44,7 @@ class Attention:
 
 
 @lru_cache(maxsize=1024)
-def plan(config: Attention, tokens: int, sequences: int, max_pages: int, target: Target) -> Plan:
+def plan(config: Attention, tokens: int, sequences: int, max_pages: int, target: Gpu) -> Plan:
     """Launches for T = tokens rows of B = sequences, block_table [B, max_pages]. Lengths play no part."""
     if tokens == 0:
         return Plan(())
@@ -69,7 +69,7 @@ def plan(config: Attention, tokens: int, sequences: int, max_pages: int, target:
     return Plan(tuple(launches), workspace)
 
 
-def kernels(config: Attention, target: Target) -> tuple[KernelSpec, ...]:
+def kernels(config: Attention, target: Gpu) -> tuple[KernelSpec, ...]:
     """Every kernel that a plan of `config` can name, whatever its shapes."""
     sizes = ("few", "many") if power_of_two(config.heads) <= FEW else ("many",)
     attend = [_attend_kernel(config, size, split, target) for size in sizes for split in (False, True)]
@@ -77,14 +77,14 @@ def kernels(config: Attention, target: Target) -> tuple[KernelSpec, ...]:
     return tuple(dict.fromkeys((append_kernel(config), *attend, *combine)))
 
 
-def workspace_bytes(config: Attention, target: Target) -> int:
+def workspace_bytes(config: Attention, target: Gpu) -> int:
     """The most workspace that a plan of `config` needs, whatever its shapes: only split tiles need any."""
     pairs = MAX_PROGRAMS * target.num_sms * max(t.block_m for t in TILES[target.capability].values())  # times splits
     buffers = place(("partial", "fp32", (pairs, config.kv_lora_rank)), ("lse", "fp32", (pairs,)))
     return buffers[-1].offset + buffers[-1].size
 
 
-def _tile(config: Attention, size: str, target: Target) -> tuple[Tile, int, int]:
+def _tile(config: Attention, size: str, target: Gpu) -> tuple[Tile, int, int]:
     """The tile, and the heads and query rows in it."""
     tile = TILES[target.capability][size]
     block_h = min(power_of_two(config.heads), tile.block_m)
@@ -95,7 +95,7 @@ def _block_n(config: Attention, tile: Tile) -> int:
     return min(tile.block_n, config.page_size)
 
 
-def _splits(programs: int, blocks: int, ctas: int, target: Target) -> int:
+def _splits(programs: int, blocks: int, ctas: int, target: Gpu) -> int:
     """How many programs share one tile's blocks of cached tokens: what would be fastest if all sequences filled their pages.
 
     `ctas` programs run on a multiprocessor at a time, so time goes in waves. Blocks are divided without rounding up: most
@@ -132,7 +132,7 @@ def append(config, numbers: dict[str, int]) -> Launch:
     return bind(append_kernel(config), (numbers["tokens"],), **numbers, **{n: n for n in tensors})
 
 
-def _attend_kernel(config: Attention, size: str, split: bool, target: Target) -> KernelSpec:
+def _attend_kernel(config: Attention, size: str, split: bool, target: Gpu) -> KernelSpec:
     tile, block_h, rows = _tile(config, size, target)
     q, cache = f"*{ELEMENTS[config.dtype]}", f"*{ELEMENTS[config.cache_format]}"
     arguments = (

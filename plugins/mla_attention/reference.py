@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 import torch
 
-from plugins.mla_attention import formats
+from latentrt.plugins import cache_formats
 
 
 def mla_attention(
@@ -35,7 +35,7 @@ def appended(
 
     Sequences without new rows are left out.
     """
-    layout, page_size = formats.get(cache_format), cache.shape[1]
+    layout, page_size = cache_formats.get(cache_format), cache.shape[1]
     encoded = layout.encode(latent, k_pe)
     starts = query_starts.tolist()
     for b, past in enumerate(cached_lengths.tolist()):

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from plugins.architecture import Target
-from plugins.mla_attention.op import CONTRACT
-from plugins.mla_attention.plan import Attention, kernels, plan, workspace_bytes
-from plugins.trt_base import PluginOp
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.mla_attention.op import CONTRACT
+from latentrt.plugins.mla_attention.plan import Attention, kernels, plan, workspace_bytes
+from latentrt.plugins.trt_base import PluginOp
 
 
 def _configure(attributes: Mapping, sizes: Mapping[str, int], dtypes: Mapping[str, str]) -> Attention:
@@ -15,7 +15,7 @@ def _configure(attributes: Mapping, sizes: Mapping[str, int], dtypes: Mapping[st
     )  # fmt: skip
 
 
-def _plan(config: Attention, sizes: Mapping[str, int], target: Target):
+def _plan(config: Attention, sizes: Mapping[str, int], target: Gpu):
     return plan(config, sizes["T"], sizes["B"], sizes["max_pages"], target)
 
 

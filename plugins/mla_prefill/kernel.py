@@ -10,11 +10,11 @@ import torch
 import triton
 import triton.language as tl
 
-from plugins.architecture import Target
-from plugins.launch import PlanError
-from plugins.mla_prefill.plan import Prefill, plan
-from plugins.ragged_kernel import locate, tile_rows, tiles_before
-from plugins.torch_launch import contiguous, run, target_of, word
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.launch.plan import PlanError
+from latentrt.plugins.launch.torch import contiguous, run, target_of, word
+from latentrt.plugins.mla_prefill.plan import Prefill, plan
+from latentrt.plugins.ragged_kernel import locate, tile_rows, tiles_before
 
 
 @triton.jit(do_not_specialize=["sequences"])
@@ -167,7 +167,7 @@ def mla_prefill_(
     num_tokens: torch.Tensor,  # [1] int32
     softmax_scale: float,
     cache_format: str,
-    target: Target | None = None,
+    target: Gpu | None = None,
     segment: int | None = None,
 ) -> torch.Tensor:
     """Runs the kernels: appends to `cache` and returns attended [T, H, v_head_dim]. Contract: op.py.

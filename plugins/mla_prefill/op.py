@@ -9,9 +9,9 @@ every cached token takes kv_lora_rank (qk_nope_head_dim + v_head_dim) more, once
 
 import torch
 
-from plugins.contract import ACTIVATIONS, INT32, AttributeSpec, OpContract, OutputSpec, TensorSpec, register
-from plugins.mla_attention import formats
-from plugins.mla_attention.op import check_cache
+from latentrt.plugins import cache_formats
+from latentrt.plugins.contract import ACTIVATIONS, INT32, AttributeSpec, OpContract, OutputSpec, TensorSpec, register
+from latentrt.plugins.mla_attention.op import check_cache
 
 CONTRACT = OpContract(
     name="mla_prefill",
@@ -23,7 +23,7 @@ CONTRACT = OpContract(
         TensorSpec("k_pe", ("T", "qk_rope_head_dim"), ACTIVATIONS),
         TensorSpec("w_uk", ("H", "qk_nope_head_dim", "kv_lora_rank"), ACTIVATIONS),
         TensorSpec("w_uv", ("H", "kv_lora_rank", "v_head_dim"), ACTIVATIONS),
-        TensorSpec("cache", ("num_pages", "page_size", "cache_width"), formats.DTYPES),
+        TensorSpec("cache", ("num_pages", "page_size", "cache_width"), cache_formats.DTYPES),
         TensorSpec("block_table", ("B", "max_pages"), (INT32,)),
         TensorSpec("cached_lengths", ("B",), (INT32,)),
         TensorSpec("query_starts", ("B + 1",), (INT32,)),
@@ -35,7 +35,7 @@ CONTRACT = OpContract(
     ),
     attributes=(
         AttributeSpec("softmax_scale", float),
-        AttributeSpec("cache_format", str, choices=formats.NAMES),
+        AttributeSpec("cache_format", str, choices=cache_formats.NAMES),
     ),
     aliases=(("cache_out", "cache"),),
     check=check_cache,
@@ -43,7 +43,7 @@ CONTRACT = OpContract(
 
 
 def _compute(*tensors, **attributes):
-    from plugins.mla_prefill.reference import mla_prefill
+    from latentrt.plugins.mla_prefill.reference import mla_prefill
 
     return mla_prefill(*tensors, **attributes)
 

@@ -4,16 +4,28 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import e, log2
 
-from plugins import launch
-from plugins.architecture import Target
-from plugins.launch import ELEMENT_BYTES, ELEMENTS, Buffer, KernelSpec, Launch, Plan, PlanError, bind, cdiv, place, power_of_two
-from plugins.mla_attention.plan import CACHE_FORMATS, DTYPES, SEARCH_BLOCK, append, append_kernel
-from plugins.mla_prefill.tiles import TILES
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.launch.plan import (
+    ELEMENT_BYTES,
+    ELEMENTS,
+    Buffer,
+    KernelSpec,
+    Launch,
+    Plan,
+    PlanError,
+    bind,
+    cdiv,
+    place,
+    power_of_two,
+    require,
+)
+from latentrt.plugins.mla_attention.plan import CACHE_FORMATS, DTYPES, SEARCH_BLOCK, append, append_kernel
+from latentrt.plugins.mla_prefill.tiles import TILES
 
 MAX_WIDTH = 320  # elements of a token's key and value in one head that the tiles leave shared memory for
 SEGMENT_BYTES = 256 << 20  # of expanded keys and values that lie in the workspace at a time
 MIN_SEGMENT = 1024  # slots
-_require = partial(launch.require, "mla_prefill")
+_require = partial(require, "mla_prefill")
 
 
 @dataclass(frozen=True)
@@ -44,7 +56,7 @@ class Prefill:
 
 
 @lru_cache(maxsize=1024)
-def plan(config: Prefill, tokens: int, sequences: int, max_pages: int, target: Target, segment: int | None = None) -> Plan:
+def plan(config: Prefill, tokens: int, sequences: int, max_pages: int, target: Gpu, segment: int | None = None) -> Plan:
     """Launches for T = tokens rows of B = sequences, block_table [B, max_pages]. Lengths play no part.
 
     `segment` sets the slots of a segment, a multiple of the tile's tokens; else SEGMENT_BYTES and the shapes do.
@@ -64,13 +76,13 @@ def plan(config: Prefill, tokens: int, sequences: int, max_pages: int, target: T
     return Plan(tuple(launches), _workspace(config, tokens, segment, states))
 
 
-def kernels(config: Prefill, target: Target) -> tuple[KernelSpec, ...]:
+def kernels(config: Prefill, target: Gpu) -> tuple[KernelSpec, ...]:
     """Every kernel that a plan of `config` can name, whatever its shapes."""
     attend = [_attend_kernel(config, states, target) for states in (False, True)]
     return (append_kernel(config), _survey_kernel(config, target), _expand_kernel(config, target), *attend)
 
 
-def workspace_bytes(config: Prefill, tokens: int, sequences: int, max_pages: int, target: Target) -> int:
+def workspace_bytes(config: Prefill, tokens: int, sequences: int, max_pages: int, target: Gpu) -> int:
     """The most workspace that a plan of `config` needs for shapes up to these."""
     slots, segment = _segments(config, tokens, sequences, max_pages, target)
     buffers = _workspace(config, tokens, segment, slots > segment)
@@ -78,7 +90,7 @@ def workspace_bytes(config: Prefill, tokens: int, sequences: int, max_pages: int
 
 
 def _segments(
-    config: Prefill, tokens: int, sequences: int, max_pages: int, target: Target, segment: int | None = None
+    config: Prefill, tokens: int, sequences: int, max_pages: int, target: Gpu, segment: int | None = None
 ) -> tuple[int, int]:
     """The most slots that all sequences may take, and those of a segment."""
     width = TILES[target.capability].tokens
@@ -106,7 +118,7 @@ def _launch(kernel: KernelSpec, grid: tuple[int, ...], numbers: dict[str, int | 
     return bind(kernel, grid, **{n: numbers.get(n, n) for n, _ in kernel.arguments})
 
 
-def _dims(config: Prefill, target: Target) -> dict[str, int]:
+def _dims(config: Prefill, target: Gpu) -> dict[str, int]:
     rope = config.qk_rope_head_dim
     return dict(
         NOPE=config.qk_nope_head_dim, ROPE=rope, ROPE_PAD=power_of_two(rope), VALUE=config.v_head_dim,
@@ -114,14 +126,14 @@ def _dims(config: Prefill, target: Target) -> dict[str, int]:
     )  # fmt: skip
 
 
-def _survey_kernel(config: Prefill, target: Target) -> KernelSpec:
+def _survey_kernel(config: Prefill, target: Gpu) -> KernelSpec:
     names = ("cached_lengths", "query_starts", "num_tokens", "used")
     arguments = (*((name, "*i32") for name in names), ("sequences", "i32"))
     constexprs = (("TOKENS", TILES[target.capability].tokens), ("SEARCH", SEARCH_BLOCK))
     return KernelSpec("mla_prefill", "survey", arguments, constexprs, 4, 1, "(1,)")
 
 
-def _expand_kernel(config: Prefill, target: Target) -> KernelSpec:
+def _expand_kernel(config: Prefill, target: Gpu) -> KernelSpec:
     tile, x = TILES[target.capability], f"*{ELEMENTS[config.dtype]}"
     arguments = (
         ("w_uk", x), ("w_uv", x), ("cache", f"*{ELEMENTS[config.cache_format]}"), ("block_table", "*i32"),
@@ -138,7 +150,7 @@ def _expand_kernel(config: Prefill, target: Target) -> KernelSpec:
     )
 
 
-def _attend_kernel(config: Prefill, states: bool, target: Target) -> KernelSpec:
+def _attend_kernel(config: Prefill, states: bool, target: Gpu) -> KernelSpec:
     tile, x = TILES[target.capability], f"*{ELEMENTS[config.dtype]}"
     arguments = (
         ("q_nope", x), ("q_pe", x), ("keys", x), ("keys_pe", x), ("values", x), ("cached_lengths", "*i32"),

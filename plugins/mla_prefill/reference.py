@@ -2,7 +2,7 @@
 
 import torch
 
-from plugins.mla_attention.reference import appended
+from latentrt.plugins.mla_attention.reference import appended
 
 
 def mla_prefill(

@@ -2,10 +2,10 @@
 
 from collections.abc import Mapping
 
-from plugins.architecture import Target
-from plugins.mla_prefill.op import CONTRACT
-from plugins.mla_prefill.plan import Prefill, kernels, plan, workspace_bytes
-from plugins.trt_base import PluginOp
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.mla_prefill.op import CONTRACT
+from latentrt.plugins.mla_prefill.plan import Prefill, kernels, plan, workspace_bytes
+from latentrt.plugins.trt_base import PluginOp
 
 
 def _configure(attributes: Mapping, sizes: Mapping[str, int], dtypes: Mapping[str, str]) -> Prefill:
@@ -15,11 +15,11 @@ def _configure(attributes: Mapping, sizes: Mapping[str, int], dtypes: Mapping[st
     )  # fmt: skip
 
 
-def _plan(config: Prefill, sizes: Mapping[str, int], target: Target):
+def _plan(config: Prefill, sizes: Mapping[str, int], target: Gpu):
     return plan(config, sizes["T"], sizes["B"], sizes["max_pages"], target)
 
 
-def _workspace(config: Prefill, sizes: Mapping[str, int], target: Target) -> int:
+def _workspace(config: Prefill, sizes: Mapping[str, int], target: Gpu) -> int:
     return workspace_bytes(config, sizes["T"], sizes["B"], sizes["max_pages"], target)
 
 

@@ -11,9 +11,9 @@ import torch
 import triton
 import triton.language as tl
 
-from plugins.architecture import Target
-from plugins.moe_experts.plan import Experts, plan
-from plugins.torch_launch import contiguous, run, target_of, word
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.launch.torch import contiguous, run, target_of, word
+from latentrt.plugins.moe_experts.plan import Experts, plan
 
 
 @triton.jit(do_not_specialize=["pairs", "tiles", "by_pair", "first_expert"])
@@ -188,17 +188,18 @@ def moe_experts(
     topk_weights: torch.Tensor,  # [T, top_k] float32
     gate_up_proj: torch.Tensor,  # [E, 2 * moe_intermediate_size, hidden_size]
     down_proj: torch.Tensor,  # [E, hidden_size, moe_intermediate_size]
-    gate_up_scale: torch.Tensor | None,  # [E, 2 * moe_intermediate_size] float32, with FP8 weights
+    gate_up_scale: torch.Tensor | None,  # [E, 2 * moe_intermediate_size] float32, with FP8 weights; no blocks
     down_scale: torch.Tensor | None,  # [E, hidden_size] float32
     first_expert: int,
     gate_up_layout: str,
-    target: Target | None = None,
+    target: Gpu | None = None,
 ) -> torch.Tensor:
     """Runs the kernels: y [T, hidden_size]. Contract: op.py. FP8 weights are met by FP8 rows with a scale each."""
     inputs = {k: v for k, v in locals().items() if isinstance(v, torch.Tensor)}
     experts, hidden, inner = down_proj.shape
     weights = word(down_proj)
-    config = Experts(experts, hidden, inner, topk_ids.shape[1], word(x), weights, first_expert, gate_up_layout)
+    blocks = [1 if s is None or s.dim() == 2 else s.shape[2] for s in (gate_up_scale, down_scale)]
+    config = Experts(experts, hidden, inner, topk_ids.shape[1], word(x), weights, first_expert, gate_up_layout, *blocks)
     if config.float8 != (gate_up_scale is not None):
         raise ValueError(f"moe_experts kernels: {weights} weights {'need' if config.float8 else 'take no'} scales")
     tensors = contiguous(inputs)

@@ -2,13 +2,16 @@
 
 gate_up_proj holds, per expert, the rows of gate_proj and then those of up_proj (gate_up_layout "concatenated"), or the
 two in turn (gate 0, up 0, gate 1, ...: "interleaved"). The tensors hold experts first_expert .. first_expert + E; an id
-outside that range (-1 in padding rows) adds nothing. Only chosen experts are computed. float8_e4m3fn and uint8 weights
-come with one float32 scale per output channel: real weight = weight * scale[:, None], or (weight - 128) * scale[:, None].
+outside that range (-1 in padding rows) adds nothing. Only chosen experts are computed.
+
+float8_e4m3fn and uint8 weights come with float32 scales: real weight = weight * scale, or (weight - 128) * scale. A scale
+[E, outputs] is one per output channel. A scale [E, outputs, blocks] is one per output channel and block of inputs: block b
+holds the inputs b * n .. (b + 1) * n, n = inputs / blocks.
 """
 
 import torch
 
-from plugins.contract import (
+from latentrt.plugins.contract import (
     ACTIVATIONS,
     FLOAT8,
     FLOAT32,
@@ -19,9 +22,20 @@ from plugins.contract import (
     OutputSpec,
     TensorSpec,
     register,
-)  # fmt: skip
+)
 
 WEIGHTS = (*ACTIVATIONS, FLOAT8, UINT8)
+
+
+def check_blocks(tensors: dict, attributes: dict) -> str | None:
+    """What the contract's dimensions cannot say: blocks of inputs that share a scale are equal."""
+    for name in ("gate_up", "down"):
+        scale, inputs = tensors[f"{name}_scale"], tensors[f"{name}_proj"].shape[-1]
+        if scale is not None and scale.dim() == 3 and (scale.shape[2] == 0 or inputs % scale.shape[2]):
+            found = f"{name}_scale has shape {tuple(scale.shape)}, blocks of inputs on axis 2"
+            return f"{found}; {name}_proj has {inputs} inputs, which must be a multiple of the number of blocks"
+    return None
+
 
 CONTRACT = OpContract(
     name="moe_experts",
@@ -32,19 +46,20 @@ CONTRACT = OpContract(
         TensorSpec("topk_weights", ("T", "top_k"), (FLOAT32,)),
         TensorSpec("gate_up_proj", ("E", "2 * moe_intermediate_size", "hidden_size"), WEIGHTS),
         TensorSpec("down_proj", ("E", "hidden_size", "moe_intermediate_size"), WEIGHTS),
-        TensorSpec("gate_up_scale", ("E", "2 * moe_intermediate_size"), (FLOAT32,), optional=True),
-        TensorSpec("down_scale", ("E", "hidden_size"), (FLOAT32,), optional=True),
+        TensorSpec("gate_up_scale", ("E", "2 * moe_intermediate_size", "gate_up_blocks?"), (FLOAT32,), optional=True),
+        TensorSpec("down_scale", ("E", "hidden_size", "down_blocks?"), (FLOAT32,), optional=True),
     ),
     outputs=(OutputSpec("y", ("T", "hidden_size"), like="x"),),
     attributes=(
         AttributeSpec("first_expert", int),
         AttributeSpec("gate_up_layout", str, choices=("concatenated", "interleaved")),
     ),
+    check=check_blocks,
 )
 
 
 def _compute(*tensors, **attributes):
-    from plugins.moe_experts.reference import moe_experts
+    from latentrt.plugins.moe_experts.reference import moe_experts
 
     return (moe_experts(*tensors, **attributes),)
 

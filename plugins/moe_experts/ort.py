@@ -1,63 +1,70 @@
-"""Body of `moe_experts` for ONNX Runtime: its own MoE kernel (float32) or QMoE (int8), which compute chosen experts only.
+"""Body of `moe_experts` for ONNX Runtime, by gate_up_layout.
 
-Both kernels choose experts themselves, so ids and weights are scattered to a dense [T, E] row first.
+"interleaved": its own MoE kernel (float32 weights) or QMoE (uint8), which compute chosen experts only. They know no other
+layout on the CPU. Both choose experts themselves, so ids and weights are scattered to a dense [T, E] row first.
 MoE takes the top k of a softmax: it is given log(weight) for chosen experts, whose softmax is weight / sum, and its result
 is multiplied by the sum. QMoE takes selection and weights apart (input 14, router_weights).
 Known defect (onnxruntime 1.31): if input and output of the node are both intermediate values and nothing later reads the
 input, the result is garbage; so a zero made of both is added.
+
+"concatenated": plain float32 products that compute every expert for every token, slow and exact. It stands in for the GPU
+kernels where a graph made for them is proven on the CPU. With e4m3 weights, rows of x and of the inner activations are
+quantized to e4m3 with one scale a row, as those kernels do.
 """
 
 import numpy as np
 import onnx
 
-from plugins.moe_experts.op import CONTRACT
-from plugins.onnx_function import MICROSOFT, FunctionBuilder
+from latentrt.plugins.moe_experts.op import CONTRACT
+from latentrt.plugins.onnx_function import MICROSOFT, FunctionBuilder, OpCall
 
 _FLOAT, _INT64, _FLOAT8 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT8E4M3FN
+_UINT8 = onnx.TensorProto.UINT8
 _SWIGLU = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
 
 
-def body(attributes: dict, experts: int, top_k: int, block_size: int | None = None) -> onnx.FunctionProto:
-    """The function for nodes that hold `experts` experts and choose `top_k` of all.
-
-    Float32 weights if block_size is None; otherwise uint8 weights with scales per output channel (block_size 0) or per
-    block of block_size inputs. gate_up_layout must be "interleaved": the kernels know no other on the CPU.
-    """
-    assert attributes["gate_up_layout"] == "interleaved", attributes
+def body(call: OpCall) -> onnx.FunctionProto:
+    """The function for one layout, type and number of experts, block size of scales, and number of choices."""
     f = FunctionBuilder(CONTRACT)
-    ids = f("Sub", f.cast("topk_ids", _INT64), f.constant(attributes["first_expert"]))
+    ids = f("Sub", f.cast("topk_ids", _INT64), f.constant(call.attributes["first_expert"]))  # [T, top_k]
+    chosen_only = call.attributes["gate_up_layout"] == "interleaved"
+    return f.finish(_chosen_experts(f, call, ids) if chosen_only else _every_expert(f, call, ids))
+
+
+def _chosen_experts(f: FunctionBuilder, call: OpCall, ids: str) -> str:
+    experts, weight_type = call.shapes["gate_up_proj"][0], call.types["gate_up_proj"]
     local = f("And", f("GreaterOrEqual", ids, f.constant(0)), f("Less", ids, f.constant(experts)))  # [T, top_k]
     column = f("Where", local, ids, f.constant(experts))  # one more column takes what is not local
     weights = f("Where", local, "topk_weights", f.constant(0.0, np.float32))
-    kernel = {"k": min(top_k, experts), "normalize_routing_weights": 0, **_SWIGLU}
-    if block_size is None:
-        y = _moe(f, column, weights, experts, kernel)
-    else:
-        quantized = {"expert_weight_bits": 8} | ({"block_size": block_size} if block_size else {})
-        y = _qmoe(f, column, weights, experts, kernel | quantized)
-    return f.finish(_keep_alive(f, y))
+    kernel = {"k": min(call.shapes["topk_ids"][1], experts), "normalize_routing_weights": 0, **_SWIGLU}
+    assert weight_type in (_FLOAT, _UINT8), call
+    if weight_type == _FLOAT:
+        return _keep_alive(f, _moe(f, column, weights, experts, kernel))
+    quantized = {"expert_weight_bits": 8} | _block_size(call)
+    return _keep_alive(f, _qmoe(f, column, weights, experts, kernel | quantized))
 
 
-def every_expert_body(attributes: dict, experts: int, float8: bool) -> onnx.FunctionProto:
-    """The function as plain float32 products that compute every expert for every token: slow, and exact.
+def _block_size(call: OpCall) -> dict[str, int]:
+    """QMoE's attribute for scales per block of inputs, the same for both weights; none for scales per output channel."""
+    pairs = [(call.shapes[f"{name}_proj"], call.shapes[f"{name}_scale"]) for name in ("gate_up", "down")]
+    sizes = {weight[2] // scale[2] if len(scale) == 3 else 0 for weight, scale in pairs}
+    assert len(sizes) == 1, call
+    return {"block_size": size} if (size := sizes.pop()) else {}
 
-    It stands in for the GPU kernels where a graph made for them is proven on the CPU. float8: e4m3 weights with channel
-    scales, and rows of x and of the inner activations quantized to e4m3 with one scale a row, as those kernels do.
-    gate_up_layout must be "concatenated".
-    """
-    assert attributes["gate_up_layout"] == "concatenated", attributes
-    f = FunctionBuilder(CONTRACT)
+
+def _every_expert(f: FunctionBuilder, call: OpCall, ids: str) -> str:
+    experts, float8 = call.shapes["gate_up_proj"][0], call.types["gate_up_proj"] == _FLOAT8
+    assert call.types["gate_up_proj"] != _UINT8 and len(call.shapes.get("gate_up_scale", (1, 1))) == 2, call
     rows = _round_rows(f, "x") if float8 else "x"
     gate_up = f("MatMul", f("Unsqueeze", rows, f.constant([0])), _transposed(f, "gate_up_proj", "gate_up_scale", float8))
     gate, up = f("Split", gate_up, axis=-1, num_outputs=2, outputs=2)  # [E, T, moe_intermediate_size]
     inner = f("Mul", f("Mul", gate, f("Sigmoid", gate)), up)
     outer = f("MatMul", _round_rows(f, inner) if float8 else inner, _transposed(f, "down_proj", "down_scale", float8))
-    ids = f("Sub", f.cast("topk_ids", _INT64), f.constant(attributes["first_expert"]))  # [T, top_k]
     expert = f.constant(np.arange(experts).reshape(experts, 1, 1))
     chosen = f("Equal", f("Unsqueeze", ids, f.constant([0])), expert)  # [E, T, top_k]
     weights = f("Where", chosen, f("Unsqueeze", "topk_weights", f.constant([0])), f.constant(0.0, np.float32))
     weights = f("ReduceSum", weights, f.constant([2]), keepdims=1)  # [E, T, 1]
-    return f.finish(f("ReduceSum", f("Mul", outer, weights), f.constant([0]), keepdims=0))
+    return f("ReduceSum", f("Mul", outer, weights), f.constant([0]), keepdims=0)
 
 
 def _transposed(f: FunctionBuilder, weight: str, scale: str, float8: bool) -> str:

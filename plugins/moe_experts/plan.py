@@ -3,10 +3,22 @@
 from dataclasses import dataclass
 from functools import lru_cache, partial
 
-from plugins import architecture
-from plugins.architecture import Target
-from plugins.launch import ELEMENTS, Buffer, KernelSpec, Launch, Plan, PlanError, bind, cdiv, place, power_of_two, require
-from plugins.moe_experts.tiles import FEW, SIZES, SOME, TILES, Tile
+from latentrt.plugins import architecture
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.launch.plan import (
+    ELEMENTS,
+    Buffer,
+    KernelSpec,
+    Launch,
+    Plan,
+    PlanError,
+    bind,
+    cdiv,
+    place,
+    power_of_two,
+    require,
+)
+from latentrt.plugins.moe_experts.tiles import FEW, SIZES, SOME, TILES, Tile
 
 DTYPES = ("bfloat16", "float16")
 WEIGHTS = ("bfloat16", "float16", "float8_e4m3fn")
@@ -18,7 +30,10 @@ _require = partial(require, "moe_experts")
 
 @dataclass(frozen=True)
 class Experts:
-    """The static part of an op call. dtype is that of x and y; weights "float8_e4m3fn" come with channel scales."""
+    """The static part of an op call. dtype is that of x and y; weights "float8_e4m3fn" come with channel scales.
+
+    gate_up_blocks, down_blocks: blocks of inputs that have a scale each.
+    """
 
     num_experts: int  # of the local slice
     hidden_size: int
@@ -28,6 +43,8 @@ class Experts:
     weights: str
     first_expert: int
     gate_up_layout: str
+    gate_up_blocks: int = 1
+    down_blocks: int = 1
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, "dtype", self.dtype, DTYPES)
@@ -36,6 +53,8 @@ class Experts:
         _require(self.gate_up_layout in LAYOUTS, "gate_up_layout", self.gate_up_layout, LAYOUTS)
         for name in ("hidden_size", "moe_intermediate_size"):
             _require(getattr(self, name) % 16 == 0, name, getattr(self, name), "multiples of 16")
+        for name in ("gate_up_blocks", "down_blocks"):
+            _require(getattr(self, name) == 1, name, getattr(self, name), "1, a scale per output channel")
 
     @property
     def float8(self) -> bool:
@@ -43,7 +62,7 @@ class Experts:
 
 
 @lru_cache(maxsize=1024)
-def plan(config: Experts, tokens: int, target: Target) -> Plan:
+def plan(config: Experts, tokens: int, target: Gpu) -> Plan:
     """Launches for x [T, hidden_size], T = tokens, on the worst-case number of tiles that T rows can make."""
     _check_float8(config, target)
     if tokens == 0:
@@ -75,13 +94,13 @@ def plan(config: Experts, tokens: int, target: Target) -> Plan:
     return Plan(tuple(launches), _workspace(config, tokens))
 
 
-def workspace_bytes(config: Experts, tokens: int, target: Target) -> int:
+def workspace_bytes(config: Experts, tokens: int, target: Gpu) -> int:
     """The most workspace that a plan of `config` needs for up to `tokens` rows."""
     _check_float8(config, target)
     return max(b.offset + b.size for b in _workspace(config, tokens))
 
 
-def kernels(config: Experts, target: Target) -> tuple[KernelSpec, ...]:
+def kernels(config: Experts, target: Gpu) -> tuple[KernelSpec, ...]:
     """Every kernel that a plan of `config` can name, whatever its shapes."""
     _check_float8(config, target)
     found = [_combine_kernel(config)]
@@ -93,12 +112,12 @@ def kernels(config: Experts, target: Target) -> tuple[KernelSpec, ...]:
     return tuple(dict.fromkeys(found))
 
 
-def _tile(config: Experts, size: str, target: Target) -> Tile:
+def _tile(config: Experts, size: str, target: Gpu) -> Tile:
     row = TILES[target.capability]
     return row.get(f"{size} float8", row[size]) if config.float8 else row[size]
 
 
-def _check_float8(config: Experts, target: Target) -> None:
+def _check_float8(config: Experts, target: Gpu) -> None:
     if config.float8 and not architecture.get(target.capability).float8:
         raise PlanError(f"moe_experts kernels: sm_{target.capability} has no FP8, accepted: weights of {config.dtype}")
 
@@ -141,7 +160,7 @@ def _quantize_kernel(config: Experts, columns: int) -> KernelSpec:
     return KernelSpec("moe_experts", "quantize", arguments, constexprs, 4, 1, "(rows,)")
 
 
-def _sort_kernel(config: Experts, size: str, target: Target) -> KernelSpec:
+def _sort_kernel(config: Experts, size: str, target: Gpu) -> KernelSpec:
     arguments = (
         ("topk_ids", "*i32"), ("order", "*i32"), ("table", "*i32"), ("pairs", "i32"), ("tiles", "i32"),
         ("by_pair", "i32"), ("first_expert", "i32"),
@@ -174,12 +193,12 @@ def _product_kernel(config: Experts, function: str, tile: Tile, one: bool, sizes
     )  # fmt: skip
 
 
-def _gate_up_kernel(config: Experts, size: str, target: Target, one: bool = False) -> KernelSpec:
+def _gate_up_kernel(config: Experts, size: str, target: Gpu, one: bool = False) -> KernelSpec:
     sizes = dict(TOP_K=config.top_k, INTERLEAVED=int(config.gate_up_layout == "interleaved"))
     return _product_kernel(config, "gate_up", _tile(config, size, target), one, sizes)
 
 
-def _down_kernel(config: Experts, size: str, target: Target, one: bool = False) -> KernelSpec:
+def _down_kernel(config: Experts, size: str, target: Gpu, one: bool = False) -> KernelSpec:
     return _product_kernel(config, "down", _tile(config, size, target), one, {})
 
 

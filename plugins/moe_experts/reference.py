@@ -10,8 +10,8 @@ def moe_experts(
     topk_weights: torch.Tensor,  # [T, top_k] float32
     gate_up_proj: torch.Tensor,  # [E, 2 * moe_intermediate_size, hidden_size]
     down_proj: torch.Tensor,  # [E, hidden_size, moe_intermediate_size]
-    gate_up_scale: torch.Tensor | None,  # [E, 2 * moe_intermediate_size] float32
-    down_scale: torch.Tensor | None,  # [E, hidden_size] float32
+    gate_up_scale: torch.Tensor | None,  # [E, 2 * moe_intermediate_size] or [..., gate_up_blocks] float32
+    down_scale: torch.Tensor | None,  # [E, hidden_size] or [..., down_blocks] float32
     first_expert: int,
     gate_up_layout: str,
 ) -> torch.Tensor:
@@ -32,5 +32,9 @@ def moe_experts(
 
 
 def _dequantize(weight: torch.Tensor, scale: torch.Tensor | None, expert: int, dtype: torch.dtype) -> torch.Tensor:
+    """[out, in] -> the real weight [out, in]; scale [E, out] or [E, out, blocks]."""
     weight = weight.to(dtype) - 128 if weight.dtype == torch.uint8 else weight.to(dtype)
-    return weight if scale is None else weight * scale[expert][:, None].to(dtype)
+    if scale is None:
+        return weight
+    blocks = scale[expert].reshape(len(weight), -1).to(dtype)  # [out, blocks]
+    return (weight.unflatten(-1, (blocks.shape[1], -1)) * blocks[..., None]).flatten(-2)

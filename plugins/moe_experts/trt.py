@@ -2,24 +2,25 @@
 
 from collections.abc import Mapping
 
-from plugins.architecture import Target
-from plugins.moe_experts.op import CONTRACT
-from plugins.moe_experts.plan import Experts, kernels, plan, workspace_bytes
-from plugins.trt_base import PluginOp
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.moe_experts.op import CONTRACT
+from latentrt.plugins.moe_experts.plan import Experts, kernels, plan, workspace_bytes
+from latentrt.plugins.trt_base import PluginOp
 
 
 def _configure(attributes: Mapping, sizes: Mapping[str, int], dtypes: Mapping[str, str]) -> Experts:
     return Experts(
         sizes["E"], sizes["hidden_size"], sizes["moe_intermediate_size"], sizes["top_k"], dtypes["x"],
-        dtypes["gate_up_proj"], attributes["first_expert"], attributes["gate_up_layout"],
+        dtypes["gate_up_proj"], attributes["first_expert"], attributes["gate_up_layout"], sizes.get("gate_up_blocks", 1),
+        sizes.get("down_blocks", 1),
     )  # fmt: skip
 
 
-def _plan(config: Experts, sizes: Mapping[str, int], target: Target):
+def _plan(config: Experts, sizes: Mapping[str, int], target: Gpu):
     return plan(config, sizes["T"], target)
 
 
-def _workspace(config: Experts, sizes: Mapping[str, int], target: Target) -> int:
+def _workspace(config: Experts, sizes: Mapping[str, int], target: Gpu) -> int:
     return workspace_bytes(config, sizes["T"], target)
 
 

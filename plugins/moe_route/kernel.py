@@ -4,9 +4,9 @@ import torch
 import triton
 import triton.language as tl
 
-from plugins.architecture import Target
-from plugins.moe_route.plan import Routing, plan
-from plugins.torch_launch import contiguous, run, target_of
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.launch.torch import contiguous, run, target_of
+from latentrt.plugins.moe_route.plan import Routing, plan
 
 
 @triton.jit
@@ -93,7 +93,7 @@ def moe_route(
     top_k: int,
     norm_topk_prob: int,
     routed_scaling_factor: float,
-    target: Target | None = None,
+    target: Gpu | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Runs the kernel: topk_ids [T, top_k] int32, topk_weights [T, top_k] float32. Contract: op.py."""
     config = Routing(

@@ -11,7 +11,7 @@ Rows at or beyond num_tokens are padding: ids -1, weights 0.
 
 import torch
 
-from plugins.contract import FLOAT32, INT32, AttributeSpec, OpContract, OutputSpec, TensorSpec, register
+from latentrt.plugins.contract import FLOAT32, INT32, AttributeSpec, OpContract, OutputSpec, TensorSpec, register
 
 CONTRACT = OpContract(
     name="moe_route",
@@ -39,7 +39,7 @@ CONTRACT = OpContract(
 
 
 def _compute(*tensors, **attributes):
-    from plugins.moe_route.reference import moe_route
+    from latentrt.plugins.moe_route.reference import moe_route
 
     return moe_route(*tensors, **attributes)
 

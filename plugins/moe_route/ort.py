@@ -3,18 +3,21 @@
 TopK puts the lower index first among equal values (ONNX specification), which is the contract's rule for ties.
 """
 
+from collections.abc import Mapping
+
 import numpy as np
 import onnx
 
-from plugins.moe_route.op import CONTRACT
-from plugins.onnx_function import FunctionBuilder
+from latentrt.plugins.moe_route.op import CONTRACT
+from latentrt.plugins.onnx_function import FunctionBuilder, OpCall
 
 _INT32, _INT64 = onnx.TensorProto.INT32, onnx.TensorProto.INT64
 
 
-def body(attributes: dict) -> onnx.FunctionProto:
-    """The function for nodes with these attributes; the correction bias is not supported (no V2 checkpoint has one)."""
-    f = FunctionBuilder(CONTRACT)
+def body(call: OpCall) -> onnx.FunctionProto:
+    """The function for these attributes; the correction bias is not supported (no V2 checkpoint has one)."""
+    assert "correction_bias" not in call.types, call
+    f, attributes = FunctionBuilder(CONTRACT), call.attributes
     softmax = attributes["scoring_func"] == "softmax"
     scores = f("Softmax", "router_logits", axis=-1) if softmax else f("Sigmoid", "router_logits")
     if attributes["topk_method"] == "group_limited_greedy":
@@ -33,7 +36,7 @@ def body(attributes: dict) -> onnx.FunctionProto:
     )
 
 
-def _limit_to_groups(f: FunctionBuilder, scores: str, attributes: dict) -> str:
+def _limit_to_groups(f: FunctionBuilder, scores: str, attributes: Mapping) -> str:
     """Scores [T, E] with those outside the topk_group best groups set to 0."""
     groups = f("Reshape", scores, f.constant([0, attributes["n_group"], -1]))  # [T, n_group, E / n_group]
     if attributes["group_score"] == "max":

@@ -3,9 +3,9 @@
 from dataclasses import dataclass
 from functools import lru_cache
 
-from plugins.architecture import Target
-from plugins.launch import KernelSpec, Plan, PlanError, bind, cdiv, power_of_two
-from plugins.moe_route.tiles import TILES
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.launch.plan import KernelSpec, Plan, PlanError, bind, cdiv, power_of_two
+from latentrt.plugins.moe_route.tiles import TILES
 
 
 @dataclass(frozen=True)
@@ -38,7 +38,7 @@ class Routing:
 
 
 @lru_cache(maxsize=1024)
-def plan(config: Routing, tokens: int, target: Target) -> Plan:
+def plan(config: Routing, tokens: int, target: Gpu) -> Plan:
     """The launch for router_logits [T, E], T = tokens."""
     if tokens == 0:
         return Plan(())
@@ -49,7 +49,7 @@ def plan(config: Routing, tokens: int, target: Target) -> Plan:
     return Plan((bind(kernel, grid, tokens=tokens, scale=scale, **{n: n for n in tensors}),))
 
 
-def kernels(config: Routing, target: Target) -> tuple[KernelSpec, ...]:
+def kernels(config: Routing, target: Gpu) -> tuple[KernelSpec, ...]:
     """The one kernel of `config`."""
     tile = TILES[target.capability]
     limited = config.topk_method == "group_limited_greedy"

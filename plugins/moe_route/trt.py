@@ -2,17 +2,17 @@
 
 from collections.abc import Mapping
 
-from plugins.architecture import Target
-from plugins.moe_route.op import CONTRACT
-from plugins.moe_route.plan import Routing, kernels, plan
-from plugins.trt_base import PluginOp
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.moe_route.op import CONTRACT
+from latentrt.plugins.moe_route.plan import Routing, kernels, plan
+from latentrt.plugins.trt_base import PluginOp
 
 
 def _configure(attributes: Mapping, sizes: Mapping[str, int], dtypes: Mapping[str, str]) -> Routing:
     return Routing(num_experts=sizes["E"], has_bias="correction_bias" in dtypes, **attributes)
 
 
-def _plan(config: Routing, sizes: Mapping[str, int], target: Target):
+def _plan(config: Routing, sizes: Mapping[str, int], target: Gpu):
     return plan(config, sizes["T"], target)
 
 

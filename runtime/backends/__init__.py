@@ -1,37 +1,62 @@
-"""Backends: one file per way to run a step graph. The table holds names, so that nothing is imported before it is used."""
+"""Backends: one row per way to run a step graph. The table holds names, so that nothing is imported before it is used."""
 
+from dataclasses import dataclass
 from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from runtime.backends.base import Backend
-    from runtime.bundle import Bundle
+    from latentrt.runtime.backends.base import Backend, BackendOptions
+    from latentrt.runtime.bundle.reader import Bundle
+
+
+@dataclass(frozen=True)
+class _Row:
+    module: str
+    cls: str
+    devices: tuple[str, ...]  # kinds that it runs on
+
 
 _BACKENDS = {
-    "onnxruntime": ("onnxruntime", "OnnxRuntimeBackend"),
-    "tensorrt": ("tensorrt", "TensorRtBackend"),
-    "tensorrt_rtx": ("tensorrt", "TensorRtBackend"),
-    "torch": ("torch", "TorchBackend"),
+    "onnxruntime": _Row("onnxruntime", "OnnxRuntimeBackend", ("cpu",)),
+    "tensorrt": _Row("tensorrt.backend", "TensorRtBackend", ("cuda",)),
+    "tensorrt_rtx": _Row("tensorrt.backend", "TensorRtBackend", ("cuda",)),
+    "torch": _Row("torch.backend", "TorchBackend", ("cpu", "cuda")),
 }
+INTERPRETER = "torch"  # runs the ONNX graph of any target
 
 
-def load(bundle: "Bundle", target_name: str | None = None, backend: str | None = None, **options) -> "Backend":
-    """The backend that runs a target of a bundle. Raises BundleError if this version or machine cannot.
-
-    backend: the target's own by default; "torch" interprets any target's ONNX graph.
-    """
-    from runtime.bundle import BundleError
+def check(bundle: "Bundle", target_name: str | None, backend: str | None, options: "BackendOptions") -> str:
+    """The backend's name. BundleError if it is not the target's, RequestError for a device that it does not run on."""
+    from latentrt.runtime.errors import BundleError, RequestError
 
     name, target = bundle.target(target_name)
     chosen = backend or target.backend
     if chosen not in _BACKENDS:
         raise BundleError(f"target {name}: no backend {chosen!r}, accepted: {', '.join(_BACKENDS)}")
-    if chosen not in (target.backend, "torch"):
-        raise BundleError(f"target {name} is for backend {target.backend}, accepted: {target.backend}, torch")
-    file, cls = _BACKENDS[chosen]
+    if chosen not in (target.backend, INTERPRETER):
+        raise BundleError(f"target {name} is for backend {target.backend}, accepted: {target.backend}, {INTERPRETER}")
+    kinds = _BACKENDS[chosen].devices
+    if options.device != "auto" and options.device.split(":")[0] not in kinds:
+        runs_on = "a GPU" if kinds == ("cuda",) else "the CPU"
+        found = f"device is {options.device!r}, but target {name} runs on {runs_on} ({chosen})"
+        raise RequestError(f"{found}; choose backend {INTERPRETER}, too")
+    return chosen
+
+
+def load(bundle: "Bundle", target_name: str | None = None, backend: str | None = None, **options) -> "Backend":
+    """The backend that runs a target of a bundle. Raises BundleError if this version or machine cannot.
+
+    backend: the target's own by default; "torch" interprets any target's ONNX graph. options: fields of BackendOptions.
+    """
+    from latentrt.runtime.backends.base import BackendOptions
+    from latentrt.runtime.errors import BundleError
+
+    asked = BackendOptions(**options)
+    row = _BACKENDS[check(bundle, target_name, backend, asked)]
+    name, target = bundle.target(target_name)
     try:
-        module = import_module(f"runtime.backends.{file}")
+        module = import_module(f"latentrt.runtime.backends.{row.module}")
     except ModuleNotFoundError as error:
-        message = f"target {name} needs backend {chosen}, but {error.name} is not installed; see requirements*.txt"
-        raise BundleError(message) from None
-    return getattr(module, cls)(bundle, name, target, **options)
+        needs = f"target {name} needs backend {backend or target.backend}, but {error.name} is not installed"
+        raise BundleError(f"{needs}; see requirements*.txt") from None
+    return getattr(module, row.cls)(bundle, name, target, asked)

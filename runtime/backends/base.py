@@ -1,15 +1,52 @@
 """What a backend does: run one step of the graph over a ragged batch. See docs/step-graph.md."""
 
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from runtime.manifest import Target
+from latentrt.plugins.step_graph import FORMS, StepBatch
+from latentrt.runtime.bundle.manifest import Target
+from latentrt.runtime.errors import RequestError
 
+AUTO = "auto"
 CPU_CHUNK = 256
 GPU_SHARE = 0.9  # of the free memory goes to the cache: captured graphs and activations come later
+
+
+@dataclass(frozen=True)
+class BackendOptions:
+    """How a target is loaded. Raises RequestError for a value that is not accepted.
+
+    cache_tokens: tokens in the latent cache; None: what 1 GiB holds, 8 full contexts at most, on a GPU nine tenths of its
+    free memory. threads: 0 for all cores. device: "auto", "cpu", "cuda" or "cuda:1". prefill: "auto" or a form of
+    plugins/step_graph.py, for steps that are not of one token a sequence. capture: decode steps as CUDA graphs.
+    custom_ops: "auto", "triton" or "reference", a matter of backend torch.
+    """
+
+    cache_tokens: int | None = None
+    threads: int = 0
+    device: str = AUTO
+    prefill: str = AUTO
+    capture: bool = True
+    custom_ops: str = AUTO
+
+    def __post_init__(self):
+        if self.cache_tokens is not None and self.cache_tokens < 1:
+            raise RequestError(f"cache_tokens is {self.cache_tokens}, accepted: 1 or more")
+        if self.threads < 0:
+            raise RequestError(f"threads is {self.threads}, accepted: 0 (all cores) or more")
+        if self.device != AUTO and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
+            raise RequestError(f"device is {self.device!r}, accepted: auto, cpu, cuda, cuda:1 and so on")
+        if self.prefill not in (AUTO, *FORMS):
+            raise RequestError(f"prefill is {self.prefill!r}, accepted: {', '.join((AUTO, *FORMS))}")
+
+    @property
+    def gpu(self) -> int:
+        """Number of the GPU that `device` names; 0 where it names none."""
+        return int(self.device.partition(":")[2] or 0)
 
 
 @dataclass(frozen=True)
@@ -21,42 +58,52 @@ class SequenceRows:
     logits: Sequence[int]
 
 
-@dataclass(frozen=True)
-class StepBatch:
-    """Inputs of one step, all int32: T rows of B sequences, N of them with logits."""
-
-    input_ids: np.ndarray  # [T]
-    positions: np.ndarray  # [T]
-    query_starts: np.ndarray  # [B + 1]
-    cached_lengths: np.ndarray  # [B]
-    block_table: np.ndarray  # [B, max_pages]
-    num_tokens: np.ndarray  # [1]
-    logit_rows: np.ndarray  # [N]
-
-    @classmethod
-    def of(cls, sequences: Sequence[SequenceRows], block_table: np.ndarray) -> "StepBatch":
-        """Packs sequences one after another, without padding; logits come back in the same order."""
-        lengths = [len(s.tokens) for s in sequences]
-        starts = np.cumsum([0, *lengths])
-        positions = [s.cached_length + np.arange(n) for s, n in zip(sequences, lengths, strict=True)]
-        rows = [start + np.asarray(s.logits, np.int64) for s, start in zip(sequences, starts, strict=False)]
-        return cls(
-            input_ids=_int32([t for s in sequences for t in s.tokens]),
-            positions=_int32(np.concatenate(positions)),
-            query_starts=_int32(starts),
-            cached_lengths=_int32([s.cached_length for s in sequences]),
-            block_table=_int32(block_table),
-            num_tokens=_int32([starts[-1]]),
-            logit_rows=_int32(np.concatenate(rows)),
-        )
+def pack(sequences: Sequence[SequenceRows], block_table: np.ndarray) -> StepBatch:
+    """Sequences one after another, without padding; logits come back in the same order. block_table [B, max_pages]."""
+    lengths = [len(s.tokens) for s in sequences]
+    starts = np.cumsum([0, *lengths])
+    positions = [s.cached_length + np.arange(n) for s, n in zip(sequences, lengths, strict=True)]
+    rows = [start + np.asarray(s.logits, np.int64) for s, start in zip(sequences, starts, strict=False)]
+    return StepBatch(
+        input_ids=_int32([t for s in sequences for t in s.tokens]),
+        positions=_int32(np.concatenate(positions)),
+        query_starts=_int32(starts),
+        cached_lengths=_int32([s.cached_length for s in sequences]),
+        block_table=_int32(block_table),
+        num_tokens=_int32([starts[-1]]),
+        logit_rows=_int32(np.concatenate(rows)),
+    )
 
 
 def _int32(values) -> np.ndarray:
     return np.ascontiguousarray(values, dtype=np.int32)
 
 
+class StepResult:
+    """What a step computed, for its N logit rows; valid until the backend's next step. This one has the logits on the host.
+
+    Whoever samples asks for `greedy` where that is enough: a backend may answer it without moving logits.
+    """
+
+    def __init__(self, logits: np.ndarray):
+        self._logits = logits
+
+    def logits(self) -> np.ndarray:
+        """[N, vocab_size] float32, on the host."""
+        return self._logits
+
+    def greedy(self) -> tuple[np.ndarray, np.ndarray]:
+        """Ids [N] int64 of the largest logits (of equal ones the lowest id), and those logits [N] float32.
+
+        The logit is NaN where a row holds a NaN.
+        """
+        logits = self.logits()
+        ids = logits.argmax(-1)
+        return ids, np.take_along_axis(logits, ids[:, None], -1)[:, 0]
+
+
 class Backend(ABC):
-    """A loaded target with a latent cache of `num_pages` pages (page 0 is scratch)."""
+    """A loaded target with a latent cache of `num_pages` pages (page 0 is scratch). A context manager; see `close`."""
 
     name: str
     target: Target
@@ -68,8 +115,17 @@ class Backend(ABC):
         return CPU_CHUNK
 
     @abstractmethod
-    def step(self, batch: StepBatch) -> np.ndarray:
-        """Runs one step; appends to the cache. Returns logits [N, vocab_size] float32."""
+    def step(self, batch: StepBatch) -> StepResult:
+        """Runs one step; appends to the cache. EngineLostError if no later step can run either."""
+
+    def close(self) -> None:  # noqa: B027 (most backends leave it to Python)
+        """Gives back what the backend holds; a second call does nothing. No step may follow."""
+
+    def __enter__(self) -> "Backend":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
 
 
 def pages_for(target: Target, cache_tokens: int | None, budget: int = 1 << 30, contexts: int = 8) -> int:

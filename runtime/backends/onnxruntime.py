@@ -5,43 +5,41 @@ import os
 import numpy as np
 import onnxruntime as ort
 
-from runtime.backends.base import Backend, StepBatch, pages_for
-from runtime.bundle import Bundle, BundleError
-from runtime.manifest import Target
-from runtime.prefill_form import chooser
-
-LOGITS = "logits"
+from latentrt.plugins.step_graph import DECODE_FORM, LOGITS, StepBatch, caches
+from latentrt.runtime.backends.base import Backend, BackendOptions, StepResult, pages_for
+from latentrt.runtime.backends.forms import chooser
+from latentrt.runtime.bundle.manifest import Target
+from latentrt.runtime.bundle.reader import Bundle
+from latentrt.runtime.errors import BundleError
 
 
 class OnnxRuntimeBackend(Backend):
-    """Runs a cpu target. `cache_tokens` sizes the cache, `threads` the pool (default: all cores this process may use).
+    """Runs a cpu target."""
 
-    prefill: "auto" or "absorbed", which are the same here.
-    """
-
-    def __init__(
-        self, bundle: Bundle, name: str, target: Target, cache_tokens: int | None = None, threads: int = 0,
-        prefill: str = "auto",
-    ):  # fmt: skip
+    def __init__(self, bundle: Bundle, name: str, target: Target, options: BackendOptions = BackendOptions()):
         self.name, self.target = name, target
-        chooser(f"{bundle.path}: target {name}", target, {}, prefill)
-        self.num_pages = pages_for(target, cache_tokens)
-        self._session = _session(bundle, target, threads or len(os.sched_getaffinity(0)))
+        chooser(f"{bundle.path}: target {name}", target, {}, options.prefill)
+        self.num_pages = pages_for(target, options.cache_tokens)
+        self._session = _session(bundle, target, options.threads or len(os.sched_getaffinity(0)))
         spec = target.cache
         shape = (self.num_pages, spec.page_size, spec.width)
         self.caches = [np.zeros(shape, np.dtype(spec.dtype)) for _ in range(spec.layers)]
-        self._caches = [ort.OrtValue.ortvalue_from_numpy(c) for c in self.caches]
+        values = [ort.OrtValue.ortvalue_from_numpy(c) for c in self.caches]
+        self._bound = [(*names, value) for names, value in zip(caches(spec.layers).items(), values, strict=True)]
 
-    def step(self, batch: StepBatch) -> np.ndarray:
+    def step(self, batch: StepBatch) -> StepResult:
         binding = self._session.io_binding()
         for name, value in vars(batch).items():
             binding.bind_cpu_input(name, value)
-        for layer, cache in enumerate(self._caches):
-            binding.bind_ortvalue_input(f"latent_cache.{layer}", cache)
-            binding.bind_ortvalue_output(f"latent_cache.{layer}.updated", cache)
+        for name, updated, cache in self._bound:
+            binding.bind_ortvalue_input(name, cache)
+            binding.bind_ortvalue_output(updated, cache)
         binding.bind_output(LOGITS, "cpu")
         self._session.run_with_iobinding(binding)
-        return binding.get_outputs()[-1].numpy()
+        return StepResult(binding.get_outputs()[-1].numpy())
+
+    def close(self) -> None:
+        self._session, self._bound, self.caches = None, [], []
 
 
 def _session(bundle: Bundle, target: Target, threads: int) -> ort.InferenceSession:
@@ -54,7 +52,7 @@ def _session(bundle: Bundle, target: Target, threads: int) -> ort.InferenceSessi
     options.intra_op_num_threads = threads
     options.enable_mem_pattern = False  # patterns are kept per shape, and every ragged step has its own
     options.log_severity_level = 3
-    path = bundle.file(target.graph)
+    path = bundle.file(target.engines[DECODE_FORM].graph)
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has no common base class for its errors

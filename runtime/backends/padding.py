@@ -5,12 +5,11 @@ from itertools import accumulate
 
 import numpy as np
 
-from runtime.backends.base import StepBatch
-from runtime.errors import RequestError
+from latentrt.plugins.step_graph import StepBatch, input_shapes
+from latentrt.runtime.errors import RequestError
 
 SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # sequences of captured decode steps
 ALIGNMENT = 64  # int32 elements: TensorRT wants inputs at multiples of 256 bytes, kernels at multiples of 16
-FIELDS = ("input_ids", "positions", "query_starts", "cached_lengths", "block_table", "num_tokens", "logit_rows")
 
 
 @dataclass(frozen=True)
@@ -29,11 +28,7 @@ class StepShape:
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every input of a step."""
-        return {
-            "input_ids": (self.rows,), "positions": (self.rows,), "query_starts": (self.sequences + 1,),
-            "cached_lengths": (self.sequences,), "block_table": (self.sequences, self.max_pages), "num_tokens": (1,),
-            "logit_rows": (self.logit_rows,),
-        }  # fmt: skip
+        return input_shapes({"T": self.rows, "B": self.sequences, "N": self.logit_rows, "max_pages": self.max_pages})
 
     def offsets(self) -> tuple[dict[str, int], int]:
         """Where each input begins in one int32 buffer, and the buffer's length, in elements."""

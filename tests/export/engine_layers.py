@@ -5,7 +5,7 @@ import json
 import sys
 from pathlib import Path
 
-from export.lowering import tensorrt_build
+from latentrt.export.lowering.tensorrt import build as tensorrt_build
 
 TOLD = ("Engine Layer Information", "Total Activation Memory")
 

@@ -5,10 +5,11 @@ import onnx
 import onnxruntime as ort
 import torch
 
-from export.checkpoint import Checkpoint
-from export.lowering.onnx_on_cpu import runnable
-from export.models import deepseek_v2
-from export.quantization import WeightFormat
+from latentrt.export.checkpoint import Checkpoint
+from latentrt.export.models.deepseek_v2.weights import weights as weights_of
+from latentrt.export.quantization import WeightFormat
+from latentrt.plugins.step_graph import LOGITS, caches, count_caches
+from tests.export.on_cpu import runnable
 
 _NARROW = {torch.bfloat16: (torch.uint16, 16), torch.float8_e4m3fn: (torch.uint8, 17)}  # bits, ONNX's number
 
@@ -24,7 +25,7 @@ def value(tensor: torch.Tensor) -> ort.OrtValue:
 def stored(checkpoint: Checkpoint, weight_format: WeightFormat) -> dict[str, torch.Tensor]:
     """Every tensor of the weight set, by name."""
     found = {}
-    for weight in deepseek_v2.weights(checkpoint.config):
+    for weight in weights_of(checkpoint.config):
         pieces = [weight_format.encode(weight, slab) for slab in weight.slabs(checkpoint.read)]
         for tensors, plan in zip(zip(*pieces, strict=True), weight_format.stored(weight), strict=True):
             found[weight.name + plan.suffix] = torch.cat(tensors)
@@ -41,8 +42,9 @@ class CpuGraph:
         content = runnable(model).SerializeToString()
         self.session = ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
         self.weights = {k: value(v) for k, v in weights.items()}
-        shapes = {i.name: [num_pages, *i.shape[1:]] for i in self.session.get_inputs() if i.name.startswith("latent_cache.")}
-        self.caches = {n: value(torch.full(s, float("nan"), dtype=torch.bfloat16)) for n, s in shapes.items()}
+        shapes = {i.name: [num_pages, *i.shape[1:]] for i in self.session.get_inputs()}
+        self.updated = caches(count_caches(shapes))
+        self.caches = {n: value(torch.full(shapes[n], float("nan"), dtype=torch.bfloat16)) for n in self.updated}
 
     def step(self, batch: dict[str, np.ndarray]) -> np.ndarray:
         binding = self.session.io_binding()
@@ -50,9 +52,9 @@ class CpuGraph:
             binding.bind_ortvalue_input(name, array)
         for name, array in batch.items():
             binding.bind_cpu_input(name, array)
-        for name in ("logits", *[f"{n}.updated" for n in self.caches]):
+        for name in (LOGITS, *self.updated.values()):
             binding.bind_output(name)
         self.session.run_with_iobinding(binding)
-        logits, *caches = binding.get_outputs()
-        self.caches = dict(zip(self.caches, caches, strict=True))
+        logits, *written = binding.get_outputs()
+        self.caches = dict(zip(self.caches, written, strict=True))
         return logits.numpy()

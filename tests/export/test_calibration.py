@@ -1,4 +1,4 @@
-"""Static activation scales: inputs of transformers' own linears, memory, sample files, and what build.py does with them."""
+"""Static activation scales: inputs of transformers' own linears, memory, sample files, and what a build does with them."""
 
 import gc
 import json
@@ -8,15 +8,17 @@ from pathlib import Path
 import pytest
 import torch
 
-import build
-from export import calibration
-from export.calibration import Samples, activation_scales, read_samples
-from export.checkpoint import Checkpoint
-from export.errors import BuildError
-from export.lowering import gpu_kernels, tensorrt_package
-from export.models import deepseek_v2
-from runtime.bundle import Bundle
+from latentrt.export import calibration
+from latentrt.export.calibration import Samples, activation_scales, read_samples
+from latentrt.export.checkpoint import Checkpoint
+from latentrt.export.errors import BuildError
+from latentrt.export.lowering.tensorrt import gpu_kernels
+from latentrt.export.lowering.tensorrt import package as tensorrt_package
+from latentrt.export.models.deepseek_v2.model import DecoderLayer
+from latentrt.export.models.deepseek_v2.weights import weights
+from latentrt.runtime.bundle.reader import Bundle
 from tests import checkpoints
+from tests.builds import build
 from tests.conftest import EXAMPLE
 
 TOKENS = checkpoints.random_tokens([200, 64, 1, 130], seed=5)
@@ -49,7 +51,7 @@ def test_scales_are_the_largest_inputs_of_transformers_linears(q_lora_rank, smal
     parts: list[float] = []
     scales = activation_scales(checkpoint, Samples(tuple(map(tuple, TOKENS))), parts.append)
     expected = largest_of_transformers(folder, TOKENS)
-    linears = [w.name for w in deepseek_v2.weights(checkpoint.config) if w.role == "linear"]
+    linears = [w.name for w in weights(checkpoint.config) if w.role == "linear"]
     assert list(scales) == linears and len(linears) == 3 * (4 if q_lora_rank else 3) + 3 * 3
     for name in linears:
         assert scales[name] * 448 == pytest.approx(expected[name], rel=1e-4), name
@@ -61,10 +63,10 @@ def test_memory_holds_one_layer(small_checkpoint, monkeypatch):
     checkpoint, live, load = Checkpoint(small_checkpoint), [], calibration._load_layer
 
     def counted(*arguments):
-        live.append(sum(isinstance(o, deepseek_v2.DecoderLayer) for o in gc.get_objects()))
+        live.append(sum(isinstance(o, DecoderLayer) for o in gc.get_objects()))
         return load(*arguments)
 
-    before = sum(isinstance(o, deepseek_v2.DecoderLayer) for o in gc.get_objects())
+    before = sum(isinstance(o, DecoderLayer) for o in gc.get_objects())
     monkeypatch.setattr(calibration, "_load_layer", counted)
     threads = torch.get_num_threads()
     activation_scales(checkpoint, Samples(((1, 2, 3),)))
@@ -122,10 +124,11 @@ def test_refused_before_anything_is_read(target, precision, activations, file, w
         pytest.skip("pip install tensorrt-rtx-cu13")
     options = dict(activations=activations, calibration=file and tmp_path / "missing")
     with pytest.raises(BuildError) as error:
-        build.build(tmp_path / "no checkpoint", tmp_path / "bundle", target, precision, **options)
+        build(tmp_path / "no checkpoint", tmp_path / "bundle", target, precision, **options)
     assert all(w in str(error.value) for w in words), error.value
 
 
+@pytest.mark.slow
 @NEEDS_TENSORRT
 def test_build_records_samples_and_builds_anew_for_others(fast_trace, monkeypatch, tmp_path):
     """Same tokens: nothing to do, whatever the file; others: built anew; another choice of activations: needs --force."""
@@ -138,7 +141,10 @@ def test_build_records_samples_and_builds_anew_for_others(fast_trace, monkeypatc
     def static(tokens: list, name: str) -> bool:
         (tmp_path / name).write_text(json.dumps(tokens))
         options = dict(activations="static", calibration=tmp_path / name)
-        return build.build(EXAMPLE, tmp_path / "bundle", "sm89", **options)["built"]
+        return build(EXAMPLE, tmp_path / "bundle", "sm89", **options)["built"]
+
+    def onnx(target) -> str:
+        return target.engines["absorbed"].onnx.sha256
 
     monkeypatch.setattr(tensorrt_package, "run", run)
     assert static([[1, 2, 3]], "a") and not static([[1, 2, 3]], "a") and not static([[1, 2, 3]], "b")
@@ -147,12 +153,12 @@ def test_build_records_samples_and_builds_anew_for_others(fast_trace, monkeypatc
     assert first.options == {"weights": "inputs", "prefill": "expanded"} | calibrated
     assert static([[1, 2, 4]], "a")
     second = Bundle(tmp_path / "bundle").target("sm89")[1]
-    assert second.options["calibration"] == Samples(((1, 2, 4),)).digest and second.onnx.sha256 != first.onnx.sha256
+    assert second.options["calibration"] == Samples(((1, 2, 4),)).digest and onnx(second) != onnx(first)
     assert second.weight_set == first.weight_set
     with pytest.raises(BuildError, match=r"has target sm89 already \(fp8.*static.*--force"):
-        build.build(EXAMPLE, tmp_path / "bundle", "sm89")
+        build(EXAMPLE, tmp_path / "bundle", "sm89")
     options = dict(activations="static", calibration=tmp_path / "a", weights="embedded", force=True)
-    build.build(EXAMPLE, tmp_path / "bundle", "sm89, sm86,sm89", **options)  # each takes what concerns it
+    build(EXAMPLE, tmp_path / "bundle", "sm89, sm86,sm89", **options)  # each takes what concerns it
     targets = Bundle(tmp_path / "bundle").manifest.targets
     assert targets["sm86"].options == {"weights": "embedded", "prefill": "absorbed"}
     assert targets["sm89"].options == second.options | {"weights": "embedded", "prefill": "absorbed"}

@@ -8,11 +8,11 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from export import checkpoint as module
-from export.checkpoint import Checkpoint, combined_digest
-from export.errors import CheckpointError
-from export.models.deepseek_v2 import DeepseekV2Step
-from export.models.deepseek_v2_weights import checkpoint_tensors
+from latentrt.export import checkpoint as module
+from latentrt.export.checkpoint import Checkpoint, combined_digest
+from latentrt.export.errors import CheckpointError
+from latentrt.export.models.deepseek_v2.model import DeepseekV2Step
+from latentrt.export.models.deepseek_v2.weights import checkpoint_tensors
 from tests import checkpoints
 
 NORM, ROUTER = "model.layers.0.self_attn.kv_a_layernorm.weight", "model.layers.1.mlp.gate.weight"

@@ -9,9 +9,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from export import config
-from export.config import parse
-from export.errors import ConfigError
+from latentrt.export.errors import ConfigError
+from latentrt.export.models import registry
+from latentrt.export.models.registry import parse
 from tests import checkpoints, formula
 
 CONFIGS = Path(__file__).parent.parent / "configs"
@@ -111,7 +111,7 @@ def test_rope_scaling_null_is_plain_rope():
 
 def test_saved_by_transformers(tmp_path):
     checkpoints.write(tmp_path)
-    c = config.load(tmp_path)
+    c = registry.load(tmp_path)
     assert {k: getattr(c, k) for k in checkpoints.CONFIG if k != "rope_parameters"} == {
         k: v for k, v in checkpoints.CONFIG.items() if k != "rope_parameters"
     }
@@ -182,7 +182,7 @@ def test_bad_value_is_named(tmp_path, case):
     fields, words = BAD[case]
     (tmp_path / "config.json").write_text(json.dumps(V2 | fields))
     with pytest.raises(ConfigError) as error:
-        config.load(tmp_path)
+        registry.load(tmp_path)
     for word in [str(tmp_path / "config.json"), *words]:
         assert word in str(error.value)
 
@@ -200,13 +200,26 @@ def test_unreadable_file(tmp_path, content, word):
     if content is not None:
         (tmp_path / "config.json").write_bytes(content)
     with pytest.raises(ConfigError) as error:
-        config.load(tmp_path)
+        registry.load(tmp_path)
     assert str(tmp_path / "config.json") in str(error.value) and word in str(error.value)
 
 
 def test_lite_routes_greedily_without_groups():
     """V2-Lite says n_group 1; a greedy config may also say null."""
     assert parse(LITE | {"n_group": None, "topk_group": None}).n_group is None
+
+
+def test_a_config_finds_its_family():
+    """And comes back from what a manifest keeps of it."""
+    for raw in (V2, LITE):
+        c = parse(raw)
+        family = registry.of(c)
+        assert (family.model_type, family.architecture) == (raw["model_type"], raw["architectures"][0])
+        assert family.restore(json.loads(json.dumps(c.model_dump()))) == c
+        kinds = [family.layer_kind(c, i) for i in range(c.num_hidden_layers)]
+        assert kinds == [False] + [True] * (c.num_hidden_layers - 1)
+    with pytest.raises(ConfigError, match=r"num_hidden_layers is missing"):
+        family.restore({k: v for k, v in c.model_dump().items() if k != "num_hidden_layers"})
 
 
 def test_immutable():

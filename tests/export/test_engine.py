@@ -13,14 +13,15 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-import build
-from export.lowering.base import Lowering
-from runtime import backends
-from runtime.bundle import Bundle
+from latentrt.export.lowering.base import Lowering
+from latentrt.runtime import backends
+from latentrt.runtime.bundle.reader import Bundle
 from tests import checkpoints, ragged
+from tests.builds import build, locked
 from tests.checkpoints import PLAIN_ROPE, YARN
-from tests.export.conftest import forms_of, locked
 from tests.formula import Formula
+
+pytestmark = pytest.mark.slow
 
 PAGE_SIZE = 4
 # What only the lowering and the engine can get wrong, one checkpoint each; all else is test_model.py's.
@@ -43,13 +44,12 @@ def engines(shared, traced):
 
     def built(case: str = "limited", precision="fp32", accuracy="exact", cache_format="float32") -> tuple[Path, Path]:
         checkpoint, out = shared / f"engine.{case}", shared / f"engine.{case}.{precision}.{accuracy}.{cache_format}"
-        with locked(shared / f"engine.{case}.lock"), pytest.MonkeyPatch.context() as patch:
-            patch.setattr(build.step_graph, "build_forms", forms_of(traced))
+        with locked(shared / f"engine.{case}.lock"), traced.remembered() as patch:
             patch.setattr(Lowering, "page_size", PAGE_SIZE)
             if not checkpoint.exists():
                 checkpoints.write(checkpoint, seed=21, **CASES[case])
             if not (out / "manifest.json").exists():
-                build.build(checkpoint, out, "cpu", precision, accuracy, cache_format)
+                build(checkpoint, out, "cpu", precision, accuracy, cache_format)
         return checkpoint, out
 
     return built
@@ -101,8 +101,8 @@ def test_float16_cache(engines):
     """Half precision keeps 11 bits: each cached element moves by 2^-12 at most, relative; through three layers logits of
     size 5 move by some 10^-3. The same rounding in the torch model leaves float32 noise, and the few cached elements which
     that noise makes round to the other side."""
-    from export.checkpoint import Checkpoint
-    from export.models.deepseek_v2 import DeepseekV2Step
+    from latentrt.export.checkpoint import Checkpoint
+    from latentrt.export.models.deepseek_v2.model import DeepseekV2Step
 
     checkpoint, out = engines(cache_format="float16")
     found, sequences = run(out)
@@ -280,9 +280,9 @@ def test_logits_of_chosen_rows_only(engines):
 
 
 def test_pages_of_the_default_size(fast_trace, tmp_path):
-    """64 tokens a page, as build.py makes them: 150 tokens, decoded over both page borders and past YaRN's context."""
+    """64 tokens a page, as a build makes them: 150 tokens, decoded over both page borders and past YaRN's context."""
     checkpoint, out = checkpoints.write(tmp_path / "checkpoint", seed=4, num_hidden_layers=2), tmp_path / "bundle"
-    build.build(checkpoint, out, "cpu", "fp32")
+    build(checkpoint, out, "cpu", "fp32")
     lengths = [150, 70]
     sequences, pages = checkpoints.random_tokens(lengths), ragged.Pages(lengths, 64)
     found = ragged.run(ragged.engine_step(load(out, pages)), sequences, [[60, 63], *[[1, 1]] * 6, [61, 0]], pages, (1, 0))

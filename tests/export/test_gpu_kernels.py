@@ -4,11 +4,11 @@ from dataclasses import asdict
 
 import pytest
 
-from export.errors import BuildError
-from export.lowering import gpu_kernels
-from plugins import compile as compiler
-from plugins.compile import CompiledKernel
-from plugins.launch import KernelSpec
+from latentrt.export.errors import BuildError
+from latentrt.export.lowering.tensorrt import gpu_kernels
+from latentrt.plugins.launch import compile as compiler
+from latentrt.plugins.launch.compile import CompiledKernel
+from latentrt.plugins.launch.plan import KernelSpec
 
 WHOLE = {"architecture": 89, "shared_bytes": 1024, "stack_bytes": 0, "instructions": {"QMMA": 4, "HMMA": 4}}
 
@@ -41,7 +41,7 @@ def test_faults_stop_the_build(changes, words, monkeypatch, tmp_path):
 def test_spills_do_not(slow, monkeypatch, tmp_path):
     kernel = spec(tensor_cores="fp8")
     compiled(monkeypatch, tmp_path, kernel, **slow)
-    assert [k.function for k in gpu_kernels.compile_all([kernel], 89)] == ["gate_up"]
+    assert [k.spec.function for k in gpu_kernels.compile_all([kernel], 89)] == ["gate_up"]
     assert "spills" in compiler.findings(compiler.load(kernel, 89))[0]
 
 

@@ -14,18 +14,22 @@ import onnxruntime as ort
 import pytest
 import torch
 
-from export import graph, weight_set
-from export.checkpoint import Checkpoint
-from export.lowering import onnxruntime as cpu
-from export.lowering.base import described
-from export.lowering.onnx_on_cpu import runnable
-from export.models.deepseek_v2 import FORMS, DeepseekV2Step
-from export.models.deepseek_v2_weights import checkpoint_tensors, weights
-from export.quantization import Float32
-from plugins.contract import DOMAIN
+from latentrt.export import weight_set
+from latentrt.export.checkpoint import Checkpoint
+from latentrt.export.lowering.base import described
+from latentrt.export.lowering.onnxruntime import lowering as cpu
+from latentrt.export.models.deepseek_v2.model import DeepseekV2Step
+from latentrt.export.models.deepseek_v2.weights import checkpoint_tensors, weights
+from latentrt.export.quantization import Float32
+from latentrt.plugins.contract import DOMAIN
+from latentrt.plugins.step_graph import FORMS, INPUTS, attention_output, cache_name, caches, layer_output, mlp_output
 from tests import checkpoints, ragged
-from tests.export.conftest import locked
+from tests.builds import locked
+from tests.export.on_cpu import runnable
 from tests.export.test_weight_set import Store
+from tests.export.whole_trace import trace_whole
+
+pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
 ATTENTION = {"absorbed": "MlaAttention", "expanded": "MlaPrefill"}
@@ -52,12 +56,12 @@ def whole(opened, shared, form) -> ir.Model:
     file = shared / f"whole.{form}.onnx"
     with locked(file.with_suffix(".lock")):
         if not file.exists():
-            file.write_bytes(ir.to_proto(graph.trace_whole(opened.config, page_size=4, form=form)).SerializeToString())
+            file.write_bytes(ir.to_proto(trace_whole(opened.config, page_size=4, form=form)).SerializeToString())
     return ir.from_proto(onnx.load(file))
 
 
 def weight_inputs(model: ir.Model) -> dict[str, tuple]:
-    named = {*graph.BATCH_INPUTS, *(graph.cache_name(i) for i in range(99))}
+    named = {*INPUTS, *caches(99)}
     return {v.name: tuple(v.shape.numpy()) for v in model.graph.inputs if v.name not in named}
 
 
@@ -68,7 +72,7 @@ def test_inputs_and_outputs_are_the_contract(stamped, opened):
         "input_ids": ["T"], "positions": ["T"], "query_starts": ["B + 1"], "cached_lengths": ["B"],
         "block_table": ["B", "max_pages"], "num_tokens": [1], "logit_rows": ["N"],
     }  # fmt: skip
-    assert {n: inputs[n] for n in graph.BATCH_INPUTS} == {n: ("INT32", s) for n, s in expected.items()}
+    assert {n: inputs[n] for n in INPUTS} == {n: ("INT32", s) for n, s in expected.items()}
     for layer in range(c.num_hidden_layers):
         assert inputs[f"latent_cache.{layer}"] == ("FLOAT", ["num_pages", 4, c.kv_lora_rank + c.qk_rope_head_dim])
     outputs = [v.name for v in stamped.graph.outputs]
@@ -94,6 +98,15 @@ def test_every_name_of_a_layer_tells_the_layer(stamped, opened, form):
     assert len({n.name for n in stamped.graph}) == len(list(stamped.graph))
     ops = Counter(n.op_type for n in stamped.graph if n.domain == DOMAIN)
     assert ops == {ATTENTION[form]: 3, "MoeRoute": 2, "MoeExperts": 2}
+
+
+def test_what_layers_put_out_has_a_name(stamped, opened):
+    """Both terms of each layer's residual sums, and the sum: what validation looks at."""
+    sums = {n.outputs[0].name: {v.name for v in n.inputs} for n in stamped.graph if n.op_type == "Add"}
+    for layer in range(opened.config.num_hidden_layers):
+        (middle,) = sums[layer_output(layer)] - {mlp_output(layer)}
+        before = layer_output(layer - 1) if layer else "embed.hidden_out"
+        assert sums[middle] == {before, attention_output(layer)}
 
 
 def test_both_forms_have_the_same_inputs_and_outputs(opened, traced):
@@ -122,7 +135,7 @@ def step(opened) -> dict[str, np.ndarray]:
     inputs = ragged.batch([sequences[0][4:], sequences[1], []], [4, 0, 0], pages.table, padding=2)
     shape = pages.num_pages, 4, opened.config.kv_lora_rank + opened.config.qk_rope_head_dim
     caches = [np.random.default_rng(layer).standard_normal(shape).astype(np.float32) for layer in range(3)]
-    return inputs | {graph.cache_name(i): c for i, c in enumerate(caches)}
+    return inputs | {cache_name(i): c for i, c in enumerate(caches)}
 
 
 def outputs(model: ir.Model, opened: Checkpoint, step: dict) -> list[np.ndarray]:
@@ -144,8 +157,8 @@ def module_outputs(opened: Checkpoint, step: dict, form: str) -> list[np.ndarray
     """The same by the module that the graph was traced from."""
     model = DeepseekV2Step(opened.config, form=form).load_weights(opened.read)
     with torch.no_grad():
-        arguments = [torch.from_numpy(step[n]) for n in ragged.BATCH]
-        logits, hidden, updated = model(*arguments, [torch.from_numpy(step[graph.cache_name(i)]) for i in range(3)])
+        batch = {n: torch.from_numpy(step[n]) for n in INPUTS}
+        logits, hidden, updated = model(batch, [torch.from_numpy(step[n]) for n in caches(3)])
     return without_scratch([logits, hidden, *updated])
 
 
@@ -171,12 +184,13 @@ CHILD = """
 import json, sys, time
 import torch
 torch.set_num_threads(1)
-from export import config, graph
-from export.models.deepseek_v2_weights import weights
+from latentrt.export import graph
+from latentrt.export.models import registry
+from latentrt.export.models.deepseek_v2.weights import weights
 from collections import Counter
 
 for name in sys.argv[1:]:
-    c = config.parse(json.load(open(f"tests/configs/{name}.json")))
+    c = registry.parse(json.load(open(f"tests/configs/{name}.json")))
     start = time.process_time()
     models = graph.build_forms(c, torch.bfloat16, "bfloat16")
     seconds = time.process_time() - start
@@ -223,7 +237,7 @@ def files(traced, opened, tmp_path_factory) -> dict[str, Path]:
         found[form].write_bytes(runnable(ir.to_proto(traced(opened.config, page_size=4, form=form))).SerializeToString())
     members, options = cpu.stored_weights(weights(opened.config)), cpu.CpuOptions("fp32", "exact")
     located = weight_set.write(opened, members, Float32(), "key", Store(folder))
-    proto = cpu.lower(traced(opened.config, page_size=4), opened.config, members, located, Float32(), options)
+    proto = cpu.lower(traced(opened.config, page_size=4), members, located, Float32(), options)
     found["lowered"].write_bytes(proto.SerializeToString())
     return found
 
@@ -238,7 +252,7 @@ def test_polygraphy_inspects(files, kind):
 @pytest.mark.parametrize("kind", [*FORMS, "lowered"])
 def test_polygraphy_lint_is_clean(files, kind, tmp_path):
     report = tmp_path / "lint.json"
-    polygraphy("check", "lint", files[kind], "--data-loader-script", "validation/polygraphy_inputs.py", "-o", report)
+    polygraphy("check", "lint", files[kind], "--data-loader-script", "tests/export/polygraphy_inputs.py", "-o", report)
     found = json.loads(report.read_text())
     assert found["lint_entries"] == []
     assert found["summary"]["failing"] == [] and len(found["summary"]["passing"]) > 0

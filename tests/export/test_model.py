@@ -9,9 +9,10 @@ import torch
 from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 
-from export.checkpoint import Checkpoint
-from export.models.deepseek_v2 import FORMS, DeepseekV2Step
-from export.models.deepseek_v2_weights import checkpoint_tensors
+from latentrt.export.checkpoint import Checkpoint
+from latentrt.export.models.deepseek_v2.model import DeepseekV2Step
+from latentrt.export.models.deepseek_v2.weights import checkpoint_tensors
+from latentrt.plugins.step_graph import FORMS
 from tests import checkpoints, ragged
 from tests.checkpoints import PLAIN_ROPE, YARN
 from tests.formula import Formula

@@ -1,4 +1,4 @@
-"""build.py for GPU targets on a machine without one: plans, listings, shared weights, refusals, failures."""
+"""Builds for GPU targets on a machine without one: plans, listings, shared weights, refusals, failures."""
 
 import json
 import re
@@ -10,16 +10,19 @@ from pathlib import Path
 import onnx
 import pytest
 
-import build
-from export import weight_set
-from export.errors import BuildError
-from export.lowering import gpu_kernels, tensorrt_build, tensorrt_package
-from export.lowering.base import Kernel
-from export.lowering.tensorrt_build import BuildJob
-from runtime.bundle import Bundle
+from latentrt.export import weight_set
+from latentrt.export.errors import BuildError
+from latentrt.export.lowering.tensorrt import build as tensorrt_build
+from latentrt.export.lowering.tensorrt import gpu_kernels
+from latentrt.export.lowering.tensorrt import package as tensorrt_package
+from latentrt.export.lowering.tensorrt.build import BuildJob
+from latentrt.plugins.launch.compile import CompiledKernel
+from latentrt.runtime.bundle.reader import Bundle
+from tests.builds import build
 from tests.conftest import EXAMPLE
-from tests.export.conftest import forms_of
 from tests.export.plan_text import products
+
+pytestmark = pytest.mark.slow
 
 pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13: the package that builds")
 
@@ -33,11 +36,13 @@ def no_kernels(monkeypatch, tmp_path):
     monkeypatch.setattr(gpu_kernels, "compile_all", lambda specs, capability, progress=None: kernel_files(tmp_path, capability))
 
 
-def kernel_files(folder: Path, capability: int) -> list[Kernel]:
+def kernel_files(folder: Path, capability: int) -> list[CompiledKernel]:
     cubin, manifest = folder / "k.cubin", folder / "k.json"
     cubin.write_bytes(b"machine code of sm%d" % capability)
-    manifest.write_text(json.dumps({"architecture": capability}))
-    return [Kernel("moe_route", "route", cubin, manifest)]
+    spec = dict(op="moe_route", function="route", arguments=[], constexprs=[], num_warps=4, num_stages=1, grid="(1,)")
+    metadata = {"architecture": capability, "spec": spec}
+    manifest.write_text(json.dumps(metadata))
+    return [CompiledKernel(cubin, metadata)]
 
 
 @pytest.fixture
@@ -59,10 +64,9 @@ def no_tensorrt(monkeypatch) -> list[BuildJob]:
 def built(traced, tmp_path_factory) -> Path:
     """The example for three GPUs, precision auto."""
     folder = tmp_path_factory.mktemp("tensorrt")
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("export.graph.build_forms", forms_of(traced))
+    with traced.remembered() as patch:
         patch.setattr(gpu_kernels, "compile_all", lambda specs, capability, progress=None: kernel_files(folder, capability))
-        build.build(EXAMPLE, folder / "bundle", "sm86,sm89,sm120")
+        build(EXAMPLE, folder / "bundle", "sm86,sm89,sm120")
     return folder / "bundle"
 
 
@@ -73,9 +77,11 @@ def test_targets(built, name, precision):
     assert (target.precision, target.backend, target.compute_capability) == (precision, "tensorrt_rtx", name)
     assert target.executed is None
     assert target.cache.format == "bfloat16" and target.cache.layers == LAYERS
-    assert set(target.profiles) == {"decode", "prefill"}
-    for network, attention in ((target.network, "MlaAttention"), (target.expanded.network, "MlaPrefill")):
-        listing = json.loads(bundle.file(network).read_text())
+    assert {form: set(e.profiles) for form, e in target.engines.items()} == {
+        "absorbed": {"decode", "prefill"}, "expanded": {"prefill"},
+    }  # fmt: skip
+    for form, attention in (("absorbed", "MlaAttention"), ("expanded", "MlaPrefill")):
+        listing = json.loads(bundle.file(target.engines[form].network).read_text())
         plugins = [layer["plugin"] for layer in listing if layer["type"] == "plugin_v3"]
         assert {p: plugins.count(p) for p in plugins} == {attention: LAYERS, "MoeRoute": MOE_LAYERS, "MoeExperts": MOE_LAYERS}
         types = {t for layer in listing for t in layer["outputs"]}
@@ -87,7 +93,7 @@ def test_products_of_the_plan_run_in_the_precision_asked_for(built, name, precis
     """TensorRT may answer an FP8 graph with bf16 products; the plan tells. Every profile has its own instructions."""
     bundle = Bundle(built)
     _, target = bundle.target(name)
-    for plan, absorbed in ((target, ABSORBED), (target.expanded, 0)):
+    for plan, absorbed in ((target.engines["absorbed"], ABSORBED), (target.engines["expanded"], 0)):
         found = products(bundle.file(plan.graph))
         if not found:
             pytest.skip("this TensorRT-RTX writes no readable instructions")
@@ -101,16 +107,17 @@ def test_static_scales_keep_fp8_products(fast_trace, tmp_path):
     """Constants in place of the largest value of every row: as many FP8 products, and no ReduceMax in the graph."""
     (tmp_path / "ids.json").write_text("[[5, 6, 7, 8], [9]]")
     out, options = tmp_path / "bundle", dict(activations="static", calibration=tmp_path / "ids.json")
-    build.build(EXAMPLE, out, "sm89", "fp8", **options)
+    build(EXAMPLE, out, "sm89", "fp8", **options)
     bundle = Bundle(out)
     _, target = bundle.target()
     assert target.options["activations"] == "static" and len(target.options["calibration"]) == 64
-    assert not [n for n in onnx.load(bundle.file(target.onnx)).graph.node if n.op_type == "ReduceMax"]
-    found = products(bundle.file(target.graph))
+    engine = target.engines["absorbed"]
+    assert not [n for n in onnx.load(bundle.file(engine.onnx)).graph.node if n.op_type == "ReduceMax"]
+    found = products(bundle.file(engine.graph))
     if not found:
         pytest.skip("this TensorRT-RTX writes no readable instructions")
-    assert found["fp8_e4m3", "fp8_e4m3", "bf16"] == len(target.profiles) * LINEARS["fp8"]
-    assert found["bf16", "bf16", "bf16"] == len(target.profiles) * (ABSORBED + 1)
+    assert found["fp8_e4m3", "fp8_e4m3", "bf16"] == len(engine.profiles) * LINEARS["fp8"]
+    assert found["bf16", "bf16", "bf16"] == len(engine.profiles) * (ABSORBED + 1)
 
 
 def test_weights_are_inputs_that_targets_share(built):
@@ -119,7 +126,7 @@ def test_weights_are_inputs_that_targets_share(built):
     assert targets["sm89"].weight_set == targets["sm120"].weight_set != targets["sm86"].weight_set
     for target in targets.values():
         stored = bundle.manifest.weight_sets[target.weight_set].tensors
-        graphs = [onnx.load(bundle.file(plan.onnx)).graph for plan in (target, target.expanded)]
+        graphs = [onnx.load(bundle.file(plan.onnx)).graph for plan in target.engines.values()]
         inputs = {i.name: i.type.tensor_type for i in graphs[0].input}
         assert list(graphs[0].input) == list(graphs[1].input) and list(graphs[0].output) == list(graphs[1].output)
         assert set(inputs) == {i.name for i in target.inputs} | set(target.weight_inputs)
@@ -134,23 +141,23 @@ def test_weights_are_inputs_that_targets_share(built):
 
 def test_profiles_cover_the_limits(built):
     _, target = Bundle(built).target("sm89")
-    decode, prefill = target.profiles["decode"], target.profiles["prefill"]
+    decode, prefill = target.engines["absorbed"].profiles.values()
     for profile in (decode, prefill):
         assert set(profile) == {i.name for i in target.inputs} - {"num_tokens"}
-        smallest, usual, largest = (dict(zip(profile, shapes, strict=True)) for shapes in zip(*profile.values(), strict=True))
+        smallest, usual, largest = ({n: getattr(r, k) for n, r in profile.items()} for k in ("min", "opt", "max"))
         assert largest["block_table"] == [target.limits.max_sequences, target.limits.max_context // target.cache.page_size]
         assert largest["query_starts"] == [target.limits.max_sequences + 1]
         assert all(a <= b <= c for n in profile for a, b, c in zip(smallest[n], usual[n], largest[n], strict=True))
         assert largest["latent_cache.0"][0] * target.cache.page_size * target.cache.width < 2**31
-    assert decode["input_ids"][2] == [target.limits.max_sequences]
-    assert prefill["input_ids"][2] == [target.limits.max_batch_tokens]
-    assert target.expanded.profiles == {"prefill": prefill}
+    assert decode["input_ids"].max == [target.limits.max_sequences]
+    assert prefill["input_ids"].max == [target.limits.max_batch_tokens]
+    assert target.engines["expanded"].profiles == {"prefill": prefill}
 
 
 def test_repeated_it_does_nothing(built, no_tensorrt, monkeypatch):
     before = (built / "manifest.json").read_bytes()
     monkeypatch.setattr(weight_set, "write", None)
-    summary = build.build(EXAMPLE, built, "sm86,sm89,sm120")
+    summary = build(EXAMPLE, built, "sm86,sm89,sm120")
     assert [t["built"] for t in summary["targets"]] == [False] * 3 and no_tensorrt == []
     assert (built / "manifest.json").read_bytes() == before
 
@@ -158,13 +165,13 @@ def test_repeated_it_does_nothing(built, no_tensorrt, monkeypatch):
 @pytest.fixture
 def started(fast_trace, no_tensorrt, tmp_path) -> Path:
     """A bundle for sm89 without real plans."""
-    build.build(EXAMPLE, tmp_path / "bundle", "sm89")
+    build(EXAMPLE, tmp_path / "bundle", "sm89")
     return tmp_path / "bundle"
 
 
 def test_a_new_target_shares_the_weights_that_are_there(started, no_tensorrt, fast_trace, monkeypatch):
     monkeypatch.setattr(weight_set, "write", None)  # writing them again would fail
-    summary = build.build(EXAMPLE, started, "sm89,sm120,sm121")
+    summary = build(EXAMPLE, started, "sm89,sm120,sm121")
     assert [t["built"] for t in summary["targets"]] == [False, True, True]
     assert [j.compute_capability for j in no_tensorrt] == [89, 89, 120, 120, 121, 121], "two plans each"
     bundle = Bundle(started)
@@ -174,11 +181,11 @@ def test_a_new_target_shares_the_weights_that_are_there(started, no_tensorrt, fa
 
 def test_absorbed_prefill_is_one_plan(fast_trace, no_tensorrt, tmp_path):
     out = tmp_path / "bundle"
-    build.build(EXAMPLE, out, "sm89", prefill="absorbed")
+    build(EXAMPLE, out, "sm89", prefill="absorbed")
     _, target = Bundle(out).target()
-    assert target.expanded is None and len(no_tensorrt) == 1 and target.options["prefill"] == "absorbed"
+    assert list(target.engines) == ["absorbed"] and len(no_tensorrt) == 1 and target.options["prefill"] == "absorbed"
     with pytest.raises(BuildError, match=r"has target sm89 already .*'prefill': 'absorbed'.*--force"):
-        build.build(EXAMPLE, out, "sm89")
+        build(EXAMPLE, out, "sm89")
 
 
 def test_the_kernels_are_those_of_both_plans(fast_trace, no_tensorrt, tmp_path, monkeypatch):
@@ -186,16 +193,16 @@ def test_the_kernels_are_those_of_both_plans(fast_trace, no_tensorrt, tmp_path, 
     monkeypatch.setattr(
         gpu_kernels, "compile_all", lambda specs, capability, progress: asked.extend(specs) or kernel_files(tmp_path, 89)
     )
-    build.build(EXAMPLE, tmp_path / "bundle", "sm89")
+    build(EXAMPLE, tmp_path / "bundle", "sm89")
     assert {s.op for s in asked} == {"mla_attention", "mla_prefill", "moe_route", "moe_experts"}
     assert len(asked) == len(set(asked))
 
 
 def test_a_target_is_built_anew_where_the_tools_changed(started, no_tensorrt, fast_trace, monkeypatch):
     monkeypatch.setattr(gpu_kernels, "identity", lambda: {"triton": "another"})
-    assert build.build(EXAMPLE, started, "sm89")["built"]
+    assert build(EXAMPLE, started, "sm89")["built"]
     with pytest.raises(BuildError, match=r"has target sm89 already \(fp8.*--force"):
-        build.build(EXAMPLE, started, "sm89", "bf16")
+        build(EXAMPLE, started, "sm89", "bf16")
 
 
 def test_what_was_finished_before_a_failure_stays(started, no_tensorrt, fast_trace, monkeypatch):
@@ -208,23 +215,24 @@ def test_what_was_finished_before_a_failure_stays(started, no_tensorrt, fast_tra
 
     monkeypatch.setattr(tensorrt_package, "run", run)
     with pytest.raises(BuildError, match="no such luck"):
-        build.build(EXAMPLE, started, "sm120,sm121,sm86", "bf16")
+        build(EXAMPLE, started, "sm120,sm121,sm86", "bf16")
     bundle = Bundle(started)
     assert set(bundle.manifest.targets) == {"sm89", "sm120"} and bundle.verify() == []
     assert {p.name for p in (started / "files").iterdir()} == {r.file for r in bundle.manifest.refs()}
 
 
 def test_embedded_weights_are_in_the_plan(fast_trace, tmp_path, built):
-    build.build(EXAMPLE, tmp_path / "bundle", "sm86", weights="embedded")
+    build(EXAMPLE, tmp_path / "bundle", "sm86", weights="embedded")
     bundle = Bundle(tmp_path / "bundle")
     _, target = bundle.target()
     assert target.weight_inputs == [] and target.options == {"weights": "embedded", "prefill": "absorbed"}
-    assert target.expanded is None, "a second plan would hold all weights again"
+    assert list(target.engines) == ["absorbed"], "a second plan would hold all weights again"
     weights = sum(f.size for f in bundle.manifest.weight_sets[target.weight_set].files)
-    assert target.graph.size > 0.9 * weights + Bundle(built).manifest.targets["sm86"].graph.size / 2
-    initializers = onnx.load(bundle.file(target.onnx)).graph.initializer  # with the files that it names, beside it
+    mine, other = (t.engines["absorbed"] for t in (target, Bundle(built).manifest.targets["sm86"]))
+    assert mine.graph.size > 0.9 * weights + other.graph.size / 2
+    initializers = onnx.load(bundle.file(mine.onnx)).graph.initializer  # with the files that it names, beside it
     assert {"model.embed_tokens.weight", "lm_head.weight"} <= {t.name for t in initializers}
-    assert {i.name for i in onnx.load(bundle.file(target.onnx), load_external_data=False).graph.input} == {
+    assert {i.name for i in onnx.load(bundle.file(mine.onnx), load_external_data=False).graph.input} == {
         i.name for i in target.inputs
     }  # fmt: skip
 
@@ -235,13 +243,13 @@ def test_embedded_weights_are_in_the_plan(fast_trace, tmp_path, built):
         (("sm89,sm86", "fp8"), "'fp8' is not to be had on sm86: its hardware has no fp8; accepted: auto, bf16"),
         (("sm89,sm999", "auto"), "unknown target 'sm999', accepted: cpu, sm80, sm86, sm89, sm90"),
         (("sm89", "int8"), "'int8' is not to be had on sm89; accepted: auto, fp8, bf16"),
-        (("sm89", "auto", "fast", "auto", None, False, True, "shared"), "weights is 'shared', accepted: inputs, embedded"),
+        (("sm89", "auto", "fast", "auto", None, "shared"), "weights is 'shared', accepted: inputs, embedded"),
         (("sm89", "auto", "fast", "float32"), "cache_format is 'float32', accepted for target sm89: auto, bfloat16"),
     ],
 )
 def test_refused_before_anything_is_built(arguments, message, tmp_path):
     with pytest.raises(BuildError) as error:
-        build.build(EXAMPLE, tmp_path / "bundle", *arguments)
+        build(EXAMPLE, tmp_path / "bundle", *arguments)
     assert message in str(error.value) and not (tmp_path / "bundle").exists()
 
 
@@ -255,7 +263,7 @@ def test_refused_before_anything_is_built(arguments, message, tmp_path):
 )
 def test_prefill_that_cannot_be_had(options, message, tmp_path):
     with pytest.raises(BuildError) as error:
-        build.build(EXAMPLE, tmp_path / "bundle", **options)
+        build(EXAMPLE, tmp_path / "bundle", **options)
     assert message in str(error.value) and not (tmp_path / "bundle").exists()
 
 
@@ -264,9 +272,10 @@ def test_no_layer_copies_a_cache(built, tmp_path, form):
     """The engine's own listing: every cache goes from its network input into the plugin, and out as a network output."""
     bundle = Bundle(built)
     _, target = bundle.target("sm89")
-    engine = target if form == "absorbed" else target.expanded
+    engine = target.engines[form]
+    profiles = [{n: r.model_dump() for n, r in p.items()} for p in engine.profiles.values()]
     files = [str(bundle.file(engine.onnx)), str(tmp_path / "plan"), str(tmp_path / "network.json")]
-    BuildJob("tensorrt_rtx", 89, *files, list(engine.profiles.values())).save(tmp_path / "job.json")
+    BuildJob("tensorrt_rtx", 89, *files, profiles).save(tmp_path / "job.json")
     command = [sys.executable, "-m", "tests.export.engine_layers", str(tmp_path / "job.json")]
     environment = tensorrt_package._environment("tensorrt_rtx", tmp_path)
     child = subprocess.run(command, cwd=tensorrt_package.ROOT, env=environment, capture_output=True, text=True)
@@ -280,7 +289,7 @@ def test_no_layer_copies_a_cache(built, tmp_path, form):
     for line in touching:
         inputs, outputs = line.split(" -> ")
         assert re.findall(r", latent_cache\.(\d+) ", inputs) == re.findall(r", latent_cache\.(\d+)\.updated ", outputs)
-    largest = max(p["latent_cache.0"][2] for p in engine.profiles.values())
+    largest = max(p["latent_cache.0"].max for p in engine.profiles.values())
     memory = [int(text.split()[-2]) for text in told if text.startswith("Total Activation")]
     assert len(memory) == len(engine.profiles) and max(memory) < 0.1 * prod(largest) * 2, "bytes of one bfloat16 cache"
 

@@ -11,15 +11,18 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from export.checkpoint import Checkpoint
-from export.errors import BuildError
-from export.lowering import tensorrt, tensorrt_package
-from export.lowering.base import Limits
-from export.lowering.tensorrt_build import BuildJob
-from export.models import deepseek_v2
-from export.quantization import BFloat16
+from latentrt.export.checkpoint import Checkpoint
+from latentrt.export.errors import BuildError
+from latentrt.export.lowering.base import Limits
+from latentrt.export.lowering.tensorrt import lowering as tensorrt
+from latentrt.export.lowering.tensorrt import package as tensorrt_package
+from latentrt.export.lowering.tensorrt.build import BuildJob
+from latentrt.export.models.deepseek_v2 import model as deepseek_v2
+from latentrt.export.quantization import BFloat16
 from tests import full_tensorrt
 from tests.conftest import EXAMPLE
+
+pytestmark = pytest.mark.slow
 
 full_tensorrt.require()
 

@@ -11,18 +11,21 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from export.calibration import Samples, activation_scales
-from export.checkpoint import Checkpoint
-from export.lowering import fp8_graph, tensorrt
-from export.lowering.onnx_on_cpu import runnable
-from export.models import deepseek_v2
-from export.models.deepseek_v2 import FORMS
-from export.models.weights import Weight
-from export.quantization import BFloat16, Fp8
-from plugins.contract import DOMAIN
+from latentrt.export.calibration import Samples, activation_scales
+from latentrt.export.checkpoint import Checkpoint
+from latentrt.export.lowering.tensorrt import fp8_graph
+from latentrt.export.lowering.tensorrt import lowering as tensorrt
+from latentrt.export.models.base import Weight, weight_name
+from latentrt.export.models.deepseek_v2 import model as deepseek_v2
+from latentrt.export.models.deepseek_v2.model import FORMS
+from latentrt.export.quantization import BFloat16, Fp8
+from latentrt.plugins.contract import DOMAIN
 from tests import checkpoints, ragged
 from tests.conftest import EXAMPLE
 from tests.export.graph_on_cpu import CpuGraph, stored, value
+from tests.export.on_cpu import runnable
+
+pytestmark = pytest.mark.slow
 
 FORMATS = {"bf16": BFloat16(), "fp8": Fp8(), "static": Fp8()}
 CASES = [(name, form) for name in FORMATS for form in FORMS]
@@ -81,7 +84,7 @@ def fp8_emulation(example, monkeypatch, static: bool) -> torch.Tensor:
 
     Row by row; where `static`, those of linears (not of experts) by one scale each, beyond which they saturate.
     """
-    from plugins.moe_experts import reference as experts
+    from latentrt.plugins.moe_experts import reference as experts
 
     def rounded(x, scale=None):
         scale = x.abs().amax(-1, keepdim=True).clamp_min(1e-10) / 448 if scale is None else scale
@@ -90,12 +93,12 @@ def fp8_emulation(example, monkeypatch, static: bool) -> torch.Tensor:
     linear = F.linear
     monkeypatch.setattr(experts, "F", SimpleNamespace(silu=F.silu, linear=lambda x, w: linear(rounded(x), w)))
     config, weight_format = example.checkpoint.config, Fp8()
-    parameters, tensors = {}, stored(example.checkpoint, weight_format)
+    decoded, tensors = {}, stored(example.checkpoint, weight_format)
     for weight in deepseek_v2.weights(config):
         names = [weight.name + plan.suffix for plan in weight_format.stored(weight)]
-        parameters[deepseek_v2._parameter_name(weight.name)] = weight_format.decode(weight, [tensors[n] for n in names])
+        decoded[weight.name] = weight_format.decode(weight, [tensors[n] for n in names])
     model = deepseek_v2.DeepseekV2Step(config).eval()
-    model.load_state_dict(parameters, strict=False)
+    model.load_state_dict({n: decoded[weight_name(n)] for n, _ in model.named_parameters()}, strict=False)
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and not name.endswith(("lm_head", "mlp.gate")):
             scale = example.scales[f"model.{name}.weight"] if static else None

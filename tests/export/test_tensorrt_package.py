@@ -5,10 +5,10 @@ import time
 import onnx
 import pytest
 
-import build
-from export.errors import BuildError
-from export.lowering import tensorrt_package
-from export.lowering.tensorrt_build import BuildJob
+from latentrt.export.errors import BuildError
+from latentrt.export.lowering.tensorrt import package as tensorrt_package
+from latentrt.export.lowering.tensorrt.build import BuildJob
+from tests.builds import build
 from tests.conftest import EXAMPLE
 
 pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13: its libraries do the work")
@@ -43,13 +43,13 @@ def test_plans_are_built_at_once_where_the_gpu_plays_no_part(monkeypatch, tmp_pa
 def test_data_centre_targets_say_what_to_install_and_where(tmp_path):
     for name in ("sm90", "sm100"):
         with pytest.raises(BuildError, match=f"on a machine with an {name} GPU, pip install tensorrt-cu13"):
-            build.build(EXAMPLE, tmp_path / "bundle", name)
+            build(EXAMPLE, tmp_path / "bundle", name)
 
 
 def test_a_missing_package_is_named(monkeypatch, tmp_path):
     monkeypatch.setattr(tensorrt_package, "find_spec", lambda name: None)
     with pytest.raises(BuildError, match="target sm89 needs TensorRT-RTX: pip install tensorrt-rtx-cu13"):
-        build.build(EXAMPLE, tmp_path / "bundle", "sm89")
+        build(EXAMPLE, tmp_path / "bundle", "sm89")
 
 
 def test_a_native_abort_is_an_error_with_the_logs_end(monkeypatch, tmp_path):
@@ -61,6 +61,7 @@ def test_a_native_abort_is_an_error_with_the_logs_end(monkeypatch, tmp_path):
         tensorrt_package.run(job, tmp_path, lambda part: None)
 
 
+@pytest.mark.slow
 def test_a_graph_that_tensorrt_refuses_is_an_error_that_names_the_node(tmp_path):
     node = onnx.helper.make_node("NoSuchOp", ["x"], ["y"], domain="latentrt", name="the_node")
     values = [onnx.helper.make_tensor_value_info(n, 1, [4]) for n in "xy"]

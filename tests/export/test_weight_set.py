@@ -11,12 +11,13 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from export import weight_set
-from export.checkpoint import Checkpoint
-from export.lowering.onnxruntime import stored_weights
-from export.models.deepseek_v2_weights import checkpoint_tensors, weights
-from export.models.weights import Weight
-from export.quantization import Float32, Int8
+from latentrt.export import weight_set
+from latentrt.export.checkpoint import Checkpoint
+from latentrt.export.lowering.onnxruntime.lowering import stored_weights
+from latentrt.export.models import registry
+from latentrt.export.models.base import Weight
+from latentrt.export.models.deepseek_v2.weights import checkpoint_tensors, weights
+from latentrt.export.quantization import Float32, Int8
 from tests import checkpoints
 
 
@@ -212,11 +213,12 @@ import sys
 from pathlib import Path
 import torch
 torch.set_num_threads(1)
-from export import weight_set
-from export.checkpoint import Checkpoint
-from export.lowering.onnxruntime import stored_weights
-from export.models.deepseek_v2_weights import checkpoint_tensors, weights
-from export.quantization import Float32, Int8
+from latentrt.export import weight_set
+from latentrt.export.checkpoint import Checkpoint
+from latentrt.export.lowering.onnxruntime.lowering import stored_weights
+from latentrt.export.models import registry
+from latentrt.export.models.deepseek_v2.weights import checkpoint_tensors, weights
+from latentrt.export.quantization import Float32, Int8
 from tests.export.test_weight_set import Store
 
 checkpoint = Checkpoint(sys.argv[1])
@@ -235,6 +237,7 @@ print(peak)
 """
 
 
+@pytest.mark.slow
 def test_memory_is_bounded_by_the_largest_part(tmp_path):
     """A 200 MB checkpoint of 4 layers of 48 MB with 64 experts; its largest tensor, the embedding, has 16 MB."""
     fields = checkpoints.CONFIG | {
@@ -245,9 +248,7 @@ def test_memory_is_bounded_by_the_largest_part(tmp_path):
     folder.mkdir()
     raw = fields | {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"]}
     (folder / "config.json").write_text(json.dumps(raw))
-    from export import config
-
-    shapes = checkpoint_tensors(config.load(folder))
+    shapes = checkpoint_tensors(registry.load(folder))
     save_file({n: torch.full(s, 0.5, dtype=torch.bfloat16) for n, s in shapes.items()}, folder / "model.safetensors")
     size = (folder / "model.safetensors").stat().st_size / 2**20
     assert size > 200

@@ -15,7 +15,7 @@ def gpu():
 
     if not torch.cuda.is_available():
         pytest.skip("no CUDA GPU is visible to PyTorch")
-    from plugins import interpreter
+    from latentrt.plugins.launch import interpreter
 
     if interpreter.interpreting():
         pytest.skip("Triton runs its interpreter in this process; run pytest tests/gpu by itself")

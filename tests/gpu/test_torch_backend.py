@@ -11,8 +11,8 @@ SIZES = (1, 2, 4, 8)
 
 
 def make_runner(graph, device: str, capture: bool):
-    from runtime.backends.torch_graph import StepProgram
-    from runtime.backends.torch_step import StepRunner
+    from latentrt.runtime.backends.torch.graph import StepProgram
+    from latentrt.runtime.backends.torch.step import StepRunner
 
     proto, weights, c = graph
     weights = {name: w.to(device) for name, w in weights.items()}
@@ -26,10 +26,10 @@ def make_runner(graph, device: str, capture: bool):
 
 
 def logits_of(runner) -> np.ndarray:
-    from runtime.backends.base import StepBatch
+    from latentrt.plugins.step_graph import StepBatch
 
     decode = [[1] * len(LENGTHS)] * 3  # every sequence one token: captured steps
-    found = ragged.run(lambda i: runner.step(StepBatch(**i)), sequences(320), [*decode, *SCHEDULE], _pages())
+    found = ragged.run(lambda i: runner.step(StepBatch(**i)).logits(), sequences(320), [*decode, *SCHEDULE], _pages())
     return np.concatenate(found)
 
 
@@ -60,14 +60,14 @@ def test_equals_the_cpu(bfloat16_graph, eager):  # noqa: F811
 
 def test_bundle_on_the_gpu(tiny_bundle):
     """The float32 graph of the cpu target needs the plain ops: kernels take bf16 and f16."""
-    from runtime import backends
-    from runtime.backends.base import StepBatch
-    from runtime.bundle import Bundle
+    from latentrt.plugins.step_graph import StepBatch
+    from latentrt.runtime import backends
+    from latentrt.runtime.bundle.reader import Bundle
 
     bundle = Bundle(tiny_bundle)
     reference = backends.load(bundle, "cpu", cache_tokens=1024)
     options = dict(device="cuda", custom_ops="reference", capture=False, cache_tokens=1024)
     mine = backends.load(bundle, "cpu", backend="torch", **options)
     expected = ragged.run(ragged.engine_step(reference), sequences(320), SCHEDULE, _pages())
-    found = ragged.run(lambda i: mine.step(StepBatch(**i)), sequences(320), SCHEDULE, _pages())
+    found = ragged.run(lambda i: mine.step(StepBatch(**i)).logits(), sequences(320), SCHEDULE, _pages())
     assert np.median(errors(np.concatenate(found), np.concatenate(expected))) <= 1e-3

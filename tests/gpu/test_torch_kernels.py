@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from runtime.backends import torch_fused_ops
+from latentrt.runtime.backends.torch import fused_ops as torch_fused_ops
 
 SMALLEST = 1e-10
 

@@ -13,11 +13,10 @@ from types import SimpleNamespace
 
 import tensorrt_rtx as trt
 
-from plugins import trt_base
-from plugins.architecture import Target
-from plugins.compile import CompiledKernel, spec_from_json
-from plugins.cuda_launch import CudaLauncher
-from plugins.trt import OPS
+from latentrt.plugins import ops, trt_base
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.launch.compile import CompiledKernel
+from latentrt.plugins.launch.cuda import CudaLauncher
 
 _TYPES = {"bfloat16": trt.bfloat16, "float32": trt.float32, "int32": trt.int32, "float8_e4m3fn": trt.fp8,
           "float16": trt.float16}  # fmt: skip
@@ -38,9 +37,9 @@ def declare(library, kernels: list[StoredKernel]) -> None:
 def run(case: dict, log: Path) -> dict:
     kernels = [StoredKernel(Path("none"), metadata) for metadata in case["kernels"]]
     declare(ctypes.CDLL("libcuda.so.1"), kernels)
-    target = Target(case["capability"], case["num_sms"])
-    launcher = CudaLauncher(target, {spec_from_json(k.metadata["spec"]): k for k in kernels})
-    op = next(op for op in OPS if op.contract.name == case["op"])
+    target = Gpu(case["capability"], case["num_sms"])
+    launcher = CudaLauncher(target, {k.spec: k for k in kernels})
+    op = next(op for op in ops.plugins().values() if op.contract.name == case["op"])
     creator = trt_base._creator(trt, op, target.capability, launcher)
     fields = [trt_base._field(trt, k, type(v), v) for k, v in case["attributes"].items()]  # a collection keeps none alive
     collection = trt.PluginFieldCollection(fields)

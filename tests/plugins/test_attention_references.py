@@ -5,9 +5,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plugins.mla_attention import formats
-from plugins.mla_attention.reference import mla_attention
-from plugins.mla_prefill.reference import mla_prefill
+from latentrt.plugins import cache_formats
+from latentrt.plugins.mla_attention.reference import mla_attention
+from latentrt.plugins.mla_prefill.reference import mla_prefill
 
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
 # float32 sums of some dozen products of size 1: 1e-5 is a hundred roundings
@@ -144,9 +144,9 @@ def test_mla_attention_half_cache_rounds_once():
     torch.testing.assert_close(half, full, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", formats.NAMES)
+@pytest.mark.parametrize("name", cache_formats.NAMES)
 def test_cache_formats_keep_what_they_can(name):
-    layout = formats.get(name)
+    layout = cache_formats.get(name)
     latent, k_pe = torch.randn(3, 6), torch.randn(3, 2)
     rows = layout.encode(latent, k_pe)
     assert rows.shape == (3, layout.width(6, 2)) and rows.dtype == layout.dtype
@@ -157,4 +157,4 @@ def test_cache_formats_keep_what_they_can(name):
 
 def test_unknown_cache_format_lists_the_choices():
     with pytest.raises(ValueError, match=r"int3.*float32, float16, bfloat16"):
-        formats.get("int3")
+        cache_formats.get("int3")

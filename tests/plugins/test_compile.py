@@ -2,18 +2,23 @@
 
 import json
 import os
+from pathlib import Path
 
 import pytest
+import typer
 
-from plugins import compile as aot
-from plugins import kernels_report
-from plugins.architecture import ARCHITECTURES, Target, get
-from plugins.kernels_report import FORMATS, MODELS, V2, V2_LITE, configs, tuned
-from plugins.mla_attention import plan as attention
-from plugins.mla_attention.tiles import TILES
-from plugins.mla_prefill import plan as prefill
-from plugins.moe_experts import plan as experts
-from plugins.moe_route import plan as route
+from latentrt.commands.kernels import kernels
+from latentrt.plugins.architecture import ARCHITECTURES, Gpu, get
+from latentrt.plugins.launch import compile as aot
+from latentrt.plugins.launch import report
+from latentrt.plugins.launch.report import FORMATS, MODELS, V2, V2_LITE, configs, tuned
+from latentrt.plugins.mla_attention import plan as attention
+from latentrt.plugins.mla_attention.tiles import TILES
+from latentrt.plugins.mla_prefill import plan as prefill
+from latentrt.plugins.moe_experts import plan as experts
+from latentrt.plugins.moe_route import plan as route
+
+pytestmark = pytest.mark.slow
 
 # every architecture with both models and two formats, every architecture that has FP8 with FP8
 COVER = {80: ("bfloat16",), 86: ("float16",), 89: ("float8_e4m3fn",), 90: ("bfloat16", "float8_e4m3fn"),
@@ -32,7 +37,7 @@ def covering_requests():
     for capability in ARCHITECTURES:  # decode and prompt chunks at 16 and 128 heads are tuned one by one
         for model in (V2_LITE, V2):
             config = configs(model, "bfloat16")["mla_attention"]
-            yield attention._attend_kernel(config, "many" if model is V2 else "few", True, Target.of(capability)), capability
+            yield attention._attend_kernel(config, "many" if model is V2 else "few", True, Gpu.of(capability)), capability
 
 
 @pytest.fixture(scope="module")
@@ -80,9 +85,10 @@ def test_hopper_computes_scores_once(covering):
 
 def test_manifest_says_what_a_launcher_needs(covering):
     for kernel in covering:
-        metadata = json.loads(kernel.path.with_suffix(".json").read_text())
+        metadata = json.loads(kernel.manifest.read_text())
         assert metadata["num_ctas"] == 1 and metadata["global_scratch_bytes"] == metadata["profile_scratch_bytes"] == 0
         assert kernel.cubin[:4] == b"\x7fELF" and metadata["name"].encode() in kernel.cubin
+        assert aot.load(kernel.spec, metadata["architecture"]).path == kernel.path
         assert metadata["parameters"] == metadata["spec"]["arguments"] and metadata["pointer_alignment"] == 16
 
 
@@ -90,7 +96,7 @@ def test_example_model_fits_small_gpus():
     attend = attention.Attention(6, 64, 16, 64, "bfloat16", "bfloat16", 0.1)
     expanded = prefill.Prefill(6, 64, 32, 16, 32, 64, "bfloat16", "bfloat16", 0.1)
     for capability, weights in ((86, "bfloat16"), (120, "float8_e4m3fn")):
-        target = Target.of(capability)
+        target = Gpu.of(capability)
         ffn = experts.Experts(16, 192, 64, 4, "bfloat16", weights, 0, "concatenated")
         router = route.Routing(16, "softmax", "group_limited_greedy", "max", 4, 2, 4, 0, 2.5, False)
         specs = [*attention.kernels(attend, target), *experts.kernels(ffn, target), *route.kernels(router, target)]
@@ -114,10 +120,17 @@ def test_cache_is_used_and_content_addressed(tmp_path, monkeypatch):
     assert aot.digest(smallest(), 89) != name
 
 
+def test_the_child_finds_package_and_cache_from_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (kernel,) = aot.compile_in_child([(smallest(), 89)], Path("kernels"))
+    assert kernel.path.parent == tmp_path / "kernels" and kernel.path.exists() and kernel.spec == smallest()
+
+
 def test_digest_covers_what_kernels_share(tmp_path, monkeypatch):
     monkeypatch.setattr(aot, "PLUGINS", tmp_path)
     (tmp_path / "op").mkdir()
-    files = [tmp_path / name for name in ("compile.py", "op/kernel.py", "shared_kernel.py", "op/plan.py")]
+    (tmp_path / "launch").mkdir()
+    files = [tmp_path / name for name in ("launch/compile.py", "op/kernel.py", "shared_kernel.py", "op/plan.py")]
     found = []
     for file in (*files, *files):
         file.write_text(f"{len(found)}")
@@ -129,9 +142,19 @@ def test_digest_covers_what_kernels_share(tmp_path, monkeypatch):
 def test_report_says_how_far_it_is(capsys, monkeypatch):
     from rich.console import Console
 
-    monkeypatch.setattr(kernels_report, "PROGRESS_SECONDS", 0)
-    assert list(kernels_report._watched(iter("abc"), 3, Console(force_terminal=False))) == list("abc")
+    monkeypatch.setattr(report, "PROGRESS_SECONDS", 0)
+    assert list(report._watched(iter("abc"), 3, Console(force_terminal=False))) == list("abc")
     assert capsys.readouterr().out.splitlines()[-1] == "3 of 3 kernels"
+
+
+def test_the_command_names_architectures(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(report, "report", lambda *arguments: asked.append(arguments) or len(asked) - 1)
+    assert [kernels(arch=[90, 89, 90], jobs=2, cache=tmp_path), kernels(every=True)] == [0, 1]
+    assert asked[0] == ((90, 89), 2, tmp_path) and asked[1][0] == tuple(ARCHITECTURES)
+    for wrong, words in (([], "--arch"), ([90, 91], "91, accepted: 80, 86")):
+        with pytest.raises(typer.BadParameter, match=words):
+            kernels(arch=wrong)
 
 
 def test_nothing_is_compiled_in_a_process_that_interprets(tmp_path):

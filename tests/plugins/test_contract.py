@@ -5,14 +5,12 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from plugins.contract import DOMAIN, AttributeSpec, ContractError, OpContract, OutputSpec, TensorSpec
-from plugins.mla_attention import op as mla_attention
-from plugins.mla_prefill import op as mla_prefill
-from plugins.moe_experts import op as moe_experts
-from plugins.moe_route import op as moe_route
+from latentrt.plugins import trt_base
+from latentrt.plugins.contract import DOMAIN, AttributeSpec, ContractError, OpContract, OutputSpec, TensorSpec
+from latentrt.plugins.ops import contracts
 
+OPS = {contract.name: contract for contract in contracts().values()}
 ops = torch.ops.latentrt
-OPS = {m.CONTRACT.name: m.CONTRACT for m in (mla_attention, mla_prefill, moe_route, moe_experts)}
 
 
 def int32(*values):
@@ -100,6 +98,12 @@ def refuses(name: str, changes: dict, *words: str) -> None:
     ("moe_experts", {"gate_up_layout": "stacked"}, ["gate_up_layout", "'stacked'", "'interleaved'"]),
     ("moe_experts", {"topk_ids": torch.zeros(3, 2, dtype=torch.int64)}, ["topk_ids", "int64", "int32"]),
     ("moe_experts", {"gate_up_proj": torch.zeros(4, 9, 8)}, ["gate_up_proj", "axis 1", "2 * moe_intermediate_size", "10"]),
+    ("moe_experts", {"gate_up_scale": torch.zeros(4)}, ["gate_up_scale", "(4,)", "gate_up_blocks?"]),
+    ("moe_experts", {"gate_up_scale": torch.zeros(4, 10, 2, 1)}, ["gate_up_scale", "(4, 10, 2, 1)", "gate_up_blocks?"]),
+    ("moe_experts", {"gate_up_scale": torch.zeros(4, 9, 2)}, ["gate_up_scale", "axis 1", "2 * moe_intermediate_size", "10"]),
+    ("moe_experts", {"gate_up_scale": torch.zeros(4, 10, 3)}, ["gate_up_scale", "(4, 10, 3)", "8 inputs", "multiple"]),
+    ("moe_experts", {"down_scale": torch.zeros(4, 8, 2)}, ["down_scale", "(4, 8, 2)", "5 inputs", "multiple"]),
+    ("moe_experts", {"down_scale": torch.zeros(4, 8, 0)}, ["down_scale", "(4, 8, 0)", "5 inputs", "multiple"]),
 ])  # fmt: skip
 def test_refused_by_name(name, changes, words):
     refuses(name, changes, *words)
@@ -123,6 +127,20 @@ def test_sums_and_products_of_dimensions():
     for wrong in (torch.zeros(4, 3), torch.zeros(3, 4)):
         with pytest.raises(ContractError):
             contract.bind([torch.zeros(4, 6), wrong], {"k": 5})
+
+
+def test_a_last_dimension_that_may_be_absent():
+    """[E, outputs] and [E, outputs, blocks]; the outputs know nothing of it."""
+    contract, arguments = OPS["moe_experts"], experts_inputs()
+    arguments |= {k: arguments[k].to(torch.uint8) for k in ("gate_up_proj", "down_proj")}
+    attributes = {a.name: arguments[a.name] for a in contract.attributes}
+    channels = {"T": 3, "hidden_size": 8, "top_k": 2, "E": 4, "moe_intermediate_size": 5}
+    for blocks, sizes in (((), {}), ((4,), {"gate_up_blocks": 4, "down_blocks": 5})):
+        scales = {"gate_up_scale": torch.ones(4, 10, *blocks), "down_scale": torch.ones(4, 8, *(5 for _ in blocks))}
+        tensors = list((arguments | scales).values())[: len(contract.inputs)]
+        assert contract.bind(tensors, attributes) == channels | sizes
+        assert contract.fake(tensors, attributes)[0].shape == (3, 8)
+        assert trt_base.sizes(contract, [t.shape for t in tensors]) == channels | sizes
 
 
 @pytest.mark.parametrize("name", OPS)
@@ -199,6 +217,12 @@ def test_pytorch_opcheck(name):
     arguments = INPUTS[name.removesuffix("_")]()
     checks = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
     torch.library.opcheck(getattr(ops, name).default, tuple(arguments.values()), test_utils=checks)
+
+
+def test_block_scales_pass_pytorchs_checks():
+    arguments = experts_inputs() | {"gate_up_scale": torch.rand(4, 10, 2), "down_scale": torch.rand(4, 8, 5)}
+    checks = ("test_schema", "test_faketensor", "test_aot_dispatch_dynamic")
+    torch.library.opcheck(ops.moe_experts.default, tuple(arguments.values()), test_utils=checks)
 
 
 @pytest.mark.parametrize("contract", OPS.values(), ids=OPS)

@@ -4,10 +4,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from plugins.architecture import Target
-from plugins.compile import CompiledKernel
-from plugins.cuda_launch import CudaLaunchers, LaunchError
-from plugins.launch import KernelSpec
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.launch.compile import CompiledKernel
+from latentrt.plugins.launch.cuda import CudaLaunchers, LaunchError
+from latentrt.plugins.launch.plan import KernelSpec
 
 SPEC = KernelSpec(op="moe_route", function="route", arguments=(), constexprs=(), num_warps=4, num_stages=1, grid="(1,)")
 
@@ -44,7 +44,7 @@ def launchers(driver, tmp_path):
         path.write_bytes(b"sm%d" % capability)
         metadata = dict(architecture=capability, global_scratch_bytes=0, profile_scratch_bytes=0, num_ctas=1, num_warps=4,
                         shared_bytes=0, name="route")  # fmt: skip
-        launchers.add(gpu, Target.of(capability), {SPEC: CompiledKernel(path, metadata)})
+        launchers.add(gpu, Gpu.of(capability), {SPEC: CompiledKernel(path, metadata)})
     return launchers
 
 

@@ -4,7 +4,7 @@ import torch
 import triton
 import triton.language as tl
 
-from plugins import interpreter
+from latentrt.plugins.launch import interpreter
 
 
 @triton.jit

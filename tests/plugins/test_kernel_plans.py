@@ -8,13 +8,13 @@ from pathlib import Path
 
 import pytest
 
-from plugins.architecture import ARCHITECTURES, Target
-from plugins.launch import ALIGNMENT, PlanError, bind, cdiv, place
-from plugins.mla_attention import plan as attention
-from plugins.mla_attention.tiles import TILES
-from plugins.mla_prefill import plan as prefill
-from plugins.moe_experts import plan as experts
-from plugins.moe_route import plan as route
+from latentrt.plugins.architecture import ARCHITECTURES, Gpu
+from latentrt.plugins.launch.plan import ALIGNMENT, PlanError, bind, cdiv, place
+from latentrt.plugins.mla_attention import plan as attention
+from latentrt.plugins.mla_attention.tiles import TILES
+from latentrt.plugins.mla_prefill import plan as prefill
+from latentrt.plugins.moe_experts import plan as experts
+from latentrt.plugins.moe_route import plan as route
 
 TOKENS = (1, 2, 3, 7, 16, 64, 65, 300, 4096)
 
@@ -34,7 +34,7 @@ def experts_config(weights="bfloat16", num_experts=64):
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 @pytest.mark.parametrize("heads", [6, 16, 128])
 def test_attention_plans_name_only_known_kernels(capability, heads):
-    target, config = Target.of(capability), attention_config(heads)
+    target, config = Gpu.of(capability), attention_config(heads)
     known, named = set(attention.kernels(config, target)), set()
     for tokens, sequences, pages in itertools.product(TOKENS, (1, 2, 64), (1, 16, 1024)):
         plan = attention.plan(config, tokens, sequences, pages, target)
@@ -48,7 +48,7 @@ def test_attention_plans_name_only_known_kernels(capability, heads):
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 @pytest.mark.parametrize("heads", [6, 16, 128])
 def test_prefill_plans_name_only_known_kernels(capability, heads):
-    target, config = Target.of(capability), prefill_config(heads)
+    target, config = Gpu.of(capability), prefill_config(heads)
     named = set()
     for tokens, sequences, pages in itertools.product(TOKENS, (1, 2, 64), (1, 16, 1024)):
         plan = prefill.plan(config, tokens, sequences, pages, target)
@@ -63,7 +63,7 @@ def test_prefill_plans_name_only_known_kernels(capability, heads):
 @pytest.mark.parametrize(("heads", "segment"), [(16, 32768), (128, 4096), (1024, 1024)])
 def test_prefill_segments_keep_to_their_budget(heads, segment):
     """256 MiB of keys and values, but 1024 slots at least; every slot that the block table can hold lies in one segment."""
-    target, config = Target.of(90), prefill_config(heads)
+    target, config = Gpu.of(90), prefill_config(heads)
     plan = prefill.plan(config, 300, 3, 600, target)
     sizes = {b.name: b.shape for b in plan.workspace}
     assert sizes["keys"] == (heads, segment, 128) and sizes["keys_pe"] == (segment, 64) and sizes["sums"] == (300, heads, 128)
@@ -73,20 +73,20 @@ def test_prefill_segments_keep_to_their_budget(heads, segment):
 
 
 def test_prefill_workspace_is_no_larger_than_short_sequences_need():
-    plan = prefill.plan(prefill_config(16), 300, 2, 5, Target.of(90))
+    plan = prefill.plan(prefill_config(16), 300, 2, 5, Gpu.of(90))
     slots = 2 * 384  # five pages of 64, rounded up to tiles of 128
     assert {b.name: b.shape for b in plan.workspace} == {
         "keys": (16, slots, 128), "values": (16, slots, 128), "keys_pe": (slots, 64), "used": (1,)
     }  # fmt: skip
     assert [k.function for k in plan.kernels] == ["append", "survey", "expand", "attend"]
-    one = prefill.plan(prefill_config(16), 1, 64, 5, Target.of(90))  # one row cannot be of more than one sequence
+    one = prefill.plan(prefill_config(16), 1, 64, 5, Gpu.of(90))  # one row cannot be of more than one sequence
     assert one.workspace[0].shape == (16, 384, 128)
 
 
 @pytest.mark.parametrize("capability", [86, 90])
 @pytest.mark.parametrize("weights", ["bfloat16", "float8_e4m3fn"])
 def test_expert_plans_name_only_known_kernels(capability, weights):
-    target, config = Target.of(capability), experts_config(weights)
+    target, config = Gpu.of(capability), experts_config(weights)
     if weights == "float8_e4m3fn" and capability == 86:
         with pytest.raises(PlanError, match="no FP8"):
             experts.kernels(config, target)
@@ -99,7 +99,7 @@ def test_expert_plans_name_only_known_kernels(capability, weights):
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
 def test_one_long_sequence_fills_the_gpu(capability):
-    target = Target.of(capability)
+    target = Gpu.of(capability)
     attend, combine = attention.plan(attention_config(16), 1, 1, 512, target).launches[1:]  # 32,768 tokens
     slots = target.num_sms * TILES[capability]["few"].ctas
     assert min(0.9 * slots, attention.MAX_SPLITS) <= attend.grid[0] * attend.grid[1] <= slots
@@ -109,7 +109,7 @@ def test_one_long_sequence_fills_the_gpu(capability):
 @pytest.mark.parametrize(("capability", "sequences"), itertools.product([89, 90, 120], [1, 3, 30, 100, 200, 1000]))
 def test_splits_are_worth_their_cost(capability, sequences):
     """Never more programs than the workspace is for, none without a block, and no split once the GPU is full."""
-    target, ctas = Target.of(capability), TILES[capability]["few"].ctas
+    target, ctas = Gpu.of(capability), TILES[capability]["few"].ctas
     for blocks in (1, 2, 7, 64, 4096):
         splits = attention._splits(sequences, blocks, ctas, target)
         assert 1 <= splits <= min(blocks, attention.MAX_SPLITS)
@@ -119,13 +119,13 @@ def test_splits_are_worth_their_cost(capability, sequences):
 
 def test_a_single_token_is_not_sorted():
     for weights, config in (("bfloat16", experts_config()), ("float8_e4m3fn", experts_config("float8_e4m3fn", num_experts=1))):
-        functions = [k.function for k in experts.plan(config, 1, Target.of(90)).kernels if k.function != "quantize"]
+        functions = [k.function for k in experts.plan(config, 1, Gpu.of(90)).kernels if k.function != "quantize"]
         assert functions == ["gate_up", "down", "combine"], weights
-    assert experts.plan(experts_config(), 2, Target.of(90)).kernels[0].function == "sort"
+    assert experts.plan(experts_config(), 2, Gpu.of(90)).kernels[0].function == "sort"
 
 
 def test_no_tokens_no_launches():
-    target = Target.of(90)
+    target = Gpu.of(90)
     assert not attention.plan(attention_config(16), 0, 3, 4, target).launches
     assert not prefill.plan(prefill_config(16), 0, 3, 4, target).launches
     assert not experts.plan(experts_config(), 0, target).launches
@@ -158,7 +158,7 @@ def test_expert_tiles_never_collide(by_pair):
 
 
 def test_workspace_buffers_are_aligned_and_apart():
-    plan = experts.plan(experts_config("float8_e4m3fn"), 300, Target.of(90))
+    plan = experts.plan(experts_config("float8_e4m3fn"), 300, Gpu.of(90))
     spans = sorted((b.offset, b.offset + b.size) for b in plan.workspace)
     assert all(start % ALIGNMENT == 0 for start, _ in spans)
     assert all(stop <= start for (_, stop), (start, _) in itertools.pairwise(spans))
@@ -166,7 +166,7 @@ def test_workspace_buffers_are_aligned_and_apart():
 
 
 def test_arguments_resolve_to_addresses():
-    plan = attention.plan(attention_config(16), 4, 4, 64, Target.of(90))
+    plan = attention.plan(attention_config(16), 4, 4, 64, Gpu.of(90))
     names = {a for launch in plan.launches for a in launch.arguments if isinstance(a, str)}
     addresses = plan.addresses({n: 4096 + i for i, n in enumerate(sorted(names))}, workspace=1 << 20)
     for launch in plan.launches:
@@ -176,7 +176,7 @@ def test_arguments_resolve_to_addresses():
 
 
 def test_a_launch_takes_exactly_its_arguments():
-    kernel = attention.kernels(attention_config(16), Target.of(90))[0]
+    kernel = attention.kernels(attention_config(16), Gpu.of(90))[0]
     with pytest.raises(PlanError, match="append takes"):
         bind(kernel, (1,), latent="latent")
 
@@ -187,7 +187,7 @@ def test_place():
 
 def test_plans_need_neither_torch_nor_triton():
     code = (
-        "import sys, plugins.mla_attention.plan, plugins.mla_prefill.plan, plugins.moe_route.plan, plugins.moe_experts.plan\n"
+        "import sys\nfrom latentrt.plugins import ops\nplans = [ops.part(name, 'plan') for name in ops.NAMES]\n"
         "assert not {'torch', 'triton', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])

@@ -5,12 +5,14 @@ import math
 import pytest
 import torch
 
-from plugins.architecture import Target
-from plugins.launch import PlanError
-from plugins.mla_attention import kernel
-from plugins.mla_attention.kernel import mla_attention_
-from plugins.mla_attention.plan import MAX_SPLITS, Attention, _combine_kernel, plan
-from plugins.mla_attention.reference import mla_attention
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.launch.plan import PlanError
+from latentrt.plugins.mla_attention import kernel
+from latentrt.plugins.mla_attention.kernel import mla_attention_
+from latentrt.plugins.mla_attention.plan import MAX_SPLITS, Attention, _combine_kernel, plan
+from latentrt.plugins.mla_attention.reference import mla_attention
+
+pytestmark = pytest.mark.slow
 
 SCALE = 0.1147  # V2's softmax scale with mscale^2
 # an output is a weighted mean of keys: rounding the weights and the result costs one unit in the last place each
@@ -71,28 +73,28 @@ MIXED = ([7, 1, 0, 13, 1], [5, 0, 3, 130, 63])  # chunks, first token, nothing n
     ],
 )
 def test_mixed_batch(capability, heads, rank, rope, page_size, dtype):
-    check(batch(*MIXED, heads, rank, rope, page_size, dtype), Target.of(capability))
+    check(batch(*MIXED, heads, rank, rope, page_size, dtype), Gpu.of(capability))
 
 
 @pytest.mark.parametrize("capability", [86, 90, 120])
 @pytest.mark.parametrize("sms", [1, 400], ids=["direct", "split"])
 def test_decode_steps(capability, sms):
     past = [0, 1, 63, 64, 65, 257]
-    check(batch([1] * 6, past, 16, 64, 32, 64, torch.bfloat16), Target.of(capability, sms))
+    check(batch([1] * 6, past, 16, 64, 32, 64, torch.bfloat16), Gpu.of(capability, sms))
 
 
 @pytest.mark.parametrize("capability", [89, 90])
 def test_real_width(capability):
-    check(batch([1, 2], [70, 0], 16, 512, 64, 64, torch.bfloat16), Target.of(capability))
+    check(batch([1, 2], [70, 0], 16, 512, 64, 64, torch.bfloat16), Gpu.of(capability))
 
 
 @pytest.mark.parametrize("sms", [1, 400], ids=["direct", "split"])
 def test_128_heads(sms):
-    check(batch([1, 3], [97, 20], 128, 64, 16, 64, torch.float16, padding=1), Target.of(90, sms))
+    check(batch([1, 3], [97, 20], 128, 64, 16, 64, torch.float16, padding=1), Gpu.of(90, sms))
 
 
 def test_more_than_64_splits_most_of_them_empty():
-    arguments, target = batch([1, 1], [1500, 5], 16, 16, 16, 16, torch.float16, padding=0), Target.of(90)
+    arguments, target = batch([1, 1], [1500, 5], 16, 16, 16, 16, torch.float16, padding=0), Gpu.of(90)
     config = Attention(16, 16, 16, 16, "float16", "float16", SCALE)
     assert plan(config, 2, *arguments[5].shape, target).launches[-1].arguments[-1] > 64
     check(arguments, target)
@@ -117,27 +119,27 @@ def test_combine(splits):
 
 
 def test_shared_pages_are_read_only():
-    check(batch([2, 1, 3], [70, 64, 129], 16, 64, 16, 32, torch.bfloat16, shared=64), Target.of(90))
+    check(batch([2, 1, 3], [70, 64, 129], 16, 64, 16, 32, torch.bfloat16, shared=64), Gpu.of(90))
 
 
 def test_cache_of_another_dtype():
-    check(batch([2, 1], [9, 30], 6, 64, 16, 16, torch.bfloat16, cache_dtype=torch.float16), Target.of(90))
+    check(batch([2, 1], [9, 30], 6, 64, 16, 16, torch.bfloat16, cache_dtype=torch.float16), Gpu.of(90))
 
 
 def test_only_padding_and_only_empty_sequences():
     arguments = batch([0, 0], [5, 0], 6, 64, 16, 16, torch.bfloat16, padding=5)
-    check(arguments, Target.of(90))
+    check(arguments, Gpu.of(90))
 
 
 def test_num_tokens_cuts_the_last_sequence():
     arguments = batch([3, 6], [5, 17], 6, 64, 16, 16, torch.bfloat16, padding=2)
     arguments[8] = torch.tensor([5], dtype=torch.int32)
-    check(arguments, Target.of(90))
+    check(arguments, Gpu.of(90))
 
 
 def test_more_sequences_than_one_search_block():
     new = [1, 0, 0, 0, 0] * 28
-    check(batch(new, [i % 3 for i in range(140)], 2, 16, 16, 16, torch.float16), Target.of(90))
+    check(batch(new, [i % 3 for i in range(140)], 2, 16, 16, 16, torch.float16), Gpu.of(90))
 
 
 def test_inputs_need_not_be_contiguous():
@@ -145,7 +147,7 @@ def test_inputs_need_not_be_contiguous():
     joined = torch.cat(arguments[:2], -1)  # [T, H, rank + rope], as one projection gives it
     arguments[0], arguments[1] = joined[..., :64], joined[..., 64:]
     arguments[5] = torch.cat([arguments[5], arguments[5]], 1)[:, : arguments[5].shape[1]]
-    check(arguments, Target.of(90))
+    check(arguments, Gpu.of(90))
 
 
 @pytest.mark.parametrize(
@@ -157,4 +159,4 @@ def test_refusals_name_what_is_accepted(change, message):
     shape = dict(heads=2, rank=64, rope=16, page_size=16, dtype=torch.bfloat16) | change
     arguments = batch([1], [3], **shape)
     with pytest.raises(PlanError, match=message):
-        mla_attention_(*arguments, SCALE, str(shape["dtype"]).removeprefix("torch."), Target.of(90))
+        mla_attention_(*arguments, SCALE, str(shape["dtype"]).removeprefix("torch."), Gpu.of(90))

@@ -7,10 +7,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from plugins.mla_attention import op as attention_op
-from plugins.mla_attention import ort as attention_ort
-from plugins.mla_prefill import op as mla_op
-from plugins.mla_prefill import ort as mla_ort
+from latentrt.plugins.mla_attention import op as attention_op
+from latentrt.plugins.mla_prefill import op as mla_op
 from tests.plugins.test_ort_bodies import SEQUENCES, SETTINGS, attention_inputs, int32, run, session
 
 TOLERANCE = 1e-4  # float32 on both sides: sums of some dozen summands, expanded keys and values of size 3 to 10
@@ -33,7 +31,7 @@ def test_mla_prefill(sequences, page_size, heads, padding, seed, half):
     tensors = prefill_inputs(sequences, page_size, heads, padding, seed, torch.float16 if half else torch.float32)
     attributes = {"softmax_scale": 0.3, "cache_format": "float16" if half else "float32"}
     attended, cache = mla_op.mla_prefill(*tensors, *attributes.values())
-    found = run(mla_op.CONTRACT, mla_ort.body(), tensors, attributes)
+    found = run(mla_op.CONTRACT, tensors, attributes)
     torch.testing.assert_close(found[0], attended, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(found[1][1:], cache[1:], rtol=0, atol=0, equal_nan=True)
 
@@ -44,20 +42,20 @@ def test_extreme_scores():
     tensors[0], tensors[2] = tensors[0] * 100, tensors[2] * 100
     attributes = {"softmax_scale": 3.0, "cache_format": "float32"}
     attended, _ = mla_op.mla_prefill(*tensors, *attributes.values())
-    found, _ = run(mla_op.CONTRACT, mla_ort.body(), tensors, attributes)
+    found, _ = run(mla_op.CONTRACT, tensors, attributes)
     torch.testing.assert_close(found, attended, rtol=1e-4, atol=1e-1)  # values of 1e3, weights that are 0 or 1 but for 1e-5
 
 
 @pytest.mark.parametrize("prefill", [False, True], ids=["mla_attention", "mla_prefill"])
 def test_num_tokens_cuts_sequences(prefill):
     """query_starts may say more than num_tokens: what lies beyond is padding."""
-    op, body = (mla_op, mla_ort) if prefill else (attention_op, attention_ort)
+    op = mla_op if prefill else attention_op
     sequences = [(3, 2), (1, 3), (4, 2)], 2, 2, 1, 5
     tensors = prefill_inputs(*sequences) if prefill else attention_inputs(*sequences)
     tensors[-1] = int32([4])
     attributes = {"softmax_scale": 0.3, "cache_format": "float32"}
     attended, cache = getattr(op, op.CONTRACT.name)(*tensors, *attributes.values())
-    found = run(op.CONTRACT, body.body(), tensors, attributes)
+    found = run(op.CONTRACT, tensors, attributes)
     torch.testing.assert_close(found[0], attended, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(found[1][1:], cache[1:], rtol=0, atol=0, equal_nan=True)
 
@@ -68,7 +66,7 @@ def test_cache_is_written_in_place(dtype):
     tensors = prefill_inputs([(5, 2), (0, 3)], 2, 2, 0, 3, dtype)
     attributes = {"softmax_scale": 0.3, "cache_format": str(dtype).removeprefix("torch.")}
     _, expected = mla_op.mla_prefill(*tensors, *attributes.values())
-    engine = session(mla_op.CONTRACT, mla_ort.body(), tensors, attributes)
+    engine = session(mla_op.CONTRACT, tensors, attributes)
     binding, buffer = engine.io_binding(), tensors[CACHE].numpy().copy()
     value = ort.OrtValue.ortvalue_from_numpy(buffer)
     for spec, tensor in zip(mla_op.CONTRACT.inputs, tensors, strict=True):

@@ -6,11 +6,14 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from plugins.architecture import Target
-from plugins.launch import PlanError
-from plugins.moe_experts import kernel
-from plugins.moe_experts.kernel import moe_experts
-from plugins.moe_experts.reference import moe_experts as reference
+from latentrt.plugins import ops, trt_base
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.launch.plan import PlanError
+from latentrt.plugins.moe_experts import kernel
+from latentrt.plugins.moe_experts.kernel import moe_experts
+from latentrt.plugins.moe_experts.reference import moe_experts as reference
+
+pytestmark = pytest.mark.slow
 
 HIDDEN, INNER, TOP_K = 192, 48, 4  # neither is a multiple of the block sizes
 # norm of the error over norm of the result: inner, outer and sum are rounded once each (to 8 or 11 bits)
@@ -76,7 +79,7 @@ def run(tokens, kind, float8, dtype, target, first=0, experts=8, local=8, layout
 @pytest.mark.parametrize(("tokens", "kind"), [(1, "random"), (13, "random"), (50, "one"), (70, "few"), (210, "random")])
 def test_products(capability, tokens, kind):
     dtype = torch.float16 if tokens == 13 else torch.bfloat16
-    _, y, expected = run(tokens, kind, False, dtype, Target.of(capability))
+    _, y, expected = run(tokens, kind, False, dtype, Gpu.of(capability))
     assert error(y, expected) <= ROUNDING[dtype]
     assert not y[tokens - tokens // 4 :].any()
 
@@ -86,7 +89,7 @@ def test_products(capability, tokens, kind):
     [(90, 1, "random"), (89, 13, "few"), (90, 13, "random"), (90, 70, "one"), (89, 210, "random")],
 )
 def test_float8(capability, tokens, kind):
-    arguments, y, expected = run(tokens, kind, True, torch.bfloat16, Target.of(capability))
+    arguments, y, expected = run(tokens, kind, True, torch.bfloat16, Gpu.of(capability))
     assert error(y, expected) <= FLOAT8_ROUNDING
     # against the same roundings: float32 sums in another order move few values across a rounding boundary of e4m3
     assert error(y, emulated(*arguments)) <= ROUNDING[torch.bfloat16] + 2**-8
@@ -95,7 +98,7 @@ def test_float8(capability, tokens, kind):
 @pytest.mark.parametrize("float8", [False, True])
 @pytest.mark.parametrize("first", [0, 5, 12])
 def test_local_slice(float8, first):
-    arguments, y, expected = run(19, "random", float8, torch.bfloat16, Target.of(90), first, experts=16, local=4)
+    arguments, y, expected = run(19, "random", float8, torch.bfloat16, Gpu.of(90), first, experts=16, local=4)
     assert error(y, emulated(*arguments) if float8 else expected) <= ROUNDING[torch.bfloat16] + 2**-8 * float8
 
 
@@ -122,7 +125,7 @@ def test_interleaved_layout(float8):
 
 
 def test_no_expert_at_all():
-    _, y, _ = run(6, "random", False, torch.bfloat16, Target.of(90), first=100)
+    _, y, _ = run(6, "random", False, torch.bfloat16, Gpu.of(90), first=100)
     assert not y.any()
 
 
@@ -174,6 +177,26 @@ def test_inputs_need_not_be_contiguous():
     assert error(y, reference(x, ids, probabilities, *tensors, 0, "concatenated")) <= ROUNDING[torch.bfloat16]
 
 
+@pytest.mark.parametrize("name", ["gate_up", "down"])
+def test_block_scales_are_refused(name):
+    """By the launcher on torch tensors, and by the plugin, while an engine is built."""
+    scales = dict(gate_up_scale=torch.ones(4, 2 * INNER), down_scale=torch.ones(4, HIDDEN))
+    scales[f"{name}_scale"] = scales[f"{name}_scale"][..., None].repeat(1, 1, 2)
+    tensors = dict(
+        x=torch.zeros(3, HIDDEN).bfloat16(), topk_ids=choices(3, 8, "random"), topk_weights=torch.rand(3, TOP_K),
+        gate_up_proj=torch.zeros(4, 2 * INNER, HIDDEN).to(torch.float8_e4m3fn),
+        down_proj=torch.zeros(4, HIDDEN, INNER).to(torch.float8_e4m3fn), **scales,
+    )  # fmt: skip
+    attributes = dict(first_expert=0, gate_up_layout="concatenated")
+    message = f"moe_experts kernels: {name}_blocks is 2, accepted: 1, a scale per output channel"
+    with pytest.raises(PlanError, match=message):
+        moe_experts(**tensors, **attributes, target=Gpu.of(90))
+    plugin = ops.plugins()["MoeExperts"]
+    sizes = trt_base.sizes(plugin.contract, [t.shape for t in tensors.values()])
+    with pytest.raises(PlanError, match=message):
+        plugin.configure(attributes, sizes, {k: str(t.dtype).removeprefix("torch.") for k, t in tensors.items()})
+
+
 def test_float8_is_refused_where_the_hardware_has_none():
     with pytest.raises(PlanError, match="sm_86 has no FP8"):
-        run(3, "random", True, torch.bfloat16, Target.of(86))
+        run(3, "random", True, torch.bfloat16, Gpu.of(86))

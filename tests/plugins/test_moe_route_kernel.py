@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from plugins.launch import PlanError
-from plugins.moe_route.kernel import moe_route
-from plugins.moe_route.reference import moe_route as reference
+from latentrt.plugins.launch.plan import PlanError
+from latentrt.plugins.moe_route.kernel import moe_route
+from latentrt.plugins.moe_route.reference import moe_route as reference
 
 LIMITED, GREEDY = "group_limited_greedy", "greedy"
 # experts, groups, kept groups, top_k, scores, method, group score, normalize, bias

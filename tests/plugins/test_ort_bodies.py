@@ -1,4 +1,4 @@
-"""The ONNX Runtime bodies of the three ops against their plain torch forms, one node at a time."""
+"""The ONNX Runtime bodies of the ops against their plain torch forms, one node at a time."""
 
 import numpy as np
 import onnx
@@ -9,14 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
-from plugins.contract import DOMAIN
-from plugins.mla_attention import op as mla_op
-from plugins.mla_attention import ort as mla_ort
-from plugins.moe_experts import op as experts_op
-from plugins.moe_experts import ort as experts_ort
-from plugins.moe_route import op as route_op
-from plugins.moe_route import ort as route_ort
-from plugins.onnx_function import MICROSOFT
+from latentrt.plugins.contract import DOMAIN
+from latentrt.plugins.mla_attention import op as mla_op
+from latentrt.plugins.moe_experts import op as experts_op
+from latentrt.plugins.moe_route import op as route_op
+from latentrt.plugins.onnx_function import MICROSOFT, bodies
+from latentrt.plugins.step_graph import DYNAMIC
 
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
 # float32 on both sides; the order of some dozen to some hundred summands differs
@@ -25,29 +23,37 @@ _TYPES = {torch.float32: onnx.TensorProto.FLOAT, torch.float16: onnx.TensorProto
           torch.uint8: onnx.TensorProto.UINT8}  # fmt: skip
 
 
-def session(contract, body, tensors, attributes: dict, around=None) -> ort.InferenceSession:
-    """A model of one node. `around` may wrap the node: (node) -> nodes, inputs and outputs keeping their names."""
-    specs = [(s, t) for s, t in zip(contract.inputs, tensors, strict=True)]
+def session(contract, tensors, attributes: dict, around=None) -> ort.InferenceSession:
+    """A model of one node and its body. `around` may wrap the node: (node) -> nodes, inputs and outputs keeping their names."""
+    specs = list(zip(contract.inputs, tensors, strict=True))
     inputs = [
-        helper.make_tensor_value_info(s.name, _TYPES[t.dtype], [f"{s.name}_{i}" for i in range(t.dim())])
-        for s, t in specs if t is not None
+        helper.make_tensor_value_info(s.name, _TYPES[t.dtype], _dims(s, t)) for s, t in specs if t is not None
     ]  # fmt: skip
     outputs = [helper.make_empty_tensor_value_info(o.name) for o in contract.outputs]
     node = helper.make_node(
         contract.onnx_type, [s.name if t is not None else "" for s, t in specs], [o.name for o in contract.outputs],
         domain=DOMAIN, **attributes,
     )  # fmt: skip
-    graph = helper.make_graph(around(node) if around else [node], "one", inputs, outputs)
     opsets = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1), helper.make_opsetid(MICROSOFT, 1)]
-    model = helper.make_model(graph, functions=[body], opset_imports=opsets, ir_version=11)
+    model = helper.make_model(helper.make_graph([node], "one", inputs, outputs), opset_imports=opsets, ir_version=11)
+    model.functions.extend(bodies(model))
+    if around:
+        del model.graph.node[:]
+        model.graph.node.extend(around(node))
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.log_severity_level = 1, 3
     return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 
-def run(contract, body, tensors, attributes: dict, around=None) -> list[torch.Tensor]:
+def _dims(spec, tensor) -> list[int | str]:
+    """As in a step graph: only sizes that a step can change are not fixed."""
+    names = spec.dims_of(tensor.dim())
+    return [n if n.split()[0] in DYNAMIC else size for n, size in zip(names, tensor.shape, strict=True)]
+
+
+def run(contract, tensors, attributes: dict, around=None) -> list[torch.Tensor]:
     feeds = {s.name: t.numpy() for s, t in zip(contract.inputs, tensors, strict=True) if t is not None}
-    return [torch.from_numpy(y) for y in session(contract, body, tensors, attributes, around).run(None, feeds)]
+    return [torch.from_numpy(y) for y in session(contract, tensors, attributes, around).run(None, feeds)]
 
 
 def int32(values):
@@ -84,7 +90,7 @@ def test_mla_attention(sequences, page_size, heads, padding, seed, half):
     tensors = attention_inputs(sequences, page_size, heads, padding, seed, torch.float16 if half else torch.float32)
     attributes = {"softmax_scale": 0.3, "cache_format": "float16" if half else "float32"}
     attended, cache = mla_op.mla_attention(*tensors, *attributes.values())
-    found = run(mla_op.CONTRACT, mla_ort.body(), tensors, attributes)
+    found = run(mla_op.CONTRACT, tensors, attributes)
     torch.testing.assert_close(found[0], attended, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(found[1][1:], cache[1:], rtol=0, atol=0, equal_nan=True)
 
@@ -95,7 +101,7 @@ def test_mla_attention_survives_extreme_scores():
     tensors[0], tensors[2] = tensors[0] * 100, tensors[2] * 100
     attributes = {"softmax_scale": 3.0, "cache_format": "float32"}
     attended, _ = mla_op.mla_attention(*tensors, *attributes.values())
-    found, _ = run(mla_op.CONTRACT, mla_ort.body(), tensors, attributes)
+    found, _ = run(mla_op.CONTRACT, tensors, attributes)
     torch.testing.assert_close(found, attended, rtol=1e-4, atol=1e-2)  # scores of 1e5 round by 1e-2: weights by 1 %
 
 
@@ -105,7 +111,7 @@ def test_mla_attention_writes_in_place(dtype):
     tensors = attention_inputs([(5, 2), (0, 3)], 2, 2, 0, 3, dtype)
     attributes = {"softmax_scale": 0.3, "cache_format": str(dtype).removeprefix("torch.")}
     _, expected = mla_op.mla_attention(*tensors, *attributes.values())
-    engine = session(mla_op.CONTRACT, mla_ort.body(), tensors, attributes)
+    engine = session(mla_op.CONTRACT, tensors, attributes)
     binding = engine.io_binding()
     buffer = tensors[4].numpy().copy()
     value = ort.OrtValue.ortvalue_from_numpy(buffer)
@@ -143,7 +149,7 @@ def test_moe_route(case):
     logits = torch.randint(-6, 7, (6, experts), generator=g) / 2 if tied else torch.randn(6, experts, generator=g) * 3
     tensors = [logits, int32([count]), None]
     ids, weights = route_op.moe_route(*tensors, *attributes.values())
-    found = run(route_op.CONTRACT, route_ort.body(attributes), tensors, attributes)
+    found = run(route_op.CONTRACT, tensors, attributes)
     torch.testing.assert_close(found[1], weights, rtol=TOLERANCE, atol=1e-7)
     # Softmax of equal logits is equal in each code; group sums of two may round apart, then the tie is decided otherwise.
     if not (tied and attributes["group_score"] == "top2_sum"):
@@ -190,28 +196,25 @@ def test_moe_experts(tokens, experts, data):
     expected = experts_op.moe_experts(*tensors, None, None, first, "concatenated")
     tensors[3] = interleaved(tensors[3])
     attributes = {"first_expert": first, "gate_up_layout": "interleaved"}
-    body = experts_ort.body(attributes, last - first, top_k)
-    (found,) = run(experts_op.CONTRACT, body, [*tensors, None, None], attributes)
+    (found,) = run(experts_op.CONTRACT, [*tensors, None, None], attributes)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=TOLERANCE * 10)  # weights up to 4, k up to 7: sums of size 30
 
 
 @pytest.mark.parametrize("block", [None, 0, 16])
 def test_moe_experts_between_other_nodes(block):
     g = torch.Generator().manual_seed(5)
-    tensors = experts_inputs(g, 8, 6, 3)
+    tensors = experts_inputs(g, 8, 6, 3, hidden=32, inner=32)
     scales = [None, None]
     attributes = {"first_expert": 0, "gate_up_layout": "interleaved"}
     tensors[3] = interleaved(tensors[3])
     if block is not None:
+        blocks = (32 // block,) if block else ()
         for k in (3, 4):
-            scales[k - 3] = torch.rand(tensors[k].shape[:2], generator=g) / 200
+            scales[k - 3] = torch.rand(*tensors[k].shape[:2], *blocks, generator=g) / 200
             tensors[k] = torch.randint(1, 256, tensors[k].shape, generator=g).to(torch.uint8)
     expected = -experts_op.moe_experts(-tensors[0], *tensors[1:], *scales, 0, "interleaved")
-    if block:
-        scales = [s[..., None].expand(*s.shape, 16 // block).contiguous() for s in scales]
-    body = experts_ort.body(attributes, 6, 3, block)
-    (found,) = run(experts_op.CONTRACT, body, [*tensors, *scales], attributes, both_intermediate)
-    # block-wise weights make the kernel round activations to int8 (facts.md: 2e-2); else float32 sums of size 30
+    (found,) = run(experts_op.CONTRACT, [*tensors, *scales], attributes, both_intermediate)
+    # block-wise weights make the kernel round activations to int8 (2e-2); else float32 sums of size 30
     torch.testing.assert_close(found, expected, rtol=2e-2 if block else 1e-5, atol=0.3 if block else 1e-4)
 
 
@@ -232,8 +235,7 @@ def test_moe_experts_computes_chosen_experts_only(quantized):
     else:
         tensors[3][poisoned], tensors[4][poisoned] = float("nan"), float("nan")
     attributes = {"first_expert": 0, "gate_up_layout": "interleaved"}
-    body = experts_ort.body(attributes, 8, 2, 0 if quantized else None)
-    (found,) = run(experts_op.CONTRACT, body, [*tensors, *scales], attributes)
+    (found,) = run(experts_op.CONTRACT, [*tensors, *scales], attributes)
     expected = experts_op.moe_experts(*tensors, *scales, 0, "interleaved")
     torch.testing.assert_close(found[:2], expected[:2], rtol=1e-5, atol=1e-4)
 
@@ -250,6 +252,5 @@ def test_moe_experts_padding_rows_are_zero(quantized):
         scales = [torch.rand(t.shape[:2], generator=g) for t in tensors[3:5]]
         tensors[3:5] = [torch.randint(1, 256, t.shape, generator=g).to(torch.uint8) for t in tensors[3:5]]
     attributes = {"first_expert": 0, "gate_up_layout": "interleaved"}
-    body = experts_ort.body(attributes, 5, 2, 0 if quantized else None)
-    (found,) = run(experts_op.CONTRACT, body, [*tensors, *scales], attributes)
+    (found,) = run(experts_op.CONTRACT, [*tensors, *scales], attributes)
     assert (found[1:3] == 0).all() and (found[0] != 0).any()

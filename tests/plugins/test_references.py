@@ -1,5 +1,6 @@
 """The plain torch forms of routing and experts against formulas written out here in float64, one token at a time."""
 
+import itertools
 import math
 
 import pytest
@@ -7,8 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from plugins.moe_experts.reference import moe_experts
-from plugins.moe_route.reference import moe_route
+from latentrt.plugins.moe_experts.reference import moe_experts
+from latentrt.plugins.moe_route.reference import moe_route
 
 SETTINGS = settings(max_examples=40, deadline=None, derandomize=True)
 # float32 sums of some dozen products of size 1: 1e-5 is a hundred roundings
@@ -79,34 +80,41 @@ def test_moe_route_all_scores_tied():
 
 @SETTINGS
 @given(
-    st.integers(0, 6), st.integers(1, 4), st.sampled_from(["concatenated", "interleaved"]), st.booleans(), st.integers(0, 99)
-)
-def test_moe_experts(tokens, top_k, layout, quantized, seed):
+    st.integers(0, 6), st.integers(1, 4), st.sampled_from(["concatenated", "interleaved"]),
+    st.sampled_from(["float", "channel scales", "block scales"]), st.integers(0, 99),
+)  # fmt: skip
+def test_moe_experts(tokens, top_k, layout, kind, seed):
     """Token by token, choice by choice, in float64; ids may repeat, and ids outside 0 .. E add nothing."""
     g = torch.Generator().manual_seed(seed)
-    experts, hidden, inner = 5, 6, 3
+    experts, hidden, inner = 5, 6, 4
     x, weights = torch.randn(tokens, hidden, generator=g), torch.rand(tokens, top_k, generator=g)
     ids = torch.randint(-1, experts + 2, (tokens, top_k), generator=g).int()
-    gate, up = torch.randn(2, experts, inner, hidden, generator=g)
-    gate_up = torch.cat([gate, up], 1) if layout == "concatenated" else torch.stack([gate, up], 2).flatten(1, 2)
-    down = torch.randn(experts, hidden, inner, generator=g)
-    scales = (None, None)
-    if quantized:
-        scales = torch.rand(experts, 2 * inner, generator=g) / 64, torch.rand(experts, hidden, generator=g) / 64
+    gate_up, down = torch.randn(experts, 2 * inner, hidden, generator=g), torch.randn(experts, hidden, inner, generator=g)
+    real, real_down, scales = gate_up.double(), down.double(), (None, None)
+    if kind != "float":
         gate_up, down = (torch.randint(0, 256, t.shape, generator=g).to(torch.uint8) for t in (gate_up, down))
-        real, down_real = (gate_up.double() - 128) * scales[0].double()[..., None], (down.double() - 128) * scales[1][..., None]
-        gate, up = real.chunk(2, 1) if layout == "concatenated" else (real[:, 0::2], real[:, 1::2])
-    else:
-        down_real = down.double()
+        blocks = [(), ()] if kind == "channel scales" else [(3,), (2,)]  # of 2 inputs each
+        scales = [torch.rand(*t.shape[:2], *b, generator=g) / 64 for t, b in zip((gate_up, down), blocks, strict=True)]
+        real, real_down = (real_weight(*pair) for pair in zip((gate_up, down), scales, strict=True))
+    gate, up = real.chunk(2, 1) if layout == "concatenated" else (real[:, 0::2], real[:, 1::2])
     expected = torch.zeros(tokens, hidden, dtype=torch.float64)
     for t in range(tokens):
         for k in range(top_k):
             e = int(ids[t, k])
             if 0 <= e < experts:
-                g_out, u_out = gate[e].double() @ x[t].double(), up[e].double() @ x[t].double()
-                expected[t] += weights[t, k].double() * (down_real[e] @ (g_out / (1 + torch.exp(-g_out)) * u_out))
+                g_out, u_out = gate[e] @ x[t].double(), up[e] @ x[t].double()
+                expected[t] += weights[t, k].double() * (real_down[e] @ (g_out / (1 + torch.exp(-g_out)) * u_out))
     found = moe_experts(x, ids, weights, gate_up, down, *scales, first_expert=0, gate_up_layout=layout)
     torch.testing.assert_close(found.double(), expected, rtol=1e-5, atol=TOLERANCE)
+
+
+def real_weight(weight, scale):
+    """Element by element: [E, outputs, inputs] uint8 times [E, outputs] or [E, outputs, blocks], in float64."""
+    real = torch.empty(weight.shape, dtype=torch.float64)
+    for e, o, i in itertools.product(*map(range, weight.shape)):
+        factor = scale[e, o] if scale.dim() == 2 else scale[e, o, i * scale.shape[2] // weight.shape[2]]
+        real[e, o, i] = (int(weight[e, o, i]) - 128) * factor.double()
+    return real
 
 
 def test_moe_experts_slices_add_up():

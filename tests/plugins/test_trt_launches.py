@@ -15,13 +15,14 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from plugins import trt_base
-from plugins.architecture import Target
-from plugins.mla_attention import plan as attention
-from plugins.mla_prefill import plan as prefill
-from plugins.moe_experts import plan as experts
-from plugins.moe_route import plan as route
-from plugins.trt import OPS
+from latentrt.plugins import ops, trt_base
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.mla_attention import plan as attention
+from latentrt.plugins.mla_prefill import plan as prefill
+from latentrt.plugins.moe_experts import plan as experts
+from latentrt.plugins.moe_route import plan as route
+
+pytestmark = pytest.mark.slow
 
 pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13: the plugins are its classes")
 pytest.importorskip("cuda.bindings", reason="pip install cuda-bindings")
@@ -121,7 +122,7 @@ def recorded(tmp_path_factory) -> dict[str, dict]:
 
 def described(op, inputs, attributes, kernels, config) -> dict:
     """A case as JSON. Output tensors lie where `outputs_of` says."""
-    target = Target.of(89)
+    target = Gpu.of(89)
 
     def tensor(value, address):
         return {"shape": list(value.shape), "dtype": str(value.dtype).removeprefix("torch."), "address": address}
@@ -136,7 +137,7 @@ def described(op, inputs, attributes, kernels, config) -> dict:
 
 
 def manifest(spec, number: int) -> dict:
-    """As plugins/compile.py writes it, but for what only a compiler knows: shared memory is made up, below and over 48 KiB."""
+    """As plugins/launch/compile.py writes it; shared memory, which only a compiler knows, is made up: below and over 48 KiB."""
     return {"spec": asdict(spec), "name": f"{spec.op}_{spec.function}_{number}", "architecture": 89,
             "num_warps": spec.num_warps, "num_ctas": 1, "shared_bytes": 40_000 + 10_000 * (number % 3),
             "global_scratch_bytes": 0, "profile_scratch_bytes": 0, "parameters": [list(a) for a in spec.arguments]}  # fmt: skip
@@ -151,23 +152,23 @@ def outputs_of(op, inputs) -> list[int]:
 
 def passed_to_triton(monkeypatch, op, inputs, attributes) -> list[tuple]:
     """(function, grid, arguments by name) of every launch that the op's own launcher makes."""
-    calls, module = [], importlib.import_module(f"plugins.{op}.kernel")
+    calls, module = [], ops.part(op, "kernel")
     _, _, _, kernels, config = next(c for c in CASES.values() if c[1] is inputs)
-    for spec in kernels(config, Target.of(89)):
-        owner = importlib.import_module(f"plugins.{spec.op}.kernel")
+    for spec in kernels(config, Gpu.of(89)):
+        owner = ops.part(spec.op, "kernel")
         monkeypatch.setattr(owner, spec.function, Recorder(spec.function, calls))
     optional = {"moe_route": {"correction_bias": None}, "moe_experts": {"gate_up_scale": None, "down_scale": None}}.get(op, {})
     launch = getattr(module, f"{op}_" if op.startswith("mla_") else op)
     # TensorRT hands float attributes over as float32
     narrow = {k: struct.unpack("f", struct.pack("f", v))[0] if isinstance(v, float) else v for k, v in attributes.items()}
-    launch(**(optional | inputs | narrow), target=Target.of(89))
+    launch(**(optional | inputs | narrow), target=Gpu.of(89))
     return calls
 
 
 @pytest.mark.parametrize("name", CASES)
 def test_launches_are_those_of_the_kernels_own_launcher(recorded, monkeypatch, name):
     op, inputs, attributes, kernels, config = CASES[name]
-    manifests = {spec: manifest(spec, i) for i, spec in enumerate(kernels(config, Target.of(89)))}
+    manifests = {spec: manifest(spec, i) for i, spec in enumerate(kernels(config, Gpu.of(89)))}
     seen = [c for c in recorded[name]["calls"] if c["call"] == "cuLaunchKernel"]
     expected = passed_to_triton(monkeypatch, op, inputs, attributes)
     assert len(seen) == len(expected) > 0
@@ -217,11 +218,11 @@ def test_kernels_are_loaded_before_the_first_launch_and_nothing_else_is_called(r
 def test_shared_memory_over_48_kib_is_asked_for(recorded):
     for case, (_, _, _, kernels, config) in zip(recorded.values(), CASES.values(), strict=True):
         asked = {c["kernel"]: c["value"] for c in case["loading"] if c["call"] == "cuFuncSetAttribute"}
-        manifests = [manifest(s, i) for i, s in enumerate(kernels(config, Target.of(89)))]
+        manifests = [manifest(s, i) for i, s in enumerate(kernels(config, Gpu.of(89)))]
         assert asked == {m["name"]: m["shared_bytes"] for m in manifests if m["shared_bytes"] > 48 * 1024}
 
 
-@pytest.mark.parametrize("op", OPS, ids=lambda op: op.contract.name)
+@pytest.mark.parametrize("op", ops.plugins().values(), ids=ops.plugins())
 def test_without_a_launcher_a_step_does_nothing(op):
     """As while an engine is built: full TensorRT prepares and times plugins, with nothing sensible in their inputs."""
     package = importlib.import_module("tensorrt_rtx")

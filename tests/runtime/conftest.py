@@ -4,7 +4,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from runtime.backends import cuda_device, tensorrt
+from latentrt.runtime.backends.tensorrt import backend as tensorrt
+from latentrt.runtime.backends.tensorrt import device as cuda_device
 from tests.runtime import tensorrt_fakes as fakes
 
 

@@ -8,9 +8,10 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from runtime.backends.base import Backend, StepBatch, pages_for
-from runtime.generate import Engine
-from runtime.manifest import CacheSpec, Limits, TensorInfo
+from latentrt.plugins.step_graph import StepBatch
+from latentrt.runtime.api import Engine
+from latentrt.runtime.backends.base import Backend, StepResult, pages_for
+from latentrt.runtime.bundle.manifest import CacheSpec, Limits, TensorInfo
 
 VOCAB = 50
 UNWRITTEN = -7
@@ -22,7 +23,7 @@ class HistoryBackend(Backend):
     name = "fake"
 
     def __init__(self, cache_tokens=None, page_size=4, max_context=64, max_batch_tokens=16, max_sequences=8, prefill_chunk=256):
-        cache = CacheSpec(format="tokens", dtype="int32", page_size=page_size, width=1, layers=1, bytes_per_token=4)
+        cache = CacheSpec(format="tokens", dtype="int32", page_size=page_size, width=1, layers=1, bytes_per_token=4, fields=[])
         limits = Limits(max_context=max_context, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
         logits = TensorInfo(name="logits", dtype="float", shape=["N", VOCAB])
         self.target = SimpleNamespace(cache=cache, limits=limits, outputs=[logits])
@@ -35,7 +36,7 @@ class HistoryBackend(Backend):
     def prefill_chunk(self) -> int:
         return self.chunk
 
-    def step(self, batch: StepBatch) -> np.ndarray:
+    def step(self, batch: StepBatch) -> StepResult:
         self.batches.append(batch)
         _check(batch, self.target.limits)
         rows = []
@@ -49,7 +50,7 @@ class HistoryBackend(Backend):
                 history = self.pages[batch.block_table[b]].ravel()[: position + 1]
                 assert (history >= 0).all(), "a token was read that this sequence never wrote"
                 rows.append(logits_after(history))
-        return np.stack(rows)[batch.logit_rows] if len(batch.logit_rows) else np.zeros((0, VOCAB), np.float32)
+        return StepResult(np.stack(rows)[batch.logit_rows] if len(batch.logit_rows) else np.zeros((0, VOCAB), np.float32))
 
 
 def _check(batch: StepBatch, limits: Limits) -> None:

@@ -7,10 +7,11 @@ from types import SimpleNamespace
 
 import numpy as np
 
-from runtime import manifest as records
-from runtime.backends import tensorrt
-from runtime.backends.base import SequenceRows, StepBatch
-from runtime.bundle import FILES, MANIFEST, Bundle
+from latentrt.plugins.step_graph import INPUTS, StepBatch, input_shapes
+from latentrt.runtime.backends.base import SequenceRows, pack
+from latentrt.runtime.backends.tensorrt import backend as tensorrt
+from latentrt.runtime.bundle import manifest as records
+from latentrt.runtime.bundle.reader import FILES, MANIFEST, Bundle
 
 LAYERS, PAGE, WIDTH, VOCAB, HIDDEN, VERSION = 2, 64, 80, 32, 16, "1.7.1.116"
 BATCH = {"input_ids": 1, "positions": 1, "query_starts": 1, "cached_lengths": 1, "block_table": 2, "num_tokens": 1,
@@ -242,7 +243,7 @@ def install(monkeypatch, module):
 
 def decode_batch(count: int) -> StepBatch:
     """One token for each of the first `count` sequences of TABLE."""
-    return StepBatch.of([SequenceRows([5 + i], 3 * i, [0]) for i in range(count)], TABLE[:count])
+    return pack([SequenceRows([5 + i], 3 * i, [0]) for i in range(count)], TABLE[:count])
 
 
 class Builder:
@@ -262,11 +263,10 @@ class Builder:
         stored = {n: records.WeightTensor(file=shard.file, offset=64 + 128 * i, dtype="bfloat16", shape=[8, 8])
                   for i, n in enumerate(WEIGHTS)}  # fmt: skip
         target = self.target(backend, expanded)
-        weights = records.WeightSet(
-            precision="bf16", layout="step_graph", cache_transform="none", files=[shard], tensors=stored
-        )
+        stored_as = records.WeightFormat(name="bf16", plain="bfloat16")
+        weights = records.WeightSet(format=stored_as, gate_up_layout="concatenated", files=[shard], tensors=stored)
         manifest = records.Manifest(
-            format_version=1, producer="test", created="now", architecture="DeepseekV2ForCausalLM",
+            format_version=records.FORMAT_VERSION, producer="test", created="now", family="deepseek_v2",
             config=CONFIG, checkpoint=records.CheckpointInfo(path="/", digest="0", files={}), tokenizer={},
             weight_sets={"w": weights}, targets={"sm89": target},
         )  # fmt: skip
@@ -278,27 +278,28 @@ class Builder:
         spec = dict(op="moe_route", function="route", arguments=[["x", "*fp32"]], constexprs=[["K", 6]], num_warps=4,
                     num_stages=1, grid="(1,)")  # fmt: skip
         manifest = self.add(".json", json.dumps({"spec": spec, "sha256": cubin.sha256, "name": "route"}).encode())
-        shapes = {"cached_lengths": (1, 8), "logit_rows": (1, 8), "query_starts": (2, 9)}
-        cache = {c: [[2, PAGE, WIDTH], [9, PAGE, WIDTH], [100, PAGE, WIDTH]] for c in CACHES}
-        fixed = {n: [[a], [a], [b]] for n, (a, b) in shapes.items()} | {"block_table": [[1, 1], [4, 4], [8, 32]]} | cache
-        profiles = {
-            name: fixed | {n: [[1], [1], [rows]] for n in ("input_ids", "positions")}
-            for name, rows in (("decode", 8), ("prefill", 128))
-        }
+        profiles = {name: self.profile(rows) for name, rows in (("decode", 8), ("prefill", 128))}
         outputs = [("logits", "float", VOCAB), ("last_hidden", "bfloat16", HIDDEN)]
         return records.Target(
-            expanded=self.expanded(profiles) if expanded else None,
             backend=backend, backend_version=VERSION, compute_capability="sm89", precision="bf16", options={},
-            graph=self.add(".plan", b"plan"), weight_set="w", request="r", executed=None,
+            engines={"absorbed": records.EngineFiles(graph=self.add(".plan", b"plan"), profiles=profiles)}
+            | ({"expanded": self.expanded(profiles)} if expanded else {}), weight_set="w", built_from="r", executed=None,
             kernels=[records.Kernel(op="moe_route", function="route", cubin=cubin, manifest=manifest)],
             inputs=[], outputs=[records.TensorInfo(name=n, dtype=d, shape=["N", w]) for n, d, w in outputs]
             + [records.TensorInfo(name=f"{c}.updated", dtype="bfloat16", shape=["num_pages", PAGE, WIDTH]) for c in CACHES],
-            weight_inputs=WEIGHTS, profiles=profiles,
+            weight_inputs=WEIGHTS,
             cache=records.CacheSpec(format="bfloat16", dtype="bfloat16", page_size=PAGE, width=WIDTH, layers=LAYERS,
-                                    bytes_per_token=2 * WIDTH * LAYERS),
+                                    bytes_per_token=2 * WIDTH * LAYERS, fields=[]),
             limits=records.Limits(max_context=2048, max_batch_tokens=128, max_sequences=8),
         )  # fmt: skip
 
-    def expanded(self, profiles: dict) -> records.ExpandedEngine:
+    def profile(self, rows: int) -> dict[str, records.ShapeRange]:
+        """Shapes of steps of up to `rows` rows, 8 sequences and 32 pages each."""
+        bounds = [{"T": t, "B": b, "N": b, "max_pages": p} for t, b, p in ((1, 1, 1), (1, 4, 4), (rows, 8, 32))]
+        shapes = {name: [list(s[name]) for s in map(input_shapes, bounds)] for name in INPUTS if name != "num_tokens"}
+        shapes |= {c: [[n, PAGE, WIDTH] for n in (2, 9, 100)] for c in CACHES}
+        return {name: records.ShapeRange(min=low, opt=usual, max=high) for name, (low, usual, high) in shapes.items()}
+
+    def expanded(self, profiles: dict) -> records.EngineFiles:
         graph, onnx, network = self.add(".plan", EXPANDED_PLAN), self.add(".onnx", b"expanded"), self.add(".json", b"[]")
-        return records.ExpandedEngine(graph=graph, onnx=onnx, network=network, profiles={"prefill": profiles["prefill"]})
+        return records.EngineFiles(graph=graph, onnx=onnx, network=network, profiles={"prefill": profiles["prefill"]})

@@ -7,13 +7,14 @@ import signal
 import subprocess
 import sys
 import time
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
 import pytest
 
-import runtime
-from runtime.__main__ import main
+import latentrt
+from latentrt.cli import main
 from tests.conftest import VOCAB_SIZE
 
 
@@ -38,7 +39,7 @@ def fails(capsys, *arguments) -> str:
 
 
 def test_generate_prints_the_answer_and_a_summary(capsys, tiny_bundle):
-    expected = runtime.load(tiny_bundle).generate(["ab"])[0]
+    expected = latentrt.load(tiny_bundle).generate(["ab"])[0]
     code, out, err = run(capsys, "generate", tiny_bundle, "--prompt", "ab")
     assert (code, out) == (0, expected.text + "\n")
     assert "3 prompt tokens" in err and f"{len(expected.token_ids)} new" in err and "end: length" in err
@@ -66,7 +67,7 @@ def test_several_prompts_are_shown_each_with_its_answer(capsys, tiny_bundle):
 
 
 def test_generate_chat_uses_the_template(capsys, tiny_bundle):
-    engine = runtime.load(tiny_bundle)
+    engine = latentrt.load(tiny_bundle)
     tokens = engine.chat_tokens([{"role": "user", "content": "hi"}])
     _, out, _ = run(capsys, "generate", tiny_bundle, "--prompt", "hi", "--chat", "--max-new-tokens", 4, "--json")
     result = json.loads(out)["results"][0]
@@ -127,9 +128,21 @@ def test_errors_are_json_too(capsys, tiny_bundle, tmp_path):
         assert code == 2 and json.loads(out)["error"] in err and set(json.loads(out)) == {"error", "kind"}
 
 
-@pytest.mark.parametrize(("arguments", "message"), [([], "Missing command"), (["fly"], "'fly'"), (["info"], "BUNDLE")])
+@pytest.mark.parametrize(
+    ("arguments", "message"), [(["fly"], "'fly'; see latentrt --help"), (["info"], "BUNDLE"), (["--fly"], "--fly")]
+)
 def test_wrong_commands(capsys, arguments, message):
     assert message in fails(capsys, *arguments)
+
+
+def test_without_a_command_there_is_help(capsys):
+    code, out, err = run(capsys)
+    assert (code, err) == (2, "") and all(command in out for command in ("build", "generate", "validate", "--version"))
+
+
+def test_the_versions_that_matter(capsys):
+    code, out, _ = run(capsys, "--version")
+    assert code == 0 and f"latentrt {latentrt.__version__}" in out and f"onnxruntime {version('onnxruntime')}" in out
 
 
 def test_a_prompt_file_that_is_not_text(capsys, tiny_bundle, tmp_path):
@@ -150,7 +163,7 @@ def test_info_shows_the_passport(capsys, tiny_bundle):
 
 def graph_file(bundle: Path) -> Path:
     manifest = json.loads((bundle / "manifest.json").read_text())
-    return bundle / "files" / manifest["targets"]["cpu"]["graph"]["file"]
+    return bundle / "files" / manifest["targets"]["cpu"]["engines"]["absorbed"]["graph"]["file"]
 
 
 def test_info_verify_names_a_changed_file(capsys, copy):
@@ -181,7 +194,7 @@ def test_damaged_bundles_are_refused_by_name(capsys, copy, command, damage):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format version 2, this version reads 1"),
+        ({"format_version": 1}, "format version 1, this version reads 2; build the bundle again"),
         ({"surprise": 1}, "surprise"),
         ({"targets": {}}, "has target"),
         ({"config": ...}, "config: Field required"),
@@ -224,7 +237,7 @@ def test_logits_are_those_of_the_engine(capsys, tiny_bundle, tmp_path):
     assert code == 0 and json.loads(text)["shape"] == [204, VOCAB_SIZE]
     found = np.load(out)
     assert found.dtype == np.float32 and found.flags.c_contiguous
-    np.testing.assert_array_equal(found, runtime.load(tiny_bundle).logits(lists))
+    np.testing.assert_array_equal(found, latentrt.load(tiny_bundle).logits(lists))
     assert sorted(p.name for p in tmp_path.iterdir()) == ["ids.json", "logits.npy"]
 
 
@@ -257,7 +270,7 @@ def test_logits_go_to_a_file_that_can_be_written(capsys, tiny_bundle, tmp_path):
 
 
 def chat(bundle: Path, text: str, *options) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "runtime", "chat", str(bundle), "--max-new-tokens", "8", *options]
+    command = [sys.executable, "-m", "latentrt", "chat", str(bundle), "--max-new-tokens", "8", *options]
     return subprocess.run(command, input=text, capture_output=True, text=True, timeout=60)
 
 
@@ -276,7 +289,7 @@ def test_chat_says_when_the_conversation_no_longer_fits_and_goes_on(tiny_bundle)
 
 
 def test_ctrl_c_stops_the_answer_not_the_chat(tiny_bundle):
-    command = [sys.executable, "-m", "runtime", "chat", str(tiny_bundle), "--max-new-tokens", "200", "--ignore-eos"]
+    command = [sys.executable, "-m", "latentrt", "chat", str(tiny_bundle), "--max-new-tokens", "200", "--ignore-eos"]
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     with subprocess.Popen(command, **pipes, env=os.environ | {"PYTHONUNBUFFERED": "1"}) as process:
         process.stdin.write(b"hello\n")
@@ -290,6 +303,6 @@ def test_ctrl_c_stops_the_answer_not_the_chat(tiny_bundle):
 
 
 def test_generate_into_a_closed_pipe_is_quiet(tiny_bundle):
-    command = f"{sys.executable} -m runtime generate {tiny_bundle} --prompt a --max-new-tokens 60 --ignore-eos"
+    command = f"{sys.executable} -m latentrt generate {tiny_bundle} --prompt a --max-new-tokens 60 --ignore-eos"
     done = subprocess.run(["bash", "-c", f"{command} | head -c 1 > /dev/null"], capture_output=True, text=True, timeout=60)
     assert "Traceback" not in done.stderr and "Exception" not in done.stderr

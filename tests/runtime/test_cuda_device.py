@@ -7,8 +7,9 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from plugins import cuda_launch
-from runtime.backends import cuda_device
+from latentrt.plugins.launch import cuda as cuda_launch
+from latentrt.runtime.backends.tensorrt import device as cuda_device
+from latentrt.runtime.errors import EngineLostError
 
 OK, FULL, INVALID = 0, 2, 901
 ATTRIBUTES = ("COMPUTE_CAPABILITY_MAJOR", "COMPUTE_CAPABILITY_MINOR", "MULTIPROCESSOR_COUNT")
@@ -113,6 +114,12 @@ def test_errors_are_named(device, driver):
     with pytest.raises(MemoryError, match="cuMemAlloc: 2"):
         device.allocate(1)
     assert device.free_memory() == 1000
+
+
+def test_a_fault_of_the_gpu_says_that_nothing_can_follow(device, driver):
+    driver.fails["cuStreamSynchronize"] = SimpleNamespace(name="CUDA_ERROR_ILLEGAL_ADDRESS")
+    with pytest.raises(EngineLostError, match="cuStreamSynchronize: CUDA_ERROR_ILLEGAL_ADDRESS; load the engine again"):
+        device.synchronize()
 
 
 def test_the_driver_has_every_function_that_is_called():

@@ -10,13 +10,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-import runtime
-from runtime import generate
-from runtime.bundle import Bundle, BundleError
-from runtime.chat import Conversation
-from runtime.errors import RequestError
-from runtime.generate import Engine
-from runtime.sampler import SamplingParams
+import latentrt
+from latentrt.runtime import backends
+from latentrt.runtime.api import Engine
+from latentrt.runtime.backends.base import BackendOptions
+from latentrt.runtime.bundle.reader import Bundle
+from latentrt.runtime.chat import Conversation
+from latentrt.runtime.engine.sampler import SamplingParams
+from latentrt.runtime.errors import BundleError, RequestError
 from tests import checkpoints
 from tests.conftest import EXAMPLE, VOCAB_SIZE
 
@@ -25,25 +26,22 @@ TEXTS = ["def main():\n    ", "import", "Raises ValueError if the argument", "x"
 
 
 @pytest.fixture(scope="module")
-def plain_bundle(tmp_path_factory):
+def plain_bundle(traced, tmp_path_factory):
     """No q_lora_rank, greedy routing, no dense layer, default RoPE; without a tokenizer."""
-    import build
-
     folder = tmp_path_factory.mktemp("plain")
     changes = {"q_lora_rank": None, "topk_method": "greedy", "first_k_dense_replace": 0, "num_hidden_layers": 2}
     checkpoints.write(folder / "checkpoint", seed=3, rope_parameters=checkpoints.PLAIN_ROPE, **changes)
-    build.build(folder / "checkpoint", folder / "bundle", "cpu", "fp32")
-    return folder / "bundle"
+    return traced.build_once("plain", folder / "checkpoint", folder / "bundle", "cpu", "fp32")
 
 
 @pytest.fixture(scope="module")
 def engine(tiny_bundle) -> Engine:
-    return runtime.load(tiny_bundle)
+    return latentrt.load(tiny_bundle)
 
 
 @pytest.fixture(scope="module")
 def example(example_bundle) -> Engine:
-    return runtime.load(example_bundle)
+    return latentrt.load(example_bundle)
 
 
 def check_greedy(model, prompts: list[list[int]], results) -> None:
@@ -73,14 +71,16 @@ def test_equals_transformers_past_the_original_context(engine, tiny_checkpoint):
     assert results[1].token_ids[:10] == generated(model, prompts[1], 10)
 
 
+@pytest.mark.slow
 def test_equals_transformers_without_q_lora_yarn_and_groups(plain_bundle):
     model = checkpoints.reference(plain_bundle.parent / "checkpoint")
     prompts = random_prompts([2, 9, 33], checkpoints.CONFIG["vocab_size"])
-    results = runtime.load(plain_bundle).generate(prompts, SamplingParams(max_new_tokens=NEW, ignore_eos=True))
+    results = latentrt.load(plain_bundle).generate(prompts, SamplingParams(max_new_tokens=NEW, ignore_eos=True))
     check_greedy(model, prompts, results)
     assert all(r.text is None for r in results)
 
 
+@pytest.mark.slow
 def test_equals_transformers_on_the_example(example):
     model = AutoModelForCausalLM.from_pretrained(EXAMPLE, dtype=torch.float32).eval()
     prompts = [example.prompt_tokens(text) for text in TEXTS]
@@ -89,6 +89,7 @@ def test_equals_transformers_on_the_example(example):
     assert [r.text for r in results] == [example.tokenizer.decode(r.token_ids) for r in results]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("params", [{}, {"temperature": 0.9, "seed": 5, "top_p": 0.95, "repetition_penalty": 1.1}])
 def test_a_batch_gives_what_each_prompt_gives_alone(example, params):
     chosen = SamplingParams(max_new_tokens=NEW, **params)
@@ -101,14 +102,14 @@ def test_small_chunks_and_a_full_cache_change_nothing(engine, tiny_bundle):
     prompts = random_prompts([100, 70, 5], VOCAB_SIZE)
     params = SamplingParams(max_new_tokens=30, ignore_eos=True)
     expected = [r.token_ids for r in engine.generate(prompts, params)]
-    tight = runtime.load(tiny_bundle, cache_tokens=192)
+    tight = latentrt.load(tiny_bundle, cache_tokens=192)
     chunked = Engine(tight.bundle, tight.backend, chunk=7)
     assert [r.token_ids for r in chunked.generate(prompts, params)] == expected
-    assert chunked.scheduler.cache.free_tokens == 192
+    assert chunked.loop.scheduler.cache.free_tokens == 192
 
 
 def test_unwritten_cache_does_not_leak(tiny_bundle, engine):
-    poisoned = runtime.load(tiny_bundle)
+    poisoned = latentrt.load(tiny_bundle)
     for cache in poisoned.backend.caches:
         cache.fill(np.nan)
     prompts = random_prompts([3, 66, 130], VOCAB_SIZE)
@@ -136,6 +137,7 @@ def test_the_context_ends_an_answer(engine):
         engine.generate(random_prompts([limit + 1], VOCAB_SIZE))
 
 
+@pytest.mark.slow
 def test_the_end_of_sequence_token_stops_and_is_not_in_the_text(example):
     answer = example.generate([TEXTS[0]], SamplingParams(max_new_tokens=20, ignore_eos=True))[0]
     example.eos_ids, before = frozenset([answer.token_ids[5]]), example.eos_ids
@@ -148,6 +150,7 @@ def test_the_end_of_sequence_token_stops_and_is_not_in_the_text(example):
     assert result.text == example.tokenizer.decode(answer.token_ids[:at])
 
 
+@pytest.mark.slow
 def test_stop_strings_end_the_text_before_them(example):
     full = example.generate([TEXTS[0]], SamplingParams(max_new_tokens=30))[0]
     for start, length in ((3, 4), (11, 1), (17, 7)):
@@ -159,6 +162,7 @@ def test_stop_strings_end_the_text_before_them(example):
         assert result.token_ids == full.token_ids[: len(result.token_ids)]
 
 
+@pytest.mark.slow
 def test_events_carry_every_token_and_all_text(example):
     seen = []
     results = example.generate(TEXTS, [SamplingParams(max_new_tokens=n) for n in (1, 5, 9, 20)], seen.append)
@@ -170,8 +174,9 @@ def test_events_carry_every_token_and_all_text(example):
         assert result.timings.prefill_seconds > 0 and asdict(result)["timings"]["queue_seconds"] >= 0
 
 
+@pytest.mark.slow
 def test_a_bundle_without_tokenizer_takes_token_ids_only(plain_bundle):
-    engine = runtime.load(plain_bundle)
+    engine = latentrt.load(plain_bundle)
     assert engine.logits([[1, 2, 3]]).shape == (3, engine.vocab_size)
     with pytest.raises(BundleError, match="has no tokenizer; give token ids"):
         engine.generate(["text"])
@@ -181,6 +186,7 @@ def test_a_bundle_without_tokenizer_takes_token_ids_only(plain_bundle):
         Conversation(engine, SamplingParams())
 
 
+@pytest.mark.slow
 def test_a_conversation_computes_only_what_is_new(example):
     params = SamplingParams(max_new_tokens=16)
     conversation = Conversation(example, params, system="You know Python.")
@@ -193,9 +199,10 @@ def test_a_conversation_computes_only_what_is_new(example):
     assert [m["role"] for m in conversation.messages] == ["system", "user", "assistant", "user", "assistant"]
     conversation.reset()
     assert conversation.messages == [{"role": "system", "content": "You know Python."}]
-    assert example.scheduler.cache.free_tokens == example.scheduler.cache.capacity
+    assert example.loop.scheduler.cache.free_tokens == example.loop.scheduler.cache.capacity
 
 
+@pytest.mark.slow
 def test_a_stopped_answer_stays_in_the_history(example):
     conversation = Conversation(example, SamplingParams(max_new_tokens=50, ignore_eos=True))
     events = conversation.say("Hello")
@@ -214,7 +221,7 @@ def test_a_stopped_answer_stays_in_the_history(example):
 def test_wrong_load_options_are_named(tiny_bundle, options):
     name, value = next(iter(options.items()))
     with pytest.raises(RequestError, match=f"{name} is {value}"):
-        runtime.load(tiny_bundle, **options)
+        latentrt.load(tiny_bundle, **options)
 
 
 def test_what_is_empty_is_said_in_its_own_words(engine, monkeypatch):
@@ -225,23 +232,24 @@ def test_what_is_empty_is_said_in_its_own_words(engine, monkeypatch):
         engine.prompt_tokens("")
 
 
-@pytest.mark.parametrize(("device", "options"), [("auto", {}), ("cuda", {"gpu": 0}), ("cuda:1", {"gpu": 1})])
-def test_the_device_of_a_gpu_target(device, options):
+@pytest.mark.parametrize(("device", "number"), [("auto", 0), ("cuda", 0), ("cuda:1", 1)])
+def test_the_device_of_a_gpu_target(device, number):
     bundle = SimpleNamespace(target=lambda name: ("sm89", SimpleNamespace(backend="tensorrt_rtx")))
-    assert generate.device_option(bundle, None, None, device) == options
-    assert generate.device_option(bundle, None, "torch", "cpu") == {"device": "cpu"}
+    options = BackendOptions(device=device)
+    assert backends.check(bundle, None, None, options) == "tensorrt_rtx" and options.gpu == number
+    assert backends.check(bundle, None, "torch", BackendOptions(device="cpu")) == "torch"
     with pytest.raises(RequestError, match=r"'cpu', but target sm89 runs on a GPU .*choose backend torch"):
-        generate.device_option(bundle, None, None, "cpu")
+        backends.check(bundle, None, None, BackendOptions(device="cpu"))
 
 
 def test_running_on_the_cpu_imports_neither_torch_nor_the_exporter(tiny_bundle):
     code = f"""
-import sys, runtime
-from runtime.sampler import SamplingParams
-import runtime.__main__, runtime.chat
-engine = runtime.load({str(tiny_bundle)!r})
+import sys, latentrt
+from latentrt.runtime.sampling_params import SamplingParams
+import latentrt.cli, latentrt.runtime.chat
+engine = latentrt.load({str(tiny_bundle)!r})
 assert engine.generate(["a"], SamplingParams(max_new_tokens=2))
-print(sorted({{m.split(".")[0] for m in sys.modules}} & {{"torch", "transformers", "export", "onnx", "build", "validation"}}))
+print(sorted(m for m in sys.modules if m in ("torch", "transformers", "onnx") or m.startswith("latentrt.export.models")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr

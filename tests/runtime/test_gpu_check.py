@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
 CHEAP = ("attention", "routing", "experts", "fused", "launch", "engines", "measure-attention", "measure-experts")
 PREFIX = """
@@ -198,8 +200,8 @@ def test_groups_that_layers_imply(name, precision):
     import torch
 
     from benchmarks.gpu import model, model_speed
-    from export.config import parse
-    from runtime.backends.torch_graph import StepProgram
+    from latentrt.export.models.deepseek_v2.config import parse
+    from latentrt.runtime.backends.torch.graph import StepProgram
 
     raw = json.loads((SCRIPT.parents[1] / "tests" / "configs" / f"{name}.json").read_text())
     config = parse(raw | {"num_hidden_layers": 2})
@@ -227,19 +229,19 @@ def test_kernels_of_another_triton_are_found_and_launched(tmp_path, monkeypatch)
 
     from benchmarks.gpu import ahead, launch
     from benchmarks.gpu.run import Run
-    from plugins import compile as kernels
-    from plugins.architecture import Target
-    from plugins.cuda_launch import CudaLauncher
+    from latentrt.plugins.architecture import Gpu
+    from latentrt.plugins.launch import compile as kernels
+    from latentrt.plugins.launch.cuda import CudaLauncher
 
     monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path))
     ahead.find.cache_clear()
     gpu = Run(torch.device("cpu"), True)
     driver = launch._StandIn()
-    ready = ahead.Ahead(gpu, CudaLauncher(Target.of(90), {}, driver))
+    ready = ahead.Ahead(gpu, CudaLauncher(Gpu.of(90), {}, driver))
     tensors = launch.attention.batch(gpu, [1, 1], [64, 65], 16, torch.bfloat16, rank=64, rope=16)
     assert ready.calls("mla_attention", [tensors], launch.ATTENTION) is None and "JIT" in gpu.skipped[0]["why"]
 
-    _, _, plan = launch.outputs_and_plan("mla_attention", tensors, launch.ATTENTION, Target.of(90))
+    _, _, plan = launch.outputs_and_plan("mla_attention", tensors, launch.ATTENTION, Gpu.of(90))
     (tmp_path / "kernels").mkdir()
     common = dict(architecture=90, shared_bytes=1 << 16, num_warps=4, num_ctas=1)
     common |= dict(global_scratch_bytes=0, profile_scratch_bytes=0)

@@ -7,8 +7,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from runtime.errors import EngineError, RequestError
-from runtime.sampler import SamplingParams
+from latentrt.runtime.backends.base import StepResult
+from latentrt.runtime.engine.sampler import SamplingParams
+from latentrt.runtime.errors import EngineError, RequestError
 from tests.runtime.fakes import VOCAB, fake_engine, greedy
 
 token = st.integers(0, VOCAB - 1)
@@ -33,8 +34,8 @@ def test_answers_do_not_depend_on_the_batch(prompts, new, cache_tokens, page_siz
     for prompt, n, result in zip(prompts, new, results, strict=False):
         assert result.token_ids == greedy(prompt, n)
         assert (result.finish_reason, result.prompt_tokens) == ("length", len(prompt))
-    assert engine.scheduler.cache.free_tokens == engine.scheduler.cache.capacity
-    assert not engine.scheduler.running and not engine.scheduler.waiting
+    assert engine.loop.scheduler.cache.free_tokens == engine.loop.scheduler.cache.capacity
+    assert not engine.loop.scheduler.running and not engine.loop.scheduler.waiting
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
@@ -99,7 +100,7 @@ def test_closing_a_stream_frees_its_pages():
     stream = engine.stream([[1, 2, 3], [4]], SamplingParams(max_new_tokens=30))
     next(stream)
     stream.close()
-    assert engine.scheduler.cache.free_tokens == engine.scheduler.cache.capacity
+    assert engine.loop.scheduler.cache.free_tokens == engine.loop.scheduler.cache.capacity
     assert engine.generate([[5]], SamplingParams(max_new_tokens=3))[0].token_ids == greedy([5], 3)
 
 
@@ -108,25 +109,25 @@ def test_interleaved_streams_share_the_steps():
     streams = [engine.stream([[n, n]], SamplingParams(max_new_tokens=6)) for n in (1, 2)]
     events = [list(pair) for pair in zip(*streams, strict=True)]
     assert [tuple(pair[n].token for pair in events) for n in (0, 1)] == [greedy([1, 1], 6), greedy([2, 2], 6)]
-    assert engine.scheduler.steps < 12
+    assert engine.loop.steps < 12
 
 
 def test_a_kept_sequence_is_taken_over_as_far_as_it_agrees():
     engine = fake_engine(page_size=4)
     first = engine.sequence([1, 2, 3], SamplingParams(max_new_tokens=8), deque(), keep=True)
-    answer = list(engine.run([first]))[-1].result.token_ids
+    answer = list(engine.loop.stream([first]))[-1].result.token_ids
     prompt = [1, 2, 3, *answer[:5], 49, 48]  # leaves the history in the middle of a page
     second = engine.sequence(prompt, SamplingParams(max_new_tokens=8), deque(), keep=True)
-    result = list(engine.run([second], after=first))[-1].result
+    result = list(engine.loop.stream([second], after=first))[-1].result
     assert (result.token_ids, result.reused_tokens) == (greedy(prompt, 8), 8)
-    engine.scheduler.forget(second)
-    assert engine.scheduler.cache.free_tokens == engine.scheduler.cache.capacity
+    engine.loop.forget(second)
+    assert engine.loop.scheduler.cache.free_tokens == engine.loop.scheduler.cache.capacity
 
 
 def keep(engine, prompt: list[int], new: int):
     """A finished sequence whose pages stay."""
     sequence = engine.sequence(prompt, SamplingParams(max_new_tokens=new), deque(), keep=True)
-    list(engine.run([sequence]))
+    list(engine.loop.stream([sequence]))
     return sequence
 
 
@@ -136,7 +137,7 @@ def test_pages_given_back_by_a_take_over_may_go_to_others_at_once():
     prompt = [*first.tokens[:9], 49]
     other = engine.stream([[7] * 20], SamplingParams(max_new_tokens=3))  # queued before, so served before
     again = engine.sequence(prompt, SamplingParams(max_new_tokens=4), deque())
-    result = list(engine.run([again], after=first))[-1].result
+    result = list(engine.loop.stream([again], after=first))[-1].result
     assert (result.token_ids, result.reused_tokens) == (greedy(prompt, 4), 9)
     assert tuple(event.token for event in other) == greedy([7] * 20, 3)
 
@@ -146,7 +147,7 @@ def test_a_prompt_that_is_cached_entirely_computes_its_last_token_again():
     first = keep(engine, [1, 2, 3], 6)
     prompt = first.tokens[: first.cached]
     again = engine.sequence(prompt, SamplingParams(max_new_tokens=3), deque())
-    result = list(engine.run([again], after=first))[-1].result
+    result = list(engine.loop.stream([again], after=first))[-1].result
     assert (result.token_ids, result.reused_tokens) == (greedy(prompt, 3), len(prompt) - 1)
 
 
@@ -156,7 +157,7 @@ def test_a_waiting_sequence_does_not_give_up_its_own_prefix():
     other = engine.stream([[7] * 19], SamplingParams(max_new_tokens=1))  # leaves too little for the second turn
     prompt = [*first.tokens[:8], *[5] * 8]
     again = engine.sequence(prompt, SamplingParams(max_new_tokens=2), deque())
-    result = list(engine.run([again], after=first))[-1].result
+    result = list(engine.loop.stream([again], after=first))[-1].result
     assert (result.token_ids, result.reused_tokens) == (greedy(prompt, 2), 8)
     assert next(other).token == greedy([7] * 19, 1)[0]
 
@@ -175,18 +176,18 @@ def test_who_had_to_wait_goes_on_before_those_who_came_later():
 def test_a_kept_sequence_yields_to_running_ones():
     engine = fake_engine(cache_tokens=16, page_size=4)
     kept = engine.sequence([1, 2, 3], SamplingParams(max_new_tokens=8), deque(), keep=True)
-    list(engine.run([kept]))
+    list(engine.loop.stream([kept]))
     assert engine.generate([[7] * 12], SamplingParams(max_new_tokens=4))[0].token_ids == greedy([7] * 12, 4)
     assert kept.cached == 0
     again = engine.sequence([1, 2, 3, 4], SamplingParams(max_new_tokens=2), deque())
-    result = list(engine.run([again], after=kept))[-1].result
+    result = list(engine.loop.stream([again], after=kept))[-1].result
     assert (result.token_ids, result.reused_tokens) == (greedy([1, 2, 3, 4], 2), 0)
 
 
 def test_logits_that_are_not_numbers_are_an_error_and_the_engine_lives_on():
     engine = fake_engine()
     step = engine.backend.step
-    engine.backend.step = lambda batch: np.full_like(step(batch), np.nan)
+    engine.backend.step = lambda batch: StepResult(np.full_like(step(batch).logits(), np.nan))
     with pytest.raises(EngineError, match="not finite"):
         engine.generate([[1]])
     engine.backend.step = step
@@ -206,7 +207,7 @@ def test_teacher_forced_rows_come_in_order(lists, cache_tokens, max_batch_tokens
     engine = fake_engine(cache_tokens=cache_tokens, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
     expected = [logits_after(tokens[: n + 1]) for tokens in lists for n in range(len(tokens))]
     np.testing.assert_array_equal(engine.logits(lists), expected)
-    assert engine.scheduler.cache.free_tokens == engine.scheduler.cache.capacity
+    assert engine.loop.scheduler.cache.free_tokens == engine.loop.scheduler.cache.capacity
 
 
 def test_teacher_forcing_beside_requests_that_fill_the_cache_is_an_error():
@@ -236,7 +237,7 @@ def test_wrong_prompts_are_refused_before_anything_runs(prompts, message):
     engine = fake_engine()
     with pytest.raises(RequestError, match=message):
         engine.stream(prompts)
-    assert engine.scheduler.steps == 0 and not engine.scheduler.waiting
+    assert engine.loop.steps == 0 and not engine.loop.scheduler.waiting
 
 
 def test_a_prompt_larger_than_the_cache_is_refused():

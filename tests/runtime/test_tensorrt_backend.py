@@ -7,11 +7,11 @@ import numpy as np
 import pytest
 
 from benchmarks.gpu import engine_cache
-from runtime import backends
-from runtime.backends import base, cuda_device, padding
-from runtime.backends.base import SequenceRows, StepBatch
-from runtime.bundle import BundleError
-from runtime.errors import EngineError, RequestError
+from latentrt.runtime import backends
+from latentrt.runtime.backends import base, padding
+from latentrt.runtime.backends.base import SequenceRows, pack
+from latentrt.runtime.backends.tensorrt import device as cuda_device
+from latentrt.runtime.errors import BundleError, EngineError, RequestError
 from tests.runtime import tensorrt_fakes as fakes
 from tests.runtime.tensorrt_fakes import TABLE, decode_batch, install
 
@@ -90,14 +90,14 @@ def test_plan_with_other_tensors(bundle, device, monkeypatch):
 
 
 def test_engine_that_refuses_a_step(backend, device):
-    backend.runner.contexts["prefill"].execute_async_v3 = lambda stream: False
+    backend.runner.contexts["absorbed", "prefill"].execute_async_v3 = lambda stream: False
     with pytest.raises(EngineError, match="refuses to run a step"):
-        backend.step(StepBatch.of([SequenceRows([1, 2], 0, [1])], TABLE[:1]))
+        backend.step(pack([SequenceRows([1, 2], 0, [1])], TABLE[:1]))
 
 
 def test_step_larger_than_the_profiles(backend):
     with pytest.raises(RequestError, match="129 rows, the engine was built for 128"):
-        backend.step(StepBatch.of([SequenceRows(range(129), 0, [0])], TABLE[:1]))
+        backend.step(pack([SequenceRows(range(129), 0, [0])], TABLE[:1]))
 
 
 # what is bound
@@ -105,7 +105,7 @@ def test_step_larger_than_the_profiles(backend):
 
 def test_everything_is_bound_once(backend, device):
     for name, index in (("decode", 0), ("prefill", 1)):
-        context = backend.runner.contexts[name]
+        context = backend.runner.contexts["absorbed", name]
         assert context.profile == index
         for cache, address in zip(fakes.CACHES, backend.caches, strict=True):
             assert context.addresses[cache] == context.addresses[f"{cache}.updated"] == address
@@ -121,7 +121,7 @@ def test_everything_is_bound_once(backend, device):
 
 
 def test_decode_is_captured_once_and_replayed(backend, device):
-    logits = backend.step(decode_batch(3))
+    logits = backend.step(decode_batch(3)).logits()
     assert logits.shape == (3, fakes.VOCAB) and logits.dtype == np.float32
     runs = executed(device)
     assert len(runs) == 3 and all(r[1] == 0 for r in runs), "two to warm up, one captured; decode's profile"
@@ -153,8 +153,8 @@ def test_padding_of_a_decode_step(backend, device):
 
 def test_prefill_is_enqueued_in_few_shapes(backend, device):
     for rows in (33, 50, 64):
-        backend.step(StepBatch.of([SequenceRows(range(rows), 0, [rows - 1]), SequenceRows([1], 3, [0])], TABLE[:2]))
-    backend.step(StepBatch.of([SequenceRows([1, 2], 0, [])], TABLE[:1, :3]))
+        backend.step(pack([SequenceRows(range(rows), 0, [rows - 1]), SequenceRows([1], 3, [0])], TABLE[:2]))
+    backend.step(pack([SequenceRows([1, 2], 0, [])], TABLE[:1, :3]))
     runs = executed(device)
     assert all(r[1] == 1 for r in runs) and len(runs) == 4, "prefill's profile, no captures"
     assert [r[2]["input_ids"] for r in runs] == [(64,), (64,), (128,), (16,)]
@@ -179,7 +179,7 @@ def test_every_captured_shape_has_a_context_of_its_own(backend, device):
 def test_engine_that_cannot_be_captured(backend, device, monkeypatch, capsys):
     monkeypatch.setattr(fakes.RtxContext, "capturable", False)
     for count in (2, 2, 3):
-        assert backend.step(decode_batch(count)).shape == (count, fakes.VOCAB)
+        assert backend.step(decode_batch(count)).logits().shape == (count, fakes.VOCAB)
     assert ("begin capture",) not in device.log and len(executed(device)) == 2 + 3, "two to warm up, then every step"
     assert capsys.readouterr().err.count("without CUDA graphs, which costs time: the engine says") == 1
     assert backend.load_seconds["graphs"] == "eager: the engine says that it cannot be captured"
@@ -195,9 +195,10 @@ def test_a_failed_capture_is_survived(backend, device, monkeypatch, capsys, erro
     monkeypatch.setattr(device, "capture", capture)
     device.log.clear()
     for count in (3, 3, 1):
-        assert backend.step(decode_batch(count)).shape == (count, fakes.VOCAB)
+        assert backend.step(decode_batch(count)).logits().shape == (count, fakes.VOCAB)
     assert len(executed(device)) == 2 + 2, "two to warm up, then every step of that shape"
-    assert {run[5] for run in executed(device)[2:]} == {backend.runner.contexts["decode"]}, "not in the context that failed"
+    contexts = {run[5] for run in executed(device)[2:]}
+    assert contexts == {backend.runner.contexts["absorbed", "decode"]}, "not in the context that failed"
     assert [e[0] for e in device.log].count("launch") == 1, "what was captured before is replayed"
     assert capsys.readouterr().err.count(str(error)) == 1 and backend.load_seconds["graphs"] == f"eager: {error}"
 
@@ -236,7 +237,7 @@ def test_full_tensorrt(tmp_path, device, monkeypatch):
     backend = backends.load(bundle, "sm89", cache_tokens=640)
     for count in (2, 2):
         backend.step(decode_batch(count))
-    backend.step(StepBatch.of([SequenceRows([1, 2], 0, [1])], TABLE[:1]))
+    backend.step(pack([SequenceRows([1, 2], 0, [1])], TABLE[:1]))
     assert [run[1] for run in executed(device)] == [0, 0, 0, 1]
     assert backend.load_seconds["runtime_cache"] == "none" and backend.load_seconds["graphs"] == "1 shapes captured"
     ((address, size),) = {c.memory for c in engine.contexts}

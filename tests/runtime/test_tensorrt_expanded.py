@@ -2,9 +2,10 @@
 
 import pytest
 
-from runtime import backends
-from runtime.backends.base import SequenceRows, StepBatch
-from runtime.bundle import BundleError
+from latentrt.plugins.step_graph import StepBatch
+from latentrt.runtime import backends
+from latentrt.runtime.backends.base import SequenceRows, pack
+from latentrt.runtime.errors import BundleError
 from tests.runtime import tensorrt_fakes as fakes
 from tests.runtime.tensorrt_fakes import TABLE, decode_batch, install
 
@@ -20,7 +21,7 @@ def two_plans(tmp_path, device, monkeypatch):
 
 
 def chunk(rows: int, past: int) -> StepBatch:
-    return StepBatch.of([SequenceRows(range(rows), past, [rows - 1])], TABLE[:1])
+    return pack([SequenceRows(range(rows), past, [rows - 1])], TABLE[:1])
 
 
 def forms_run(backend, *batches) -> list[set[str]]:
@@ -49,7 +50,7 @@ def test_a_form_can_be_forced_but_for_decode_steps(two_plans, device, prefill, e
 
 def test_both_engines_share_all_memory(two_plans, device):
     backend = backends.load(two_plans, "sm89", cache_tokens=640)
-    absorbed, expanded = backend.runner.contexts["prefill"], backend.runner.contexts["expanded"]
+    absorbed, expanded = (backend.runner.contexts[form, "prefill"] for form in ("absorbed", "expanded"))
     assert (absorbed.profile, expanded.profile) == (1, 0) and absorbed.of is not expanded.of
     fixed = {*fakes.CACHES, *(f"{c}.updated" for c in fakes.CACHES), *fakes.WEIGHTS, "logits", "last_hidden"}
     assert {n: absorbed.addresses[n] for n in fixed} == {n: expanded.addresses[n] for n in fixed}
@@ -76,7 +77,7 @@ def test_the_expanded_plan_is_refused_like_the_other(two_plans, device, monkeypa
         install(monkeypatch, fakes.package(engine, expanded=expanded))
         with pytest.raises(BundleError, match=message):
             backends.load(two_plans, "sm89")
-    two_plans.file(two_plans.manifest.targets["sm89"].expanded.graph).unlink()
+    two_plans.file(two_plans.manifest.targets["sm89"].engines["expanded"].graph).unlink()
     with pytest.raises(BundleError, match="missing; the bundle is damaged"):
         backends.load(two_plans, "sm89")
 

@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from runtime.text_stream import Detokenizer, StopStrings, TextStream
+from latentrt.runtime.text_stream import Detokenizer, StopStrings, TextStream
 from tests.conftest import EXAMPLE
 
 EXAMPLE_TOKENIZER = Tokenizer.from_file(str(EXAMPLE / "tokenizer.json"))

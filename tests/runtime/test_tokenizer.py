@@ -2,27 +2,32 @@
 
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 
-from runtime import tokenizer as runtime_tokenizer
-from runtime.bundle import BundleError
-from runtime.errors import RequestError
-from runtime.tokenizer import Tokenizer
+from latentrt.runtime import tokenizer as runtime_tokenizer
+from latentrt.runtime.errors import BundleError, RequestError
+from latentrt.runtime.tokenizer import Tokenizer
 from tests.conftest import EXAMPLE, save_tokenizer
 
 HF = AutoTokenizer.from_pretrained(EXAMPLE)
 BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # noqa: RUF001
 
 
-def stub_bundle(folder: Path):
-    """A bundle as far as a tokenizer looks at it: the files of a folder."""
-    files = {f.name: f for f in folder.iterdir() if f.suffix in (".json", ".jinja")}
-    return SimpleNamespace(path=folder, manifest=SimpleNamespace(tokenizer=files, config={}), file=lambda ref: ref)
+def files(folder: Path) -> dict[str, Path]:
+    """The tokenizer's files of a checkpoint."""
+    return {f.name: f for f in folder.iterdir() if f.suffix in (".json", ".jinja")}
+
+
+def tokenizer_of(folder: Path) -> Tokenizer:
+    return Tokenizer(str(folder), files(folder))
+
+
+def eos_ids(folder: Path, tokenizer: Tokenizer | None, config: dict = {}) -> frozenset[int]:
+    return runtime_tokenizer.eos_ids(str(folder), files(folder), config, tokenizer)
 
 
 @pytest.fixture
@@ -34,10 +39,10 @@ def with_config(folder: Path, **changes):
     file = folder / "tokenizer_config.json"
     config = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({k: v for k, v in config.items() if v is not ...}))
-    return Tokenizer(stub_bundle(folder))
+    return tokenizer_of(folder)
 
 
-OURS = Tokenizer(stub_bundle(EXAMPLE))
+OURS = tokenizer_of(EXAMPLE)
 
 
 @settings(max_examples=150, deadline=None)
@@ -64,7 +69,7 @@ def test_chats_equal_transformers(turns):
 def test_special_tokens_of_the_example():
     assert OURS.special_tokens["bos_token"] == BOS and OURS.special_tokens["eos_token"] == EOS
     assert (OURS.bos_id, OURS.eos_id, OURS.vocab_size) == (0, 1, len(HF))
-    assert runtime_tokenizer.eos_ids(stub_bundle(EXAMPLE), OURS) == {1}
+    assert eos_ids(EXAMPLE, OURS) == {1}
 
 
 def test_bos_follows_the_config_and_is_not_doubled(folder):
@@ -98,22 +103,19 @@ def test_special_tokens_as_objects_and_in_the_old_map(folder):
 def test_eos_ids_come_from_the_generation_config_first(folder, value, expected):
     content = {} if value is ... else {"eos_token_id": value}
     (folder / "generation_config.json").write_text(json.dumps(content))
-    bundle = stub_bundle(folder)
-    assert runtime_tokenizer.eos_ids(bundle, Tokenizer(bundle)) == expected
+    assert eos_ids(folder, tokenizer_of(folder)) == expected
 
 
 def test_eos_ids_come_from_the_model_config_next(folder):
     (folder / "generation_config.json").write_text("{}")
-    bundle = stub_bundle(folder)
-    bundle.manifest.config["eos_token_id"] = [2, 3]
-    assert runtime_tokenizer.eos_ids(bundle, Tokenizer(bundle)) == {2, 3}
+    assert eos_ids(folder, tokenizer_of(folder), {"eos_token_id": [2, 3]}) == {2, 3}
 
 
 @pytest.mark.parametrize("value", ["1", [1.5], -1, True])
 def test_a_wrong_eos_is_refused(folder, value):
     (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": value}))
     with pytest.raises(BundleError, match="eos_token_id is"):
-        runtime_tokenizer.eos_ids(stub_bundle(folder), None)
+        eos_ids(folder, None)
 
 
 def test_the_template_file_and_named_templates(folder):
@@ -155,10 +157,10 @@ def test_broken_files_are_named(folder):
     for content, message in (("{", "not valid JSON"), ("[]", "holds list")):
         (folder / "tokenizer_config.json").write_text(content)
         with pytest.raises(BundleError, match=f"tokenizer_config.json.*{message}"):
-            Tokenizer(stub_bundle(folder))
+            tokenizer_of(folder)
     (folder / "tokenizer.json").write_text("{}")
     with pytest.raises(BundleError, match=r"\(tokenizer.json\): tokenizers .* cannot read it"):
-        Tokenizer(stub_bundle(folder))
+        tokenizer_of(folder)
 
 
 def test_text_that_is_not_unicode_is_refused():

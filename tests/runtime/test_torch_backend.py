@@ -6,13 +6,16 @@ import numpy as np
 import pytest
 import torch
 
-from runtime import backends
-from runtime.backends import padding
-from runtime.backends import torch as torch_backend
-from runtime.backends.base import SequenceRows, StepBatch, pages_for
-from runtime.backends.torch_graph import StepProgram
-from runtime.backends.torch_step import StepRunner
-from runtime.bundle import Bundle, BundleError
+from latentrt.plugins.step_graph import StepBatch
+from latentrt.runtime import backends
+from latentrt.runtime.backends import padding
+from latentrt.runtime.backends.base import SequenceRows, pack, pages_for
+from latentrt.runtime.backends.forms import FormChooser
+from latentrt.runtime.backends.torch import backend as torch_backend
+from latentrt.runtime.backends.torch.graph import StepProgram
+from latentrt.runtime.backends.torch.step import StepRunner
+from latentrt.runtime.bundle.reader import Bundle
+from latentrt.runtime.errors import BundleError
 from tests import ragged
 
 LENGTHS = [37, 5, 64, 1, 130]
@@ -25,10 +28,15 @@ def sequences(vocab_size: int, seed: int = 0) -> list[list[int]]:
     return [rng.integers(0, vocab_size, n).tolist() for n in LENGTHS]
 
 
+def single(program, caches, **options) -> StepRunner:
+    """A runner of one form."""
+    return StepRunner({"absorbed": program}, caches, FormChooser(("absorbed",)), **options)
+
+
 def step_of(backend):
     for cache in backend.caches:
         cache.fill_(float("nan"))
-    return lambda inputs: backend.step(StepBatch(**inputs))
+    return lambda inputs: backend.step(StepBatch(**inputs)).logits()
 
 
 @pytest.fixture(scope="module")
@@ -61,10 +69,10 @@ def test_padded_decode_step_equals_plain(pair):
     for cache in backend.caches:
         cache.zero_()
     table = np.array([[1, 2], [3, 0], [4, 5]])
-    backend.step(StepBatch.of([SequenceRows(range(n), 0, []) for n in (70, 3, 65)], table))
-    batch = StepBatch.of([SequenceRows([t], n, [0]) for t, n in ((9, 70), (8, 3), (7, 65))], table)
+    backend.step(pack([SequenceRows(range(n), 0, []) for n in (70, 3, 65)], table))
+    batch = pack([SequenceRows([t], n, [0]) for t, n in ((9, 70), (8, 3), (7, 65))], table)
     kept = [c.clone() for c in backend.caches]
-    plain = backend.step(batch)
+    plain = backend.step(batch).logits()
     for cache, old in zip(backend.caches, kept, strict=True):
         cache.copy_(old)
     shape = padding.decode_shape(batch)
@@ -74,21 +82,20 @@ def test_padded_decode_step_equals_plain(pair):
     padding.fill(batch, shape, buffer)
     sizes = shape.sizes()
     padded = StepBatch(**{n: buffer[o : o + int(np.prod(sizes[n]))].reshape(sizes[n]) for n, o in offsets.items()})
-    assert np.abs(backend.step(padded)[:3] - plain).max() <= 1e-5 * np.abs(plain).max()
+    assert np.abs(backend.step(padded).logits()[:3] - plain).max() <= 1e-5 * np.abs(plain).max()
 
 
 @pytest.fixture(scope="module")
-def bfloat16_graph(tiny_checkpoint):
+def bfloat16_graph(tiny_checkpoint, traced):
     """The bf16 graph of a GPU target, weights as inputs, and those weights."""
     import onnx_ir as ir
 
-    from export import graph
-    from export.checkpoint import Checkpoint
-    from export.models import deepseek_v2
+    from latentrt.export.checkpoint import Checkpoint
+    from latentrt.export.models.deepseek_v2 import model as deepseek_v2
 
     source = Checkpoint(tiny_checkpoint)
     weights = {w.name: w.read(source.read).bfloat16().contiguous() for w in deepseek_v2.weights(source.config)}
-    return ir.to_proto(graph.build(source.config, torch.bfloat16, "bfloat16")), weights, source.config
+    return ir.to_proto(traced(source.config, torch.bfloat16, "bfloat16")), weights, source.config
 
 
 @pytest.fixture(scope="module")
@@ -101,10 +108,10 @@ def quantized(graph, checkpoint, static_scales=None):
     """The FP8 graph as the TensorRT lowering writes it, and its weights with their scales."""
     import onnx_ir as ir
 
-    from export.checkpoint import Checkpoint
-    from export.lowering.tensorrt import prepare
-    from export.models import deepseek_v2
-    from export.quantization import Fp8
+    from latentrt.export.checkpoint import Checkpoint
+    from latentrt.export.lowering.tensorrt.lowering import prepare
+    from latentrt.export.models.deepseek_v2 import model as deepseek_v2
+    from latentrt.export.quantization import Fp8
 
     source, scheme = Checkpoint(checkpoint), Fp8()
     weights = deepseek_v2.weights(source.config)
@@ -135,12 +142,13 @@ def row_errors(graph, expected: list[np.ndarray], fuse: bool) -> np.ndarray:
     width = c.kv_lora_rank + c.qk_rope_head_dim
     names = [f"latent_cache.{i}" for i in range(c.num_hidden_layers)]
     caches = {name: torch.full((12, 64, width), float("nan"), dtype=torch.bfloat16) for name in names}
-    runner = StepRunner(StepProgram(proto, weights, "cpu", "reference", fuse), caches)
-    found = ragged.run(lambda i: runner.step(StepBatch(**i)), sequences(320), SCHEDULE, ragged.Pages(LENGTHS, 64))
+    runner = single(StepProgram(proto, weights, "cpu", "reference", fuse), caches)
+    found = ragged.run(lambda i: runner.step(StepBatch(**i)).logits(), sequences(320), SCHEDULE, ragged.Pages(LENGTHS, 64))
     expected, found = np.concatenate(expected), np.concatenate(found)
     return np.linalg.norm(found - expected, axis=1) / np.linalg.norm(expected, axis=1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
 def test_bfloat16_graph(bfloat16_graph, float32_logits, fuse):
     errors = row_errors(bfloat16_graph, float32_logits, fuse)
@@ -148,6 +156,7 @@ def test_bfloat16_graph(bfloat16_graph, float32_logits, fuse):
     assert np.median(errors) <= 0.03 and np.quantile(errors, 0.9) <= 0.1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fuse", [False, True], ids=["plain", "fused"])
 def test_float8_graph(float8_graph, float32_logits, fuse):
     errors = row_errors(float8_graph, float32_logits, fuse)
@@ -155,11 +164,13 @@ def test_float8_graph(float8_graph, float32_logits, fuse):
     assert np.median(errors) <= 0.2
 
 
+@pytest.mark.slow
 def test_static_scales_fused_equal_plain(static_float8_graph, float32_logits):
     plain, fused = (row_errors(static_float8_graph, float32_logits, fuse) for fuse in (False, True))
     assert np.median(fused) <= 0.2 and abs(np.median(fused) - np.median(plain)) <= 0.01
 
 
+@pytest.mark.slow
 def test_float8_products_are_fused(float8_graph, static_float8_graph):
     for (proto, *_), scales in ((float8_graph, {"smallest": 1e-10}), (static_float8_graph, {"static": 0.01})):
         fused = fused_nodes(proto)
@@ -168,6 +179,7 @@ def test_float8_products_are_fused(float8_graph, static_float8_graph):
         assert found and all(a == pytest.approx(scales) for a in found)
 
 
+@pytest.mark.slow
 def test_what_a_layer_runs(bfloat16_graph):
     """Small products and rotations of attention are groups; nothing is turned or cast outside of one."""
     proto, _, c = bfloat16_graph
@@ -179,15 +191,17 @@ def test_what_a_layer_runs(bfloat16_graph):
 
 
 def fused_nodes(proto) -> list:
-    from runtime.backends import torch_fusion, torch_graph
+    from latentrt.runtime.backends.torch import fusion as torch_fusion
+    from latentrt.runtime.backends.torch import graph as torch_graph
 
     nodes = [torch_graph._node(n) for n in proto.graph.node]
     return torch_fusion.fuse(nodes, torch_graph._constants(proto, nodes), [o.name for o in proto.graph.output])
 
 
+@pytest.mark.slow
 def test_products_of_one_input_are_merged(bfloat16_graph, float8_graph):
     """q_a_proj with kv_a_proj in every layer, gate_proj with up_proj in every MLP and shared expert."""
-    from runtime.backends import torch_merging
+    from latentrt.runtime.backends.torch import merging as torch_merging
 
     for (proto, weights, c), kind in ((bfloat16_graph, "Gemm"), (float8_graph, "Float8Linear")):
         fused = fused_nodes(proto)
@@ -208,12 +222,13 @@ class FakeGraph:
             self.outputs[name].copy_(value)
 
 
+@pytest.mark.slow
 def test_captured_steps_without_a_gpu(bfloat16_graph, monkeypatch):
     """The way of a captured step (buffers, padding, replay, one graph a shape) with torch.cuda's calls stood in for."""
     from contextlib import contextmanager, nullcontext
     from types import SimpleNamespace
 
-    from runtime.backends import torch_step
+    from latentrt.runtime.backends.torch import step as torch_step
 
     proto, weights, c = bfloat16_graph
     program = StepProgram(proto, weights, "cpu", "reference")
@@ -241,7 +256,7 @@ def test_captured_steps_without_a_gpu(bfloat16_graph, monkeypatch):
     width, logits = c.kv_lora_rank + c.qk_rope_head_dim, []
     for capture in (False, True):
         caches = {f"latent_cache.{i}": torch.zeros(12, 64, width, dtype=torch.bfloat16) for i in range(c.num_hidden_layers)}
-        runner = StepRunner(program, caches, sizes=(1, 2, 4, 8))
+        runner = single(program, caches, sizes=(1, 2, 4, 8))
         if capture:
             monkeypatch.setattr(torch_step.torch, "cuda", fake)
             runner.capture = True
@@ -249,22 +264,24 @@ def test_captured_steps_without_a_gpu(bfloat16_graph, monkeypatch):
         tokens = [[*s, 1, 2] for s in sequences(320)]
         schedule, pages = [[n - 2 for n in map(len, tokens)], *decode], ragged.Pages([len(t) for t in tokens], 64)
         # on a GPU the copy is made by the way to the host
-        logits.append(np.concatenate(ragged.run(lambda i, r=runner: r.step(StepBatch(**i)).copy(), tokens, schedule, pages)))
+        found = ragged.run(lambda i, r=runner: r.step(StepBatch(**i)).logits().copy(), tokens, schedule, pages)
+        logits.append(np.concatenate(found))
     assert list(runner._graphs) == [padding.StepShape(8, 8, 8, 4)]
     assert np.abs(logits[0] - logits[1]).max() <= 0.02 * np.abs(logits[0]).max()
 
 
+@pytest.mark.slow
 def test_a_shape_that_cannot_be_captured(bfloat16_graph, monkeypatch, capsys):
     """It runs eagerly, as all shapes after it do, and says so once."""
     from contextlib import nullcontext
     from types import SimpleNamespace
 
-    from runtime.backends import torch_step
+    from latentrt.runtime.backends.torch import step as torch_step
 
     proto, weights, c = bfloat16_graph
     width = c.kv_lora_rank + c.qk_rope_head_dim
     caches = {f"latent_cache.{i}": torch.zeros(3, 64, width, dtype=torch.bfloat16) for i in range(c.num_hidden_layers)}
-    runner, tried = StepRunner(StepProgram(proto, weights, "cpu", "reference"), caches), []
+    runner, tried = single(StepProgram(proto, weights, "cpu", "reference"), caches), []
 
     def captured_step(*arguments):
         tried.append(arguments)
@@ -273,21 +290,22 @@ def test_a_shape_that_cannot_be_captured(bfloat16_graph, monkeypatch, capsys):
     cuda = SimpleNamespace(stream=lambda s: nullcontext(), current_stream=lambda device: None)
     monkeypatch.setattr(torch_step.torch, "cuda", cuda)
     monkeypatch.setattr(torch_step, "CapturedStep", captured_step)
-    batches = [StepBatch.of([SequenceRows([3], 0, [0])] * n, np.array([[1]] * n)) for n in (1, 2)]
-    expected = [runner.step(b) for b in batches]
+    batches = [pack([SequenceRows([3], 0, [0])] * n, np.array([[1]] * n)) for n in (1, 2)]
+    expected = [runner.step(b).logits() for b in batches]
     runner.capture = True
     for batch, logits in zip(batches, expected, strict=True):
-        assert np.array_equal(runner.step(batch), logits)
+        assert np.array_equal(runner.step(batch).logits(), logits)
     assert len(tried) == 1 and "not permitted" in runner.uncaptured
     assert capsys.readouterr().err.count("without CUDA graphs") == 1
 
 
+@pytest.mark.slow
 def test_bundle_of_a_gpu_target(bfloat16_graph, float32_logits, tmp_path):
     """A plan's bundle keeps the ONNX graph beside it, with weights as inputs; torch runs that."""
     from safetensors.torch import save
 
-    from runtime.bundle import MANIFEST
-    from runtime.manifest import TensorInfo
+    from latentrt.runtime.bundle.manifest import TensorInfo
+    from latentrt.runtime.bundle.reader import MANIFEST
     from tests.runtime.tensorrt_fakes import Builder
 
     proto, weights, c = bfloat16_graph
@@ -295,9 +313,11 @@ def test_bundle_of_a_gpu_target(bfloat16_graph, float32_logits, tmp_path):
     width, names = c.kv_lora_rank + c.qk_rope_head_dim, [i.name for i in proto.graph.input]
     manifest = builder.write().manifest
     old = manifest.targets["sm89"]
+    onnx = builder.add(".onnx", proto.SerializeToString())
     cache = old.cache.model_copy(update=dict(width=width, layers=c.num_hidden_layers))
     target = old.model_copy(update=dict(
-        onnx=builder.add(".onnx", proto.SerializeToString()), weight_inputs=list(weights), cache=cache,
+        engines={"absorbed": old.engines["absorbed"].model_copy(update=dict(onnx=onnx))},
+        weight_inputs=list(weights), cache=cache,
         inputs=[TensorInfo(name=n, dtype="", shape=[]) for n in names if n not in weights],
     ))  # fmt: skip
     sets = {"w": manifest.weight_sets["w"].model_copy(update=dict(files=[builder.add(".safetensors", save(weights))]))}
@@ -310,18 +330,18 @@ def test_bundle_of_a_gpu_target(bfloat16_graph, float32_logits, tmp_path):
 
 
 def test_fusing_changes_nothing_in_float32(tiny_bundle, float32_logits):
-    from runtime.backends import torch as torch_backend
-    from runtime.backends import torch_graph
+    from latentrt.runtime.backends.torch import backend as torch_backend
+    from latentrt.runtime.backends.torch import graph as torch_graph
 
     bundle = Bundle(tiny_bundle)
     _, target = bundle.target("cpu")
-    model = torch_graph.read(bundle.file(target.graph))
+    model = torch_graph.read(bundle.file(target.engines["absorbed"].graph))
     weights = torch_backend.load_weights(bundle, target, model, torch.device("cpu"))
     programs = [StepProgram(model, weights, "cpu", "reference", fuse) for fuse in (False, True)]
     assert len(programs[1]._calls) < 0.6 * len(programs[0]._calls)
     caches = {f"latent_cache.{i}": torch.full((12, 64, target.cache.width), float("nan")) for i in range(target.cache.layers)}
-    runner = StepRunner(programs[0], caches)  # the fused one is what every other test runs
-    found = ragged.run(lambda i: runner.step(StepBatch(**i)), sequences(320), SCHEDULE, ragged.Pages(LENGTHS, 64))
+    runner = single(programs[0], caches)  # the fused one is what every other test runs
+    found = ragged.run(lambda i: runner.step(StepBatch(**i)).logits(), sequences(320), SCHEDULE, ragged.Pages(LENGTHS, 64))
     for e, f in zip(float32_logits, found, strict=True):
         assert np.abs(f - e).max() <= 1e-5 * np.abs(e).max()
 
@@ -340,12 +360,12 @@ def test_refusals(tiny_bundle, monkeypatch):
 def test_missing_weight_is_named(tiny_bundle, tmp_path):
     import shutil
 
-    from runtime.backends.torch import load_weights
-    from runtime.backends.torch_graph import read
+    from latentrt.runtime.backends.torch.backend import load_weights
+    from latentrt.runtime.backends.torch.graph import read
 
     copy = Bundle(shutil.copytree(tiny_bundle, tmp_path / "bundle"))
     _, target = copy.target("cpu")
-    model = read(copy.file(target.graph))
+    model = read(copy.file(target.engines["absorbed"].graph))
     for ref in copy.manifest.weight_sets[target.weight_set].files:
         path = copy.file(ref)
         path.write_bytes(path.read_bytes().replace(b"model.norm.weight", b"model.norm.weighx"))

@@ -5,33 +5,34 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from runtime import backends
-from runtime.backends.base import SequenceRows, StepBatch
-from runtime.bundle import Bundle, BundleError
+from latentrt.runtime import backends
+from latentrt.runtime.backends.base import SequenceRows, pack
+from latentrt.runtime.bundle.reader import Bundle
+from latentrt.runtime.errors import BundleError
 from tests import ragged
-from tests.export.conftest import forms_of, shared, traced  # noqa: F401 (fixtures)
 from tests.runtime.test_torch_backend import LENGTHS, SCHEDULE, sequences, step_of
+
+pytestmark = pytest.mark.slow
 
 FORMS = ("absorbed", "expanded")
 
 
 @pytest.fixture(scope="module")
-def bundle(tiny_checkpoint, traced, tmp_path_factory) -> Bundle:  # noqa: F811 (a fixture)
-    """`tiny_checkpoint` as build.py makes it for sm86 (bf16) and sm89 (fp8); plans and kernels are nothing real."""
-    import build
-    from export.lowering import gpu_kernels, tensorrt_package
+def bundle(tiny_checkpoint, traced, tmp_path_factory) -> Bundle:
+    """`tiny_checkpoint` as a build makes it for sm86 (bf16) and sm89 (fp8); plans and kernels are nothing real."""
+    from latentrt.export.lowering.tensorrt import gpu_kernels
+    from latentrt.export.lowering.tensorrt import package as tensorrt_package
 
     def plan(job, folder, progress):
         Path(job.plan).write_text(f"plan {job.compute_capability} {folder.name}")
         Path(job.network).write_text("[]")
 
     out = tmp_path_factory.mktemp("expanded") / "bundle"
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("export.graph.build_forms", forms_of(traced))
+    with traced.remembered() as patch:
         patch.setattr(tensorrt_package, "require", lambda module, target: "1.7.1.116")
         patch.setattr(tensorrt_package, "run", plan)
         patch.setattr(gpu_kernels, "needed", lambda graph, capability: [])
-        build.build(tiny_checkpoint, out, "sm86,sm89")
+        traced.build_once("tiny.gpu", tiny_checkpoint, out, "sm86,sm89")
     return Bundle(out)
 
 
@@ -49,7 +50,7 @@ def expected(tiny_bundle) -> np.ndarray:
 def runs_of(backend) -> list[str]:
     """Grows by the form of every step from now on."""
     found, runner = [], backend.runner
-    for form, program in zip(FORMS, (runner.program, runner.expanded), strict=True):
+    for form, program in runner.programs.items():
         def run(inputs, form=form, real=program.run):
             found.append(form)
             return real(inputs)
@@ -75,7 +76,7 @@ def test_operations_decide(bundle):
     forms, table = runs_of(backend), np.arange(1, 9).reshape(2, 4)
     for new, past in (([60, 3], [0, 0]), ([1, 1], [60, 3]), ([60, 1], [61, 4]), ([1, 0], [121, 5])):
         rows = [SequenceRows(range(n), p, [n - 1] if n else []) for n, p in zip(new, past, strict=True)]
-        backend.step(StepBatch.of(rows, table))
+        backend.step(pack(rows, table))
     assert forms == ["expanded", "absorbed", "expanded", "absorbed"]
 
 
@@ -83,25 +84,26 @@ def test_operations_decide(bundle):
 def test_weights_are_in_memory_once(bundle, target):
     """Merged products and whatever else follows from weights alone are the same tensors in both programs."""
     backend = load(bundle, target)
+    absorbed, expanded = backend.runner.programs.values()
     held = [
         {v.data_ptr(): v.nbytes for v in program._template if v is not None and v.nbytes > 4096}
-        for program in (backend.runner.program, backend.runner.expanded)
+        for program in (absorbed, expanded)
     ]
     assert held[1].keys() <= held[0].keys() and sum(held[0].values()) > 0
-    stacked = backend.runner.program._slots.keys() & backend.runner.expanded._slots.keys()
+    stacked = absorbed._slots.keys() & expanded._slots.keys()
     assert any("+" in name for name in stacked), "products were merged"
 
 
 def test_info_tells_of_both_engines(bundle, tiny_bundle):
     from rich.console import Console
 
-    from runtime.console import info_table
+    from latentrt.commands.console import info_table
 
-    for opened, words in ((bundle, "expanded (a second graph,"), (Bundle(tiny_bundle), "absorbed")):
+    for opened, words in ((bundle, "absorbed (16 B), expanded (16 B)"), (Bundle(tiny_bundle), "absorbed (")):
         console = Console(width=200)
         with console.capture() as capture:
             console.print(info_table(opened))
-        (line, *_) = [line for line in capture.get().splitlines() if line.startswith("│ prefill")]
+        (line, *_) = [line for line in capture.get().splitlines() if line.startswith("│ engines")]
         assert words in line
 
 
@@ -109,27 +111,11 @@ def test_chunks_on_the_cpu_stay_small(bundle):
     assert load(bundle, "sm86").prefill_chunk == 256
 
 
-def test_old_bundles_have_no_expanded_engine(bundle, tmp_path):
-    """A manifest of before there was one: the field is absent, not null."""
-    import json
-    import shutil
-
-    copy = shutil.copytree(bundle.path, tmp_path / "bundle")
-    manifest = json.loads((copy / "manifest.json").read_text())
-    for target in manifest["targets"].values():
-        del target["expanded"]
-    (copy / "manifest.json").write_text(json.dumps(manifest))
-    old = Bundle(copy)
-    assert old.verify() == [] and load(old, "sm86").runner.chooser is None
-    with pytest.raises(BundleError, match="target sm86: prefill is 'expanded', but it has no expanded engine"):
-        load(old, "sm86", "expanded")
-
-
 def test_the_expanded_engines_files_are_checked(bundle, tmp_path):
     import shutil
 
     copy = Bundle(shutil.copytree(bundle.path, tmp_path / "bundle"))
-    path = copy.file(copy.manifest.targets["sm86"].expanded.onnx)
+    path = copy.file(copy.manifest.targets["sm86"].engines["expanded"].onnx)
     path.write_bytes(path.read_bytes()[:-1])
     assert any(path.name in finding for finding in copy.verify())
     with pytest.raises(BundleError, match=f"{path.name}: has"):

@@ -6,14 +6,15 @@ import pytest
 import torch
 from onnx import TensorProto, helper
 
-from runtime.backends import padding, torch_fused_ops
-from runtime.backends.base import SequenceRows, StepBatch
-from runtime.backends.torch_graph import StepProgram, UnknownOpError
+from latentrt.runtime.backends import padding
+from latentrt.runtime.backends.base import SequenceRows, pack
+from latentrt.runtime.backends.torch import fused_ops as torch_fused_ops
+from latentrt.runtime.backends.torch.graph import StepProgram, UnknownOpError
 
 
 def test_decode_shapes():
     def batch(rows, cached, width=3):
-        return StepBatch.of([SequenceRows(r, cached, [len(r) - 1] if r else []) for r in rows], np.zeros((len(rows), width)))
+        return pack([SequenceRows(r, cached, [len(r) - 1] if r else []) for r in rows], np.zeros((len(rows), width)))
 
     assert padding.decode_shape(batch([[1]] * 5, 9)) == padding.StepShape(8, 8, 8, 4)
     assert padding.decode_shape(batch([[1]] * 5, 9), max_pages=3).max_pages == 3

@@ -8,7 +8,9 @@ import torch
 
 os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
-from runtime.backends import torch_float8_kernels, torch_fused_ops, torch_kernels
+from latentrt.runtime.backends.torch import float8_kernels as torch_float8_kernels
+from latentrt.runtime.backends.torch import fused_ops as torch_fused_ops
+from latentrt.runtime.backends.torch import kernels as torch_kernels
 
 if not sys.modules["triton"].knobs.runtime.interpret:
     pytest.skip("Triton was imported without its interpreter", allow_module_level=True)

@@ -9,10 +9,10 @@ import onnx
 import pytest
 import torch
 
-from runtime.bundle import Bundle
+from latentrt.runtime.bundle.reader import Bundle
+from latentrt.validation.stages import exported_graph
 from tests import checkpoints
 from tests.conftest import EXAMPLE
-from validation import exported_graph
 
 TOKENS, FEW_TOKENS = 300, 100  # the first make two windows, of 256 and 44
 
@@ -45,23 +45,20 @@ def export_once(tmp_path_factory):
 @pytest.fixture(scope="session")
 def validated(tiny_bundle, tiny_checkpoint):
     """Evidence and comparison of the tiny fp32 bundle."""
-    from validation.__main__ import validate
+    from latentrt.validation.validate import validate
 
     return validate(tiny_bundle, tiny_checkpoint, count=TOKENS)
 
 
 @pytest.fixture(scope="session")
-def int8_pair(tmp_path_factory):
+def int8_pair(traced, tmp_path_factory):
     """(bundle, checkpoint): int8 at the exact level, tied embeddings, no q_lora_rank."""
-    import build
-
     folder = tmp_path_factory.mktemp("int8")
     checkpoint = checkpoints.write(
         folder / "checkpoint", hidden_size=64, kv_lora_rank=32, num_attention_heads=2, q_lora_rank=None,
         tie_word_embeddings=True, num_hidden_layers=2,
     )  # fmt: skip
-    build.build(checkpoint, folder / "bundle", "cpu", "int8", "exact")
-    return folder / "bundle", checkpoint
+    return traced.build_once("int8", checkpoint, folder / "bundle", "cpu", "int8", "exact"), checkpoint
 
 
 @pytest.fixture
@@ -72,29 +69,27 @@ def copied(tiny_bundle, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def gpu_bundle(tmp_path_factory) -> Path:
+def gpu_bundle(traced, tmp_path_factory) -> Path:
     """The example for sm86 (bf16) and sm89 (fp8); plans and kernels are stand-ins, which nothing here reads."""
     pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13: the package that builds")
-    import build
-    from export.lowering import gpu_kernels, tensorrt_package
+    from latentrt.export.lowering.tensorrt import gpu_kernels
+    from latentrt.export.lowering.tensorrt import package as tensorrt_package
 
     def run(job, folder, progress):
         Path(job.plan).write_bytes(b"plan %d" % job.compute_capability)
         Path(job.network).write_text("[]")
 
-    out = tmp_path_factory.mktemp("gpu") / "bundle"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(tensorrt_package, "run", run)
         patch.setattr(gpu_kernels, "compile_all", lambda specs, capability, progress=None: [])
-        build.build(EXAMPLE, out, "sm86,sm89")
-    return out
+        return traced.build_once("example.gpu", EXAMPLE, tmp_path_factory.mktemp("gpu") / "bundle", "sm86,sm89")
 
 
 def edit_graph(bundle_path: Path, change, target: str | None = None) -> None:
     """Changes the ONNX graphs of a target (the first one) and gives them their proper names and digests in the manifest."""
     bundle = Bundle(bundle_path)
     entry = bundle.manifest.targets[target or next(iter(bundle.manifest.targets))]
-    for ref in (entry.onnx or entry.graph, *([entry.expanded.onnx] if entry.expanded else [])):
+    for ref in (engine.onnx or engine.graph for engine in entry.engines.values()):
         model = onnx.load(str(bundle.file(ref)), load_external_data=False)
         change(model)
         content = model.SerializeToString()

@@ -6,12 +6,12 @@ import pytest
 import torch
 from transformers.models.deepseek_v2 import modeling_deepseek_v2 as hf
 
-from export import config as config_file
-from export.checkpoint import Checkpoint
+from latentrt.export.checkpoint import Checkpoint
+from latentrt.export.models.deepseek_v2 import config as config_file
+from latentrt.validation.errors import ReferenceRefused
+from latentrt.validation.reference.audit import audit
+from latentrt.validation.reference.model import Reference
 from tests import checkpoints
-from validation.audit import audit
-from validation.errors import ReferenceRefused
-from validation.reference import Reference
 
 RAW = checkpoints.CONFIG | {"model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"]}
 

@@ -2,24 +2,40 @@
 
 import json
 import re
+from dataclasses import replace
 
 import numpy as np
+import onnx
 import pytest
+import torch
 
-from runtime.bundle import Bundle
+from latentrt import cli
+from latentrt.export.checkpoint import Checkpoint
+from latentrt.plugins.step_graph import DECODE_FORM, mlp_output
+from latentrt.runtime import backends
+from latentrt.runtime.backends.base import SequenceRows, pack
+from latentrt.runtime.bundle.reader import Bundle
+from latentrt.runtime.errors import BundleError
+from latentrt.validation.dequantize import bundle_config, dequantized_state_dict
+from latentrt.validation.errors import ValidationError
+from latentrt.validation.judge import tolerances
+from latentrt.validation.judge.tolerances import Tolerance
+from latentrt.validation.report import page
+from latentrt.validation.stages.base import Force
+from latentrt.validation.stages.debug_graph import OnnxRuntimeGraph
+from latentrt.validation.stages.model import ModelStage
+from latentrt.validation.validate import validate
+from tests import checkpoints
 from tests.validation.conftest import FEW_TOKENS, TOKENS, edit_graph, edit_weight
-from validation import report, tolerances
-from validation.__main__ import main, validate
-from validation.dequantize import dequantized_state_dict
-from validation.tolerances import Tolerance
+
+pytestmark = pytest.mark.slow
 
 
 def run(capsys, *, bundle, reference, **options) -> tuple[int, dict]:
     """The command in this process: exit status and what --json prints."""
-    options = {"report_dir": None, "target": None, "text": None, "count": FEW_TOKENS} | options
-    with pytest.raises(SystemExit) as stop:
-        main(bundle, reference, as_json=True, **options)
-    return stop.value.code, json.loads(capsys.readouterr().out)
+    options = {"reference": reference, "tokens": FEW_TOKENS} | options
+    status = cli.main(["validate", str(bundle), "--json", *(f"--{name}={value}" for name, value in options.items())])
+    return status, json.loads(capsys.readouterr().out)
 
 
 def test_fp32_passes_every_check(validated):
@@ -38,20 +54,20 @@ def test_fp32_passes_every_check(validated):
 
 def test_report_is_one_self_contained_page(validated, tmp_path):
     evidence, comparison = validated
-    page = report.write_report(tmp_path / "report", evidence, comparison.findings, 2e-5).read_text()
-    assert json.loads((tmp_path / "report" / report.JSON_NAME).read_text()) == evidence
-    assert page.count("data:image/png;base64,") == 4
-    assert not re.search(r'(src|href)="(?!data:)|https?://|@import', page)
+    text = page.write_report(tmp_path / "report", evidence, comparison.findings, 2e-5).read_text()
+    assert json.loads((tmp_path / "report" / page.JSON_NAME).read_text()) == evidence
+    assert text.count("data:image/png;base64,") == 4
+    assert not re.search(r'(src|href)="(?!data:)|https?://|@import', text)
     for check in comparison.findings.checks:
-        assert check.name.replace("'", "&#39;") in page
-    assert evidence["bundle"]["manifest_sha256"] in page
+        assert check.name.replace("'", "&#39;") in text
+    assert evidence["bundle"]["manifest_sha256"] in text
     assert [p.name for p in (tmp_path / "report").iterdir() if p.name.startswith(".")] == []
 
 
 def test_text_option_and_evidence(tiny_bundle, tiny_checkpoint, tmp_path, capsys):
     text = tmp_path / "text.txt"
     text.write_text("def main():\n    return 1\n" * 40)
-    status, evidence = run(capsys, bundle=tiny_bundle, reference=tiny_checkpoint, text=text, report_dir=tmp_path / "r")
+    status, evidence = run(capsys, bundle=tiny_bundle, reference=tiny_checkpoint, text=text, report=tmp_path / "r")
     assert status == 0, evidence["first_failure"]
     assert str(text) in evidence["text"]["source"] and evidence["text"]["tokens"] == FEW_TOKENS
     bundle = Bundle(tiny_bundle)
@@ -88,7 +104,7 @@ def test_a_wrong_router_is_found(copied, tiny_checkpoint, capsys):
     def change(model):
         function = next(f for f in model.functions if f.name == "MoeRoute")
         top = [n for n in function.node if n.op_type == "TopK"][-1]
-        top.attribute.append(__import__("onnx").helper.make_attribute("largest", 0))
+        top.attribute.append(onnx.helper.make_attribute("largest", 0))
 
     edit_graph(copied, change)
     status, evidence = run(capsys, bundle=copied, reference=tiny_checkpoint)
@@ -96,6 +112,20 @@ def test_a_wrong_router_is_found(copied, tiny_checkpoint, capsys):
     assert status == 1
     assert "layer 1" in failed["engine", "routing flips without a near tie"]
     assert ("engine", "each layer alone: largest relative error") not in failed  # with the routing given, all is well
+
+
+def test_forced_routing_is_taken_and_forgotten(tiny_checkpoint):
+    """By the torch model: other experts, other answers; then its own routing again."""
+    stage, tokens = ModelStage(Checkpoint(tiny_checkpoint), 8), np.arange(9)
+    free = stage.trace(tokens)
+    other = {layer: replace(r, ids=(r.ids + 1) % 8) for layer, r in free.routing.items()}
+    forced, again = stage.trace(tokens, Force(other)), stage.trace(tokens)
+    assert all(np.array_equal(forced.routing[layer].ids, other[layer].ids) for layer in (1, 2))
+    assert np.abs(forced.logits - free.logits).max() > 0.1
+    np.testing.assert_array_equal(again.logits, free.logits)
+    for trace in (free, forced):
+        assert [len(v) for v in (trace.hidden, trace.attention, trace.mlp)] == [3, 3, 3]
+        np.testing.assert_allclose(trace.hidden[1], trace.hidden[0] + trace.attention[1] + trace.mlp[1], atol=1e-5)
 
 
 def test_a_file_with_another_content_fails(copied, tiny_checkpoint, capsys):
@@ -115,22 +145,15 @@ def test_int8_exact_equals_transformers_with_decoded_weights(int8_pair):
     assert max(m["judged_max_abs_error"] for m in evidence["logits"]["engine"].values()) < 1e-3
 
 
-def test_dequantized_checkpoint_loads_in_transformers(int8_pair, tmp_path):
-    import torch
-
-    from tests import checkpoints
-    from validation.dequantize import write_checkpoint
-
+def test_dequantized_checkpoint_loads_in_transformers(int8_pair, tmp_path, capsys):
     bundle, checkpoint = int8_pair
-    count = write_checkpoint(Bundle(bundle), None, checkpoint, tmp_path / "out")
+    assert cli.main(["dequantize", str(bundle), f"--reference={checkpoint}", f"--out={tmp_path / 'out'}"]) == 0
     state = dequantized_state_dict(Bundle(bundle))
-    assert count == len(state) and all(t.dtype == torch.float32 for t in state.values())
+    assert capsys.readouterr().out == f"{tmp_path / 'out'}: {len(state)} tensors, float32\n"
+    assert all(t.dtype == torch.float32 for t in state.values())
     tokens = np.random.default_rng(1).integers(0, 101, 40)
-    from runtime import backends
-    from runtime.backends.base import SequenceRows, StepBatch
-
-    engine = backends.load(Bundle(bundle), cache_tokens=64)
-    found = engine.step(StepBatch.of([SequenceRows(tokens.tolist(), 0, range(40))], np.array([[1]])))
+    with backends.load(Bundle(bundle), cache_tokens=64) as engine:
+        found = engine.step(pack([SequenceRows(tokens.tolist(), 0, range(40))], np.array([[1]]))).logits()
     expected = checkpoints.reference_logits(checkpoints.reference(tmp_path / "out"), tokens.tolist())
     assert np.abs(found - expected.numpy()).max() < 1e-3
 
@@ -143,7 +166,7 @@ def test_user_errors(tiny_bundle, tiny_checkpoint, int8_pair, tmp_path, capsys):
         (dict(bundle=tiny_bundle, reference=tiny_checkpoint, target="sm89"), "no target 'sm89'"),
         (dict(bundle=tiny_bundle, reference=tiny_checkpoint, text=tmp_path / "none.txt"), "none.txt"),
         (dict(bundle=int8_pair[0], reference=int8_pair[1], text=tiny_checkpoint / "config.json"), "tokenizer.json"),
-        (dict(bundle=tiny_bundle, reference=tiny_checkpoint, count=3), "--tokens"),
+        (dict(bundle=tiny_bundle, reference=tiny_checkpoint, tokens=3), "--tokens"),
     ]
     for arguments, message in cases:
         status, output = run(capsys, **arguments)
@@ -151,14 +174,30 @@ def test_user_errors(tiny_bundle, tiny_checkpoint, int8_pair, tmp_path, capsys):
         assert "\n" not in output["error"].strip()
 
 
+def test_a_value_that_the_graph_lacks_is_named(tiny_bundle):
+    target = Bundle(tiny_bundle).target(None)[1]
+    model = onnx.load(Bundle(tiny_bundle).file(target.engines[DECODE_FORM].graph), load_external_data=False)
+    for node in model.graph.node:
+        node.output[:] = ["renamed" if name == mlp_output(1) else name for name in node.output]
+    with pytest.raises(ValidationError, match=r"no value model\.layers\.1\.mlp\.output, .* build the bundle again"):
+        OnnxRuntimeGraph(model, tiny_bundle, target.cache.page_size, target.cache.width, target.cache.dtype, 1)
+
+
+def test_a_family_that_is_not_known_is_refused(copied):
+    file = copied / "manifest.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"family": "deepseek_v9"}))
+    with pytest.raises(BundleError, match=f"^{re.escape(str(copied))}: .*'deepseek_v9', accepted: 'deepseek_v2'"):
+        bundle_config(Bundle(copied))
+
+
 def test_a_report_that_cannot_be_written_is_refused_at_the_start(tmp_path, capsys, monkeypatch):
     (tmp_path / "file").write_text("")
     nothing = dict(bundle=tmp_path / "none", reference=tmp_path / "none")
     for folder in ("file", "file/x", "file/x/y"):
-        status, output = run(capsys, report_dir=tmp_path / folder, **nothing)
+        status, output = run(capsys, report=tmp_path / folder, **nothing)
         assert status == 2 and output["error"].endswith(f"{tmp_path / 'file'} is a file; give a folder for the report")
     monkeypatch.setattr("os.access", lambda path, mode: path != tmp_path)
-    status, output = run(capsys, report_dir=tmp_path / "new" / "x", **nothing)
+    status, output = run(capsys, report=tmp_path / "new" / "x", **nothing)
     assert status == 2 and f"{tmp_path} is not writable" in output["error"]
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
-from validation import metrics
+from latentrt.validation.judge import metrics
 
 ROWS = arrays(np.float32, (3, 7), elements=st.floats(-50, 50, width=32))
 

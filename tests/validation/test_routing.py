@@ -4,10 +4,11 @@ import dataclasses
 
 import numpy as np
 
-from export import config as config_file
+from latentrt.export.models.deepseek_v2 import config as config_file
+from latentrt.validation.judge import routing
+from latentrt.validation.reference import formulas
+from latentrt.validation.reference.model import Routing
 from tests import checkpoints
-from validation import formulas, routing
-from validation.reference import Routing
 
 CONFIG = config_file.parse(checkpoints.CONFIG | {"model_type": "deepseek_v2", "num_experts_per_tok": 2})
 GREEDY = CONFIG.model_copy(update={"topk_method": "greedy"})
@@ -20,20 +21,20 @@ def routed(logits: np.ndarray, config=GREEDY) -> Routing:
 
 
 def test_margin_without_groups():
-    score, logit = routing.margins(np.array([[3.0, 2.0, 1.5, 0, 0, 0, 0, 0]]), GREEDY)
+    score, logit = formulas.margins(np.array([[3.0, 2.0, 1.5, 0, 0, 0, 0, 0]]), GREEDY)
     scores = formulas.softmax(np.array([3.0, 2.0, 1.5, 0, 0, 0, 0, 0]))
     np.testing.assert_allclose([logit[0], score[0]], [0.5, scores[1] - scores[2]])
 
 
 def test_margin_between_groups_counts():
     logits = np.array([[5.0, 4.0, 3.0, 0.0, 2.99, 0.0, 1.0, 0.0]])  # groups of two: best 5, 3, 2.99, 1; two are kept
-    _, logit = routing.margins(logits, CONFIG)
+    _, logit = formulas.margins(logits, CONFIG)
     np.testing.assert_allclose(logit, [0.01], atol=1e-12)
 
 
 def test_a_group_outside_does_not_count():
     logits = np.array([[5.0, 4.0, 3.5, 0.0, 3.0, 2.99, 1.0, 0.0]])
-    _, logit = routing.margins(logits, CONFIG)
+    _, logit = formulas.margins(logits, CONFIG)
     np.testing.assert_allclose(logit, [0.5])  # 4.0 against 3.5, and group 3.5 against group 3.0
 
 

@@ -1,0 +1,210 @@
+"""CPU lowering: the step graph for ONNX Runtime, with function bodies for the custom ops and weights as external data.
+
+fp32 keeps the graph's own products. int8 turns linears into MatMulNBits, absorbed products into one MatMulNBits a head,
+and experts into QMoE. At accuracy "exact" all sums are float32; "fast" lets products quantize activations to int8.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import onnx
+import onnx_ir as ir
+import torch
+
+from latentrt.export.errors import BuildError
+from latentrt.export.lowering.base import Lowered, LoweredEngine, Lowering, Stage
+from latentrt.export.models.base import Config, Weight
+from latentrt.export.options import AUTO, TargetSpec
+from latentrt.export.quantization import Float32, Int8, WeightFormat
+from latentrt.export.weight_set import StoredWeight
+from latentrt.plugins.moe_experts.op import CONTRACT as MOE_EXPERTS
+from latentrt.plugins.onnx_function import MICROSOFT, bodies
+
+PRECISIONS = ("fp32", "int8")
+ACCURACIES = ("exact", "fast")
+CACHE_FORMATS = ("float32", "float16")
+_ACCURACY_LEVEL = {"exact": 0, "fast": 4}  # of MatMulNBits: 0 float32 activations, 4 int8
+_DTYPES = {torch.float32: ir.DataType.FLOAT, torch.uint8: ir.DataType.UINT8}
+
+
+@dataclass(frozen=True)
+class CpuOptions:
+    """What can be chosen for the cpu target."""
+
+    precision: str = "int8"
+    accuracy: str = "fast"
+    cache_format: str = "float32"
+
+    def check(self) -> None:
+        """Raises BuildError that lists the choices."""
+        for name, choices in (("precision", PRECISIONS), ("accuracy", ACCURACIES), ("cache_format", CACHE_FORMATS)):
+            value = getattr(self, name)
+            if value not in choices:
+                raise BuildError(f"{name} is {value!r}, accepted for target cpu: {', '.join(choices)}")
+
+
+class OnnxruntimeLowering(Lowering):
+    """For the cpu target."""
+
+    gate_up_layout = "interleaved"
+    dtype = torch.float32
+    executes = True
+
+    def __init__(self, spec: TargetSpec):
+        super().__init__(replace(spec, weights=""))
+        accuracy = spec.accuracy if spec.precision == "int8" else "exact"
+        self.choices = CpuOptions(spec.precision, accuracy, self.cache_format)
+        self.choices.check()
+
+    @property
+    def backend_version(self) -> str:
+        return version("onnxruntime")
+
+    @property
+    def cache_format(self) -> str:
+        return "float32" if self.spec.cache_format == AUTO else self.spec.cache_format
+
+    def options(self) -> dict[str, str | int | float | bool]:
+        return {"accuracy": self.choices.accuracy}
+
+    def weight_format(self, weights: list[Weight]) -> WeightFormat:
+        return weight_format(weights, self.choices)
+
+    def stored_weights(self, weights: list[Weight]) -> list[Weight]:
+        return stored_weights(weights)
+
+    def lower(
+        self, models: Mapping[str, ir.Model], config: Config, weights: list[Weight],
+        located: Mapping[str, StoredWeight], files: Path, scratch: Path, stage: Stage,
+        activation_scales: Mapping[str, float] | None = None,
+    ) -> Lowered:  # fmt: skip
+        ((form, model),), names = models.items(), {w.name for w in weights}
+        inputs, outputs = [v for v in model.graph.inputs if v.name not in names], list(model.graph.outputs)
+        with stage("lower to ONNX Runtime"):
+            proto = lower(model, weights, located, self.weight_format(weights), self.choices)
+            graph = scratch / "graph.onnx"
+            graph.write_bytes(proto.SerializeToString())
+        return Lowered({form: LoweredEngine(graph)}, inputs, outputs, self.limits(config))
+
+
+def weight_format(weights: list[Weight], options: CpuOptions) -> WeightFormat:
+    """The weight format of a precision. Block-wise experts have int8 activations only, so "exact" has none."""
+    if options.precision == "fp32":
+        return Float32()
+    inputs = {weight.shape[-1] for weight in weights if weight.role in ("gate_up", "down")}
+    blocks = [b for b in (128, 64, 32, 16) if all(n % b == 0 for n in inputs)]
+    return Int8(expert_block_size=blocks[0] if options.accuracy == "fast" and blocks else 0)
+
+
+def stored_weights(weights: list[Weight]) -> list[Weight]:
+    """Weights in the layout of ONNX Runtime's kernels: rows of gate_proj and up_proj take turns."""
+    return [_interleaved(w) if w.role == "gate_up" else w for w in weights]
+
+
+def _interleaved(weight: Weight) -> Weight:
+    def make(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
+        return torch.stack([gate, up], 1).flatten(0, 1)[None]
+
+    return Weight(weight.name, weight.shape, weight.role, weight.sources, make)
+
+
+def lower(
+    model: ir.Model, weights: list[Weight], located: Mapping[str, StoredWeight], weight_format: WeightFormat,
+    options: CpuOptions,
+) -> onnx.ModelProto:
+    """Rewrites `model` in place; `located` says where each stored tensor lies, beside the model file."""
+    graph = model.graph
+    by_name = {value.name: value for value in graph.inputs}
+    rewriter = _CpuRewriter(graph, located, weight_format, options)
+    for weight in weights:
+        value = by_name[weight.name]
+        graph.inputs.remove(value)
+        rewriter.replace(weight, value)
+    model.opset_imports[MICROSOFT] = graph.opset_imports[MICROSOFT] = 1
+    graph.sort()
+    proto = ir.to_proto(model)
+    proto.functions.extend(bodies(proto))
+    return proto
+
+
+class _CpuRewriter:
+    """Turns weight inputs into initializers and their products into what the precision calls for."""
+
+    def __init__(self, graph: ir.Graph, located, weight_format: WeightFormat, options: CpuOptions):
+        self.graph, self.located, self.format, self.options = graph, located, weight_format, options
+
+    def replace(self, weight: Weight, value: ir.Value) -> None:
+        quantized = self.format.is_quantized(weight)
+        users = list(value.uses())
+        if weight.role in ("gate_up", "down"):
+            self._experts(weight, value, users, quantized)
+        elif quantized and weight.role in ("linear", "head"):
+            self._linear(weight, users[0].node)
+        elif quantized:
+            self._absorbed(weight, users[0].node)
+        else:
+            value.replace_all_uses_with(self._initializer(weight.name))
+
+    def _initializer(self, name: str, index: int | None = None) -> ir.Value:
+        """The stored tensor `name`, or its slice `index` along axis 0, as external data."""
+        stored = self.located[name]
+        shape, offset, size = stored.shape, stored.offset, stored.size
+        if index is not None:
+            size //= shape[0]
+            offset, shape, name = offset + index * size, shape[1:], f"{name}.{index}"
+        dtype = _DTYPES[stored.dtype]
+        tensor = ir.ExternalTensor(stored.file, offset, size, dtype, shape=ir.Shape(shape), name=name)
+        value = ir.Value(name=name, shape=ir.Shape(shape), type=ir.TensorType(dtype), const_value=tensor)
+        self.graph.register_initializer(value)
+        return value
+
+    def _linear(self, weight: Weight, gemm: ir.Node) -> None:
+        assert gemm.op_type == "Gemm" and gemm.attributes.get_int("transB", 0) == 1, gemm
+        bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
+        inputs = [gemm.inputs[0], self._initializer(weight.name), self._initializer(weight.name + ".scale")]
+        self._swap(gemm, [self._mat_mul_nbits(inputs + ([None, None, bias] if bias else []), *weight.shape)])
+
+    def _mat_mul_nbits(self, inputs: list, outputs: int, width: int) -> ir.Node:
+        attributes = {
+            "K": width, "N": outputs, "bits": 8, "block_size": self.format.linear_block(width),
+            "accuracy_level": _ACCURACY_LEVEL[self.options.accuracy],
+        }  # fmt: skip
+        return ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT)
+
+    def _absorbed(self, weight: Weight, matmul: ir.Node) -> None:
+        """[H, T, in] x [H, in, out] -> [H, T, out]: one product a head, since MatMulNBits has no batch of weights."""
+        heads, width, outputs = weight.shape
+        split = ir.node("Split", [matmul.inputs[0]], {"axis": 0, "num_outputs": heads}, num_outputs=heads)
+        products = [
+            self._mat_mul_nbits(
+                [rows, self._initializer(weight.name, h), self._initializer(weight.name + ".scale", h)], outputs, width
+            )
+            for h, rows in enumerate(split.outputs)
+        ]
+        concat = ir.node("Concat", [p.outputs[0] for p in products], {"axis": 0})
+        for value in (*split.outputs, *(p.outputs[0] for p in products)):
+            value.type = ir.TensorType(ir.DataType.FLOAT)
+        self._swap(matmul, [split, *products, concat])
+
+    def _experts(self, weight: Weight, value: ir.Value, users: list, quantized: bool) -> None:
+        value.replace_all_uses_with(self._initializer(weight.name))
+        node = users[0].node
+        node.attributes["gate_up_layout"] = ir.AttrString("gate_up_layout", "interleaved")
+        if quantized:
+            names = [s.name for s in MOE_EXPERTS.inputs]
+            node.resize_inputs(len(names))
+            scale = names.index("gate_up_scale" if weight.role == "gate_up" else "down_scale")
+            node.replace_input_with(scale, self._initializer(weight.name + ".scale"))
+
+    def _swap(self, old: ir.Node, new: list[ir.Node]) -> None:
+        """Puts nodes in the place of one; the last one's output takes over the old one's name, shape and users."""
+        before, after = old.outputs[0], new[-1].outputs[0]
+        after.shape, after.type, name = before.shape, before.type, before.name
+        for index, node in enumerate(new):
+            node.name = f"{old.name}.{index}" if len(new) > 1 else old.name
+            for k, output in enumerate(node.outputs):
+                output.name = output.name or f"{name}.{index}.{k}"
+        ir.convenience.replace_nodes_and_values(self.graph, old, [old], new, [before], [after])
+        after.name = name

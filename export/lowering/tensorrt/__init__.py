@@ -1,0 +1,1 @@
+"""Lowering for TensorRT and TensorRT-RTX."""

@@ -1,0 +1,91 @@
+"""What a model family gives to the rooms that know none: its config, its weights, and the modules that are traced."""
+
+from collections.abc import Callable, Hashable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from latentrt.plugins import cache_formats
+
+Read = Callable[[str], Tensor]
+
+
+@dataclass(frozen=True)
+class Weight:
+    """One weight of the graph.
+
+    `sources` groups checkpoint names: each group makes one slab along axis 0 through `make`, so that stacked experts
+    are read expert by expert. `role` says what quantization may do with it:
+    embedding, norm, bias, router, linear and head [out, in], absorbed [heads, in, out], gate_up and down [experts, out, in].
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    role: str
+    sources: tuple[tuple[str, ...], ...]
+    make: Callable[..., Tensor] | None = None
+
+    def slabs(self, read: Read) -> Iterator[Tensor]:
+        """The tensor's slabs along axis 0, in order, in the checkpoint's dtype; `read` gives a checkpoint tensor."""
+        for group in self.sources:
+            tensors = [read(name) for name in group]
+            yield self.make(*tensors) if self.make else tensors[0]
+
+    def read(self, read: Read) -> Tensor:
+        """The whole tensor, perhaps the very one that `read` gave. Prefer `slabs` where memory matters."""
+        slabs = list(self.slabs(read))
+        return slabs[0] if len(slabs) == 1 else torch.cat(slabs)
+
+
+class Config(Protocol):
+    """What every family's config has. It is a frozen pydantic model; its fields have the names of config.json."""
+
+    model_type: ClassVar[str]
+    model_fields: ClassVar[dict[str, Any]]
+    vocab_size: int
+    hidden_size: int
+    num_hidden_layers: int
+    max_position_embeddings: int
+    kv_lora_rank: int
+    qk_rope_head_dim: int
+
+
+@dataclass(frozen=True)
+class Family:
+    """One model family: a row of `registry`.
+
+    The modules' `batch` has the step's inputs by name, see plugins/step_graph.py; T rows, of which N get logits.
+    `layer` makes one of (config, kind, cache_format, form). Layers of one kind differ in weights only, and are traced once.
+    `step` makes the whole step of (config, cache_format="float32", form=ABSORBED): its parts are `embed`, `layers` and
+    `head`, and `load_weights(read)` fills it. A layer has `self_attn` and `mlp`, and `mlp.route`, the op, where there is
+    routing. Buffers must be made on the CPU, whatever the device: they become constants of the graph.
+    """
+
+    model_type: str  # of config.json
+    architecture: str  # the only entry of config.json's architectures
+    parse: Callable[[dict], Config]  # config.json -> config; ConfigError names the field, what was found, what is accepted
+    restore: Callable[[dict], Config]  # the same from a config's own model_dump, as a manifest has it
+    counts: Callable[[Config], dict[str, int]]  # fields that say of how many things a checkpoint has at least a tensor each
+    weights: Callable[[Config], list[Weight]]  # in the order of the data's way
+    checkpoint_tensors: Callable[[Config], dict[str, tuple[int, ...]]]  # names and shapes that a checkpoint must have
+    originals: Callable[[Iterable[tuple[Weight, Tensor]]], Iterator[tuple[str, Tensor]]]  # `weights` -> checkpoint tensors
+    angles: Callable[[Config], dict[str, int]]  # names and widths of what `embed` gives all layers: [T, width] float32
+    layer_kind: Callable[[Config, int], Hashable]
+    embed: Callable[[Config], nn.Module]  # (batch) -> hidden [T, hidden_size], *angles
+    layer: Callable[[Config, Hashable, str, str], nn.Module]  # (hidden, *angles, cache, batch) -> the first two after the
+    # layer, and what attention and MLP add to the residual, [T, hidden_size] each
+    head: Callable[[Config], nn.Module]  # (hidden, batch) -> logits [N, vocab_size] float32, last_hidden [N, hidden_size]
+    step: Callable[..., nn.Module]  # (batch, caches) -> logits, last_hidden, caches
+
+
+def weight_name(parameter: str) -> str:
+    """Weight of a step module's parameter: embed.x, layers.x and head.x lie under model, head.lm_head does not."""
+    name = parameter.removeprefix("embed.").removeprefix("head.")
+    return name if name.startswith("lm_head.") else f"model.{name}"
+
+
+def page_shape(config: Config, cache_format: str, page_size: int) -> tuple[int, int]:
+    """A page of one layer's latent cache: (page_size, width)."""
+    return page_size, cache_formats.get(cache_format).width(config.kv_lora_rank, config.qk_rope_head_dim)

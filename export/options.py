@@ -1,0 +1,105 @@
+"""What a build may be asked for, checked once, and resolved to one specification per target."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from latentrt.export import targets
+from latentrt.export.errors import BuildError
+from latentrt.export.targets import TargetRow
+from latentrt.plugins.step_graph import ABSORBED, EXPANDED
+
+AUTO = "auto"
+
+
+@dataclass(frozen=True)
+class TargetSpec:
+    """What one target is built from; equal specifications give equal targets. Nothing is "auto" but the cache format."""
+
+    target: TargetRow
+    precision: str
+    accuracy: str = "fast"  # int8 products: "exact" (float32 sums) or "fast" (int8 activations)
+    cache_format: str = AUTO  # resolved by the lowering
+    max_context: int = 0  # tokens; 0: the model's own
+    weights: str = "inputs"  # or "embedded" in the plan; a matter of TensorRT
+    activations: str = "dynamic"  # scales of FP8 activations: one per token, or "static": one per linear
+    forms: tuple[str, ...] = (ABSORBED,)  # of attention; an engine each
+
+    def identity(self) -> dict:
+        """For JSON: all fields, the target by name."""
+        return asdict(self) | {"target": self.target.name, "forms": list(self.forms)}
+
+
+@dataclass(frozen=True)
+class Choice:
+    """An option that concerns some targets: its values, the default first. `applies(target, precision)` says to which."""
+
+    name: str
+    values: tuple[str, ...]
+    concerns: str  # ends "but only ..."
+    applies: Callable[[TargetRow, str], bool]
+
+
+CHOICES = (
+    Choice("accuracy", ("fast", "exact"), "target cpu has a choice of it", lambda row, precision: row.name == "cpu"),
+    Choice("weights", ("inputs", "embedded"), "GPU targets have a plan for them", lambda row, precision: row.name != "cpu"),
+    Choice("activations", ("dynamic", "static"), "fp8 products scale them", lambda row, precision: precision == "fp8"),
+    Choice("prefill", (AUTO, EXPANDED, ABSORBED), "GPU targets have two forms", lambda row, precision: row.name != "cpu"),
+)
+
+
+@dataclass(frozen=True)
+class BuildOptions:
+    """The options of `latentrt build`. `target` names one target or several, with commas between them."""
+
+    target: str = "cpu"
+    precision: str = AUTO
+    accuracy: str = "fast"
+    cache_format: str = AUTO
+    max_context: int | None = None
+    weights: str = "inputs"
+    activations: str = "dynamic"
+    calibration: Path | None = None
+    prefill: str = AUTO
+    force: bool = False
+
+    def specs(self) -> list[TargetSpec]:
+        """One per target, in order. BuildError for a value that is not accepted, or that concerns no target of this build."""
+        names = dict.fromkeys(name.strip() for name in self.target.split(","))
+        rows = [targets.find(name) for name in names]
+        precisions = {row.name: targets.precision(row, self.precision) for row in rows}
+        self._check(precisions)
+        return [self._spec(row, precisions[row.name]) for row in rows]
+
+    def _check(self, precisions: Mapping[str, str]) -> None:
+        """`precisions`: target -> precision."""
+        for choice in CHOICES:
+            value = getattr(self, choice.name)
+            if value not in choice.values:
+                raise BuildError(f"{choice.name} is {value!r}, accepted: {', '.join(choice.values)}")
+            concerned = any(choice.applies(targets.find(name), p) for name, p in precisions.items())
+            if value != choice.values[0] and not concerned:
+                built = ", ".join(f"target {name} is built in {precision}" for name, precision in precisions.items())
+                raise BuildError(f"{choice.name} is {value!r}, but only {choice.concerns}, and {built}; leave it out")
+        if self.activations == "static" and self.calibration is None:
+            raise BuildError("activations is 'static', but there are no sample tokens; give them with --calibration FILE")
+        if self.activations == "dynamic" and self.calibration is not None:
+            raise BuildError("calibration is given, but activations is 'dynamic', which needs none; add --activations static")
+
+    def _spec(self, row: TargetRow, precision: str) -> TargetSpec:
+        chosen = {c.name: getattr(self, c.name) if c.applies(row, precision) else c.values[0] for c in CHOICES}
+        forms = _forms(row, chosen["weights"], chosen.pop("prefill"))
+        own = {"cache_format": self.cache_format, "max_context": self.max_context or 0, "forms": forms}
+        return TargetSpec(row, precision, **own, **chosen)
+
+
+def _forms(row: TargetRow, weights: str, prefill: str) -> tuple[str, ...]:
+    """Forms of attention that get an engine. BuildError where a second one would hold all weights again."""
+    if row.backend == "onnxruntime":  # each of its graphs loads the weights
+        return (ABSORBED,)
+    if prefill == EXPANDED and weights == "embedded":
+        why = "which would hold all weights twice: with embedded weights each plan holds them"
+        raise BuildError(f"prefill is 'expanded', {why}; leave it out, or give --weights inputs")
+    if prefill == AUTO:
+        prefill = ABSORBED if weights == "embedded" else EXPANDED
+    return tuple(dict.fromkeys((ABSORBED, prefill)))

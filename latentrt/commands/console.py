@@ -1,0 +1,183 @@
+"""What the commands show to people, and the interactive chat."""
+
+import signal
+import sys
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.table import Table
+
+from latentrt.runtime.bundle.manifest import Target
+from latentrt.runtime.bundle.reader import Bundle
+from latentrt.runtime.chat import Conversation
+from latentrt.runtime.engine.sequence import Event, GenerationResult
+from latentrt.runtime.errors import BundleError, RequestError
+
+
+def info_table(bundle: Bundle) -> Table:
+    """What a bundle is: its model, and one block per target."""
+    manifest = bundle.manifest
+    config = manifest.config
+    table = Table("", "", title=str(bundle.path), show_header=False, title_justify="left")
+    table.columns[1].overflow = "fold"
+    rows = {
+        "model": f"{manifest.family}, {config.get('num_hidden_layers')} layers, vocabulary {config.get('vocab_size')}",
+        "checkpoint": f"{manifest.checkpoint.path}\n{manifest.checkpoint.digest}",
+        "made": f"{manifest.created} by {manifest.producer}",
+        "tokenizer": ", ".join(manifest.tokenizer) or "none: token ids only",
+        "size": _bytes(sum(ref.size for ref in set(manifest.refs()))),
+    }
+    _add(table, rows)
+    for name, target in manifest.targets.items():
+        _add(table, _target_rows(bundle, name, target))
+    return table
+
+
+def _target_rows(bundle: Bundle, name: str, target: Target) -> dict[str, str]:
+    cache, limits = target.cache, target.limits
+    options = ", ".join(f"{key} {value}" for key, value in target.options.items())
+    weights = bundle.manifest.weight_sets[target.weight_set]
+    per_token, per_context = _bytes(cache.bytes_per_token), _bytes(cache.bytes_per_token * limits.max_context)
+    evidence = "\n".join(map(str, bundle.evidence_files(name)))
+    return {
+        f"target {name}": f"{target.backend} {target.backend_version}, {target.compute_capability or 'any CPU'}",
+        "precision": f"{target.precision}{f' ({options})' if options else ''}",
+        "weights": f"{weights.format.name}, {_bytes(sum(ref.size for ref in weights.files))} in {len(weights.files)} files",
+        "engines": ", ".join(f"{form} ({_bytes(engine.graph.size)})" for form, engine in target.engines.items()),
+        "latent cache": f"{cache.format}, pages of {cache.page_size}: {per_token} per token, {per_context} per context",
+        "limits": f"context {limits.max_context}, {limits.max_batch_tokens} rows and {limits.max_sequences} sequences a step",
+        "executed": f"{target.executed.date} on {target.executed.machine}" if target.executed else "never",
+        "evidence": evidence or "none: run latentrt validate",
+    }
+
+
+def _add(table: Table, rows: dict[str, str]) -> None:
+    for key, value in rows.items():
+        table.add_row(key, value)
+    table.add_section()
+
+
+def _bytes(size: int) -> str:
+    for unit, factor in (("GB", 1e9), ("MB", 1e6), ("kB", 1e3)):
+        if size >= factor:
+            return f"{size / factor:.1f} {unit}"
+    return f"{size} B"
+
+
+def summary(result: GenerationResult) -> str:
+    """One line about an answer."""
+    timings = result.timings
+    rate = f", {timings.decode_tokens_per_second:.1f} tokens/s" if timings.decode_tokens_per_second else ""
+    reused = f" ({result.reused_tokens} of them cached)" if result.reused_tokens else ""
+    prefill = f"{result.prompt_tokens} prompt tokens{reused} in {timings.prefill_seconds:.3f} s"
+    return f"[{prefill}, {len(result.token_ids)} new{rate}, end: {result.finish_reason}]"
+
+
+def note(text: str, style: str = "dim") -> None:
+    """A line on stderr, beside the text that is the output."""
+    Console(stderr=True).print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def write(text: str) -> None:
+    """Text to stdout, as it comes. What the terminal cannot show is escaped."""
+    encoding = sys.stdout.encoding or "utf-8"
+    sys.stdout.write(text.encode(encoding, "backslashreplace").decode(encoding))
+    sys.stdout.flush()
+
+
+def chat_loop(conversation: Conversation) -> bool:
+    """Reads messages, one a line, until /exit or the end of stdin; /reset begins anew. Returns whether all were answered."""
+    answered = True
+    for line in _lines():
+        if line == "/exit":
+            break
+        if line == "/reset":
+            conversation.reset()
+            note("[the history is forgotten]")
+        elif line:
+            answered = _turn(conversation, line) and answered
+    return answered
+
+
+def _turn(conversation: Conversation, text: str) -> bool:
+    try:
+        events = conversation.say(text)
+    except RequestError as error:
+        note(f"error: {error}", "red")
+        return False
+    result = _show(events)
+    write("\n")
+    note(summary(result) if result else "[stopped]")
+    return True
+
+
+def _show(events: Generator[Event, None, None]) -> GenerationResult | None:
+    """Writes an answer as it comes; None if it was stopped."""
+    begun, result = False, None
+    with _interruptible() as interrupted:
+        try:
+            for event in events:
+                piece = event.text if begun else event.text.lstrip()
+                begun, result = begun or bool(piece), event.result
+                write(piece)
+                if interrupted:
+                    break
+        except KeyboardInterrupt:
+            pass
+        finally:
+            events.close()
+    return result
+
+
+def _lines() -> Iterator[str]:
+    if not sys.stdin.isatty():
+        for line in sys.stdin:
+            write(f"> {line.rstrip()}\n")
+            yield line.strip()
+        return
+    import readline  # noqa: F401  (line editing and history for input())
+
+    note("One message a line. /reset forgets the history, /exit or Ctrl-D leaves, Ctrl-C stops an answer.")
+    while True:
+        try:
+            yield input("> ").strip()
+        except KeyboardInterrupt:
+            note("\n[/exit leaves]")
+        except EOFError:
+            note("")
+            return
+
+
+@contextmanager
+def _interruptible() -> Iterator[list[int]]:
+    """The first Ctrl-C puts an entry into the list and lets the step end; the second one interrupts the step."""
+    signals: list[int] = []
+
+    def handle(number, frame) -> None:
+        if signals:
+            raise KeyboardInterrupt
+        signals.append(number)
+
+    before = signal.signal(signal.SIGINT, handle)
+    try:
+        yield signals
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def verify(bundle: Bundle, quiet: bool) -> list[str]:
+    """Compares every digest, with a progress bar on stderr; returns what is wrong."""
+    from rich.progress import Progress
+
+    with Progress(console=Console(stderr=True), disable=quiet or not sys.stderr.isatty(), transient=True) as progress:
+        task = progress.add_task("digests", total=sum(ref.size for ref in set(bundle.manifest.refs())))
+        return bundle.verify(lambda size: progress.advance(task, size))
+
+
+def check_files(bundle: Bundle) -> None:
+    """Looks at the size of every file. Raises BundleError for the first that is missing or truncated."""
+    if not bundle.manifest.targets:
+        raise BundleError(f"{bundle.path}: has no target; build one with latentrt build")
+    for name in bundle.manifest.targets:
+        bundle.target(name)

@@ -1,0 +1,82 @@
+"""Commands that hold an engine to its checkpoint."""
+
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from latentrt import interrupt
+from latentrt.commands.options import BackendName, BundlePath, Device, TargetName
+
+PASS, FAIL = 0, 1
+
+
+def validate(
+    bundle: BundlePath,
+    reference: Annotated[Path, typer.Option(help="Checkpoint that the bundle was built from.")],
+    report_dir: Annotated[Path | None, typer.Option("--report", help="Folder for the report.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the evidence as one JSON object, no progress.")] = False,
+    target: TargetName = None,
+    text: Annotated[Path | None, typer.Option(help="Text to compare on; held_out.txt of the checkpoint by default.")] = None,
+    count: Annotated[int, typer.Option("--tokens", help="How many tokens to compare on.")] = 4096,
+    backend: BackendName = None,
+    device: Device = "auto",
+) -> int:
+    """Compares an engine with transformers, stage by stage and layer by layer, and gives a verdict (exit status 0 or 1)."""
+    with interrupt.leaves_at_once():
+        from rich.console import Console
+
+        from latentrt.validation import validate as validation
+        from latentrt.validation.report import terminal
+
+    validation.check_report_folder(report_dir)
+    with nullcontext(lambda stage: None) if as_json else _bar(validation.STAGES) as step:
+        options = {"count": count, "progress": step, "backend": backend, "device": device}
+        evidence, comparison = validation.validate(bundle, reference, target, text, **options)
+    files = validation.write(evidence, comparison, report_dir)
+    if as_json:
+        print(json.dumps(evidence))
+    else:
+        terminal.summarize(Console(), evidence, comparison.findings, files)
+    return PASS if comparison.findings.passed else FAIL
+
+
+def dequantize(
+    bundle: BundlePath,
+    reference: Annotated[Path, typer.Option(help="Checkpoint that the bundle was built from: config and tokenizer.")],
+    out: Annotated[Path, typer.Option(help="Folder of the new checkpoint.")],
+    target: TargetName = None,
+) -> int:
+    """Writes the weights that an engine computes with as a float32 Hugging Face checkpoint."""
+    with interrupt.leaves_at_once():
+        from latentrt.runtime.bundle.reader import Bundle
+        from latentrt.validation.dequantize import write_checkpoint
+
+    count = write_checkpoint(Bundle(bundle), target, reference, out)
+    print(f"{out}: {count} tensors, float32")
+    return PASS
+
+
+@contextmanager
+def _bar(stages: int) -> Iterator[Callable[[str], None]]:
+    """A bar over the stages on stderr, from the first one on; yields a function that is told of each."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+    name = TextColumn("{task.description:48}", markup=False)
+    progress = Progress(name, BarColumn(24), MofNCompleteColumn(), TimeElapsedColumn(), console=Console(stderr=True))
+    task = progress.add_task("", total=stages)
+
+    def step(stage: str) -> None:
+        progress.start()
+        progress.update(task, description=stage, advance=1)
+
+    try:
+        yield step
+        progress.update(task, description="validated", completed=stages)
+    finally:
+        if progress.live.is_started:
+            progress.stop()

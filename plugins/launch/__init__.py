@@ -1,0 +1,1 @@
+"""Launch plans, and what carries them out: compiler, CUDA driver, Triton on torch tensors, interpreter."""

@@ -1,0 +1,172 @@
+"""The Python API: load a bundle, generate text, read logits.
+
+`latentrt.load("BUNDLE").generate(["def main():", "import"], SamplingParams(max_new_tokens=32))` is all it takes.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterator
+from collections.abc import Sequence as Items
+from numbers import Integral
+from pathlib import Path
+
+import numpy as np
+
+from latentrt.plugins.step_graph import LOGITS
+from latentrt.runtime import backends, tokenizer
+from latentrt.runtime.backends.base import Backend
+from latentrt.runtime.bundle.reader import Bundle
+from latentrt.runtime.engine.loop import EngineLoop, Stream
+from latentrt.runtime.engine.sequence import Event, GenerationResult, Sequence
+from latentrt.runtime.errors import BundleError, RequestError
+from latentrt.runtime.sampling_params import SamplingParams
+from latentrt.runtime.text_stream import TextStream
+
+Prompt = str | Items[int]
+DEFAULT = SamplingParams()
+
+
+class Engine:
+    """A loaded target of a bundle, and a context manager. Streams may be interleaved, and pulled by several threads: they
+    share the steps."""
+
+    def __init__(self, bundle: Bundle, backend: Backend, chunk: int | None = None):
+        self.bundle, self.backend = bundle, backend
+        self.limits = backend.target.limits
+        self.vocab_size = _vocab_size(bundle, backend)
+        self.tokenizer, self.eos_ids = tokenizer.load(bundle)
+        self.loop = EngineLoop(backend, chunk)
+
+    def __enter__(self) -> "Engine":
+        return self
+
+    def __exit__(self, *error) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Gives back what the engine holds. No request may follow."""
+        self.loop.close()
+
+    def generate(
+        self, prompts: Items[Prompt], params: SamplingParams | Items[SamplingParams] = DEFAULT,
+        on_token: Callable[[Event], None] | None = None,
+    ) -> list[GenerationResult]:  # fmt: skip
+        """Answers to prompts (texts, or lists of token ids), in their order; `on_token` sees every event as it comes.
+
+        Raises RequestError before anything runs if a prompt is empty, too long, has ids outside the vocabulary, or if
+        the number of params differs. Raises the first EngineError, after the other requests have ended, if logits are no
+        numbers or a step fails.
+        """
+        results = {}
+        for event in self.stream(prompts, params):
+            if on_token:
+                on_token(event)
+            if event.result:
+                results[event.index] = event.result
+        return [results[index] for index in range(len(results))]
+
+    def stream(self, prompts: Items[Prompt], params: SamplingParams | Items[SamplingParams] = DEFAULT) -> Stream:
+        """Like `generate`, as events: one per token. Closing the iterator ends the requests. Checks at once, not lazily.
+
+        A request that fails has its error in its last event, and the others go on; the first error is raised in the end.
+        """
+        sink: deque[Event] = deque()
+        chosen = self._params(prompts, params)
+        tokens = [self.prompt_tokens(prompt, f"prompt {index}") for index, prompt in enumerate(prompts)]
+        sequences = [self.sequence(t, p, sink, index) for index, (t, p) in enumerate(zip(tokens, chosen, strict=True))]
+        return self.loop.stream(sequences)
+
+    def logits(self, token_lists: Items[Items[int]]) -> np.ndarray:
+        """Teacher-forced logits at all positions of all lists, one list after another: [T, vocab_size] float32."""
+        blocks, row = self.logit_blocks(token_lists), 0
+        out = np.empty((sum(map(len, token_lists)), self.vocab_size), np.float32)
+        for block in blocks:
+            out[row : row + len(block)] = block
+            row += len(block)
+        return out
+
+    def logit_blocks(self, token_lists: Items[Items[int]]) -> Iterator[np.ndarray]:
+        """The rows of `logits` in blocks [rows, vocab_size] of at most 256, so that they need not fit into memory."""
+        lists = [self.prompt_tokens(tokens, f"token list {index}") for index, tokens in enumerate(token_lists)]
+        return self.loop.logit_blocks(lists)
+
+    def sequence(self, tokens: list[int], params: SamplingParams, sink: deque[Event], index: int = 0, keep: bool = False):
+        """The state of a new request for checked tokens; for `loop.stream`."""
+        if params.stop and self.tokenizer is None:
+            raise RequestError(f"stop strings need a tokenizer, {self.bundle.path} has none; give no stop strings")
+        text = TextStream(self.tokenizer.decode, params.stop) if self.tokenizer else None
+        return Sequence(index, tokens, params, text, self.eos_ids, sink, keep)
+
+    def prompt_tokens(self, prompt: Prompt, where: str = "prompt") -> list[int]:
+        """Checked token ids of a prompt. Raises RequestError that calls it `where`."""
+        tokens = self._encode(prompt, where) if isinstance(prompt, str) else _integers(prompt, where)
+        if not tokens:
+            wanted = "give some text" if isinstance(prompt, str) else "give one token id or more"
+            raise RequestError(f"{where} is empty; {wanted}")
+        wrong = next((i for i, t in enumerate(tokens) if not 0 <= t < self.vocab_size), None)
+        if wrong is not None:
+            raise RequestError(f"{where}: token {wrong} is {tokens[wrong]}, accepted: 0 to {self.vocab_size - 1} (vocab_size)")
+        longest, capacity = self.limits.max_context, self.loop.scheduler.cache.capacity
+        if len(tokens) > longest:
+            raise RequestError(f"{where} has {len(tokens)} tokens, accepted: up to {longest} (max_context); shorten it")
+        if len(tokens) > capacity:
+            raise RequestError(f"{where} has {len(tokens)} tokens, the latent cache holds {capacity}; raise cache_tokens")
+        return tokens
+
+    def chat_tokens(self, messages: list[dict], where: str = "the conversation") -> list[int]:
+        """Checked token ids of a conversation of {"role", "content"} messages, up to where the answer begins."""
+        return self.prompt_tokens(self._needed_tokenizer().encode_chat(messages), where)
+
+    def _needed_tokenizer(self) -> tokenizer.Tokenizer:
+        if self.tokenizer is None:
+            raise BundleError(f"{self.bundle.path}: has no tokenizer; give token ids, or build from a checkpoint with one")
+        return self.tokenizer
+
+    def _encode(self, text: str, where: str) -> list[int]:
+        try:
+            return self._needed_tokenizer().encode(text)
+        except RequestError as error:
+            raise RequestError(f"{where}: {error}") from None
+
+    def _params(self, prompts, params) -> Items[SamplingParams]:
+        if isinstance(prompts, str) or not isinstance(prompts, Items):
+            raise RequestError(f"prompts is {type(prompts).__name__}, accepted: a list of texts or of token-id lists")
+        if isinstance(params, SamplingParams):
+            return [params] * len(prompts)
+        if len(params) != len(prompts):
+            raise RequestError(f"{len(params)} params for {len(prompts)} prompts; give one, or one for each")
+        return params
+
+
+def _vocab_size(bundle: Bundle, backend: Backend) -> int:
+    shape = next((output.shape for output in backend.target.outputs if output.name == LOGITS), [None])
+    if not isinstance(shape[-1], int):
+        raise BundleError(f"{bundle.path}: target {backend.name} has no output {LOGITS} [N, vocab_size]; build it again")
+    return shape[-1]
+
+
+def _integers(tokens, where: str) -> list[int]:
+    if not isinstance(tokens, Items | np.ndarray) or isinstance(tokens, bytes):
+        raise RequestError(f"{where} is {type(tokens).__name__}, accepted: text or a list of token ids")
+    for place, token in enumerate(tokens):
+        if not isinstance(token, Integral) or isinstance(token, bool):
+            raise RequestError(f"{where}: token {place} is {token!r}, accepted: integers")
+    return [int(token) for token in tokens]
+
+
+def load(
+    path: Path | str, target: str | None = None, cache_tokens: int | None = None, threads: int = 0,
+    backend: str | None = None, device: str = "auto",
+) -> Engine:  # fmt: skip
+    """An engine for a target of the bundle at `path` (the only one by default).
+
+    cache_tokens: tokens in the latent cache, by default what 1 GiB holds, 8 full contexts at most; on a GPU what nine
+    tenths of its free memory hold. threads: 0 for all cores. backend: the target's own by default; "torch" interprets any
+    target's graph. device: "cpu", "cuda" or "cuda:1"; "auto" is what the target is for, and with backend "torch" a GPU where
+    there is one. Raises BundleError if the bundle or the target cannot be used, RequestError for a wrong option.
+    """
+    bundle = Bundle(path)
+    try:
+        loaded = backends.load(bundle, target, backend, cache_tokens=cache_tokens, threads=threads, device=device)
+    except MemoryError as error:
+        raise RequestError(f"cache_tokens is {cache_tokens}, more than this machine's memory holds ({error})") from None
+    return Engine(bundle, loaded)

@@ -1,0 +1,127 @@
+"""PyTorch, for any CUDA GPU and the CPU: interprets a target's ONNX step graph. Custom ops run as Triton kernels on a GPU."""
+
+from pathlib import Path
+
+import onnx
+import torch
+from safetensors import SafetensorError, safe_open
+
+from latentrt.plugins.step_graph import DECODE_FORM, StepBatch, caches
+from latentrt.runtime.backends.base import AUTO, Backend, BackendOptions, StepResult, gpu_pages_for, pages_for
+from latentrt.runtime.backends.forms import chooser
+from latentrt.runtime.backends.torch import graph as torch_graph
+from latentrt.runtime.backends.torch.step import StepRunner
+from latentrt.runtime.bundle.manifest import FileRef, Target
+from latentrt.runtime.bundle.reader import Bundle
+from latentrt.runtime.errors import BundleError
+
+
+class TorchBackend(Backend):
+    """Runs a target from its ONNX graphs, whatever backend the target names.
+
+    device "auto" is a GPU where there is one; custom_ops "auto" is triton on a GPU, else reference; `threads` 0 leaves
+    torch's. BundleError if the graph, the weights or the machine do not fit.
+    """
+
+    def __init__(self, bundle: Bundle, name: str, target: Target, options: BackendOptions = BackendOptions()):
+        self.name, self.target = name, target
+        choose = chooser(f"{bundle.path}: target {name}", target, bundle.manifest.config, options.prefill)
+        self.device = resolve_device(options.device)
+        if options.threads:
+            torch.set_num_threads(options.threads)
+        kind = options.custom_ops
+        if kind == AUTO:
+            kind = "triton" if self.device.type == "cuda" else "reference"
+        try:
+            programs = self._programs(bundle, kind)
+        except torch_graph.UnknownOpError as error:
+            raise BundleError(f"{bundle.path}: target {name} ({target.precision}): {error}") from None
+        self.num_pages = _pages(target, options.cache_tokens, self.device)
+        spec = target.cache
+        self.caches = [
+            torch.zeros(self.num_pages, spec.page_size, spec.width, dtype=getattr(torch, spec.dtype), device=self.device)
+            for _ in range(spec.layers)
+        ]
+        named = dict(zip(caches(spec.layers), self.caches, strict=True))
+        max_pages = target.limits.max_pages(spec.page_size)
+        self.runner = StepRunner(programs, named, choose, capture=options.capture, max_pages=max_pages)
+
+    @property
+    def prefill_chunk(self) -> int:
+        return self.target.limits.max_batch_tokens if self.device.type == "cuda" else super().prefill_chunk
+
+    def step(self, batch: StepBatch) -> StepResult:
+        return self.runner.step(batch)
+
+    def close(self) -> None:
+        self.runner, self.caches = None, []
+
+    def _programs(self, bundle: Bundle, custom_ops: str) -> dict[str, torch_graph.StepProgram]:
+        """A program per form, on the same weights in memory."""
+        files = {form: onnx_file(bundle, self.name, self.target, form) for form in self.target.engines}
+        models = {form: torch_graph.read(bundle.file(ref)) for form, ref in files.items()}
+        weights, folded = load_weights(bundle, self.target, models[DECODE_FORM], self.device), {}
+        return {
+            form: torch_graph.StepProgram(model, weights, self.device, custom_ops, folded=folded)
+            for form, model in models.items()
+        }
+
+
+def _pages(target: Target, cache_tokens: int | None, device: torch.device) -> int:
+    """Pages of the cache: what is asked for, or on a GPU what most of its memory holds that weights have left."""
+    if device.type != "cuda":
+        return pages_for(target, cache_tokens)
+    return gpu_pages_for(target, cache_tokens, torch.cuda.mem_get_info(device)[0])
+
+
+def resolve_device(device: str) -> torch.device:
+    """"auto" resolved; BundleError if a GPU is asked for and PyTorch sees none."""
+    if device == "auto":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = torch.device(device)
+    if found.type == "cuda" and not torch.cuda.is_available():
+        raise BundleError(f"device {device}: PyTorch {torch.__version__} sees no CUDA GPU; use device 'cpu'")
+    return found
+
+
+def onnx_file(bundle: Bundle, name: str, target: Target, form: str = DECODE_FORM) -> FileRef:
+    """The target's ONNX step graph of one form: its `graph`, or for a plan the ONNX file kept beside it."""
+    for ref in (target.engines[form].graph, target.engines[form].onnx):
+        if ref is not None and ref.file.endswith(".onnx"):
+            return ref
+    raise BundleError(f"{bundle.path}: target {name} has no ONNX graph, which backend torch interprets; build it again")
+
+
+def load_weights(bundle: Bundle, target: Target, model: onnx.ModelProto, device: torch.device) -> dict[str, torch.Tensor]:
+    """Weight inputs and external initializers of `model`, mapped from the weight set and copied to `device`."""
+    wanted = {i.name: _declared(i) for i in model.graph.input if i.name not in {t.name for t in target.inputs}}
+    for proto in model.graph.initializer:
+        if proto.data_location == onnx.TensorProto.EXTERNAL:
+            wanted[proto.name] = (torch_graph.DTYPES[proto.data_type], tuple(proto.dims))
+    found: dict[str, torch.Tensor] = {}
+    for ref in bundle.manifest.weight_sets[target.weight_set].files:
+        found |= _read_shard(bundle.file(ref), wanted, device)
+    missing = sorted(set(wanted) - set(found))
+    if missing:
+        raise BundleError(f"{bundle.path}: weight set {target.weight_set} lacks {missing[0]} (and {len(missing) - 1} more)")
+    return found
+
+
+def _read_shard(path: Path, wanted: dict[str, tuple], device: torch.device) -> dict[str, torch.Tensor]:
+    found = {}
+    try:
+        with safe_open(str(path), framework="pt", device=str(device)) as shard:
+            for name in wanted.keys() & set(shard.keys()):
+                found[name] = shard.get_tensor(name)
+    except SafetensorError as error:
+        raise BundleError(f"{path}: not a readable weight shard ({error}); build the bundle again") from None
+    for name, tensor in found.items():
+        if (tensor.dtype, tuple(tensor.shape)) != wanted[name]:
+            dtype, shape = wanted[name]
+            raise BundleError(f"{path}: {name} is {tensor.dtype} {tuple(tensor.shape)}, the graph needs {dtype} {shape}")
+    return found
+
+
+def _declared(value: onnx.ValueInfoProto) -> tuple[torch.dtype, tuple[int, ...]]:
+    kind = value.type.tensor_type
+    return torch_graph.DTYPES[kind.elem_type], tuple(d.dim_value for d in kind.shape.dim)

@@ -1,0 +1,149 @@
+"""What fused nodes compute: one Triton kernel each on a GPU (torch_kernels.py), a few torch calls on the CPU."""
+
+from collections.abc import Callable
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+
+Tensor = torch.Tensor
+FLOAT8_MAX = 448.0
+FEW = 16  # rows that a product of a decode step has
+
+
+def _kernels(x: Tensor):
+    """The kernels' module where they can run on x."""
+    if x.device.type != "cuda":
+        return None
+    from latentrt.runtime.backends.torch import kernels as torch_kernels
+
+    return torch_kernels
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Interleaved RoPE of x [T, R] or [T, H, R]; cos and sin hold [T, R / 2] float32. In float32, rounded to x's dtype."""
+    kernels = _kernels(x)
+    if kernels and x.stride(-1) == 1:
+        return kernels.rotate(x, cos, sin)
+    even, odd = x.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = (c.reshape(x.shape[0], *[1] * (x.dim() - 2), -1) for c in (cos, sin))
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
+
+
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, [T, columns] each."""
+    kernels = _kernels(gate)
+    if kernels and gate.dim() == 2 and gate.stride(1) == up.stride(1) == 1:
+        return kernels.swiglu(gate, up)
+    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+
+
+def sum_norm(epsilon: float) -> Callable:
+    """(weight, a, b[, c]) -> a + b [+ c] and its RMS norm times weight, [T, columns] each."""
+
+    def call(weight: Tensor, *terms: Tensor) -> tuple[Tensor, Tensor]:
+        kernels = _kernels(weight)
+        if kernels and all(t.dim() == 2 and t.stride(1) == 1 for t in terms):
+            return kernels.sum_norm(weight, terms, epsilon)
+        total = sum(t.float() for t in terms).to(terms[0].dtype)
+        return total, F.rms_norm(total, (total.shape[-1],), weight, epsilon)
+
+    return call
+
+
+def rms_norm(epsilon: float) -> Callable:
+    """(x, weight) -> the RMS norm of x's rows, times weight."""
+
+    def call(x: Tensor, weight: Tensor) -> Tensor:
+        kernels = _kernels(x)
+        if kernels and x.dim() == 2 and x.stride(1) == 1:
+            return kernels.sum_norm(weight, (x,), epsilon)[1]
+        return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
+
+    return call
+
+
+def latent(epsilon: float) -> Callable:
+    """(q_pe [T, H, R], latent [T, rank], k_pe [T, R], weight [rank], cos, sin) -> what attention takes of them.
+
+    q_pe and k_pe turned by `rotate`, latent normed by `rms_norm`.
+    """
+
+    def call(q_pe: Tensor, latent: Tensor, k_pe: Tensor, weight: Tensor, cos: Tensor, sin: Tensor):
+        kernels = _kernels(latent)
+        if kernels and q_pe.stride(-1) == latent.stride(-1) == k_pe.stride(-1) == 1:
+            return kernels.latent(q_pe, latent, k_pe, weight, cos, sin, epsilon)
+        return rotate(q_pe, cos, sin), rms_norm(epsilon)(latent, weight), rotate(k_pe, cos, sin)
+
+    return call
+
+
+def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, in] times weight [out, in] transposed, in float32: the router's product."""
+    kernels = _kernels(x)
+    if kernels and x.shape[0] <= FEW and x.stride(-1) == 1 and weight.is_contiguous():
+        return kernels.wide_linear(x, weight)
+    return F.linear(x.float(), weight.float())
+
+
+def matmul_by_head(x: Tensor, weight: Tensor) -> Tensor:
+    """x [T, H, in] times weight [H, in, out] -> [T, H, out]; on a GPU written there, not turned afterwards."""
+    if x.device.type != "cuda":
+        return torch.matmul(x.transpose(0, 1), weight).transpose(0, 1)
+    y = torch.empty((*x.shape[:2], weight.shape[2]), dtype=x.dtype, device=x.device)
+    torch.bmm(x.transpose(0, 1), weight, out=y.transpose(0, 1))
+    return y
+
+
+def quantize_rows(x: Tensor, smallest: float | None, static: float | None = None) -> tuple[Tensor, Tensor]:
+    """x [T, columns] -> e4m3 [T, columns] and scales [T, 1] float32: x = e4m3 * scale.
+
+    The scale is `static`, or makes a row's largest 448.
+    """
+    kernels = _kernels(x)
+    if kernels and x.stride(-1) == 1:
+        return kernels.quantize_rows(x, smallest, static)
+    wide = x.float()
+    if static is None:
+        row = wide.abs().amax(-1, keepdim=True).clamp_min(smallest) / FLOAT8_MAX
+    else:
+        row = wide.new_full((x.shape[0], 1), static)
+    return (wide / row).clamp(-FLOAT8_MAX, FLOAT8_MAX).to(torch.float8_e4m3fn), row
+
+
+@cache
+def _has_row_scaled_products(device: torch.device) -> bool:
+    """Whether this PyTorch multiplies e4m3 with a scale per row on this GPU: it does not on every architecture."""
+    ones = torch.ones(16, 16, device=device).to(torch.float8_e4m3fn)
+    scale = torch.ones(16, 1, device=device)
+    try:
+        torch._scaled_mm(ones, ones.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.bfloat16)
+    except (RuntimeError, NotImplementedError, ValueError):
+        return False
+    return True
+
+
+def float8_linear(q: Tensor, row: Tensor, weight: Tensor, channel: Tensor) -> Tensor:
+    """q [T, in] e4m3, row [T, 1], weight [out, in] e4m3, channel [out] -> [T, out] bfloat16. Sums are float32."""
+    if q.device.type != "cuda":
+        return (F.linear(q.float(), weight.float()) * row * channel).to(torch.bfloat16)
+    aligned = q.shape[1] % 16 == 0 and weight.shape[0] % 16 == 0
+    if aligned and q.shape[0] and _has_row_scaled_products(q.device):
+        return torch._scaled_mm(q, weight.t(), scale_a=row, scale_b=channel[None, :], out_dtype=torch.bfloat16)
+    from latentrt.runtime.backends.torch import float8_kernels as torch_float8_kernels
+
+    return torch_float8_kernels.multiply(q, row, weight, channel)
+
+
+def quantizing_linear(smallest: float | None = None, static: float | None = None) -> Callable:
+    """(x [T, in], weight [out, in] e4m3, channel [out]) -> `float8_linear` of x as `quantize_rows` makes it."""
+
+    def call(x: Tensor, weight: Tensor, channel: Tensor) -> Tensor:
+        if x.device.type == "cuda" and x.stride(-1) == 1:
+            from latentrt.runtime.backends.torch import float8_kernels as kernels
+
+            if x.shape[0] <= FEW:
+                return kernels.linear(x, weight, channel, smallest, static)
+        return float8_linear(*quantize_rows(x, smallest, static), weight, channel)
+
+    return call

@@ -1,0 +1,150 @@
+"""Runs a step program on a device: caches, and on a GPU decode steps as CUDA graphs, one per padded shape."""
+
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+
+from latentrt.plugins.step_graph import DECODE_FORM, LOGITS, StepBatch
+from latentrt.runtime.backends.base import StepResult
+from latentrt.runtime.backends.forms import FormChooser
+from latentrt.runtime.backends.padding import SIZES, StepShape, decode_shape, fill
+from latentrt.runtime.backends.torch.graph import StepProgram
+from latentrt.runtime.errors import EngineLostError
+
+_WARM_UP = 3  # runs before a capture: kernels compile, libraries choose their algorithms
+
+
+class StepRunner:
+    """Programs by form, with their latent caches [num_pages, page_size, width], one per layer, by their input names.
+
+    On a GPU, steps that decode one token a sequence are captured once per padded shape (`sizes`, widths of the block
+    table in powers of two) and replayed; all others run eagerly, in the form that `chooser` says. `capture=False` runs
+    everything eagerly, and so does every shape after one that cannot be captured: `uncaptured` says why.
+    """
+
+    def __init__(
+        self, programs: Mapping[str, StepProgram], caches: Mapping[str, torch.Tensor], chooser: FormChooser,
+        sizes: tuple[int, ...] = SIZES, capture: bool = True, max_pages: int = 1 << 30,
+    ):  # fmt: skip
+        self.programs, self.caches, self.chooser = dict(programs), dict(caches), chooser
+        self.program = self.programs[DECODE_FORM]
+        self.sizes, self.max_pages = sizes, max_pages
+        self.capture = capture and self.program.device.type == "cuda"
+        self.uncaptured = ""
+        self._graphs: dict[StepShape, CapturedStep] = {}
+        self._pool = torch.cuda.graph_pool_handle() if self.capture else None
+
+    @torch.inference_mode()
+    def step(self, batch: StepBatch) -> "DeviceResult":
+        """Runs one step; appends to the caches."""
+        with _gpu_faults():
+            return DeviceResult(self._logits(batch)[: len(batch.logit_rows)])
+
+    def _logits(self, batch: StepBatch) -> torch.Tensor:
+        shape = decode_shape(batch, self.sizes, self.max_pages) if self.capture else None
+        captured = self.captured(shape) if shape is not None else None
+        return captured.replay(batch) if captured else self._eager(batch)[LOGITS]
+
+    def captured(self, shape: StepShape) -> "CapturedStep | None":
+        """The CUDA graph of a shape, captured when first asked for; None if it cannot be, which is said once."""
+        if shape not in self._graphs and not self.uncaptured:
+            device = self.program.device
+            try:
+                with torch.cuda.stream(torch.cuda.current_stream(device)):  # a capture that fails leaves its own current
+                    self._graphs[shape] = CapturedStep(self.program, self.caches, shape, self._pool)
+            except RuntimeError as error:
+                self.uncaptured = str(error)
+                print(f"decode steps run without CUDA graphs, which costs time: {error}", file=sys.stderr)
+        return self._graphs.get(shape)
+
+    def _eager(self, batch: StepBatch) -> dict[str, torch.Tensor]:
+        shape = StepShape.of(batch)
+        host, device = _buffers(shape, self.program.device)
+        fill(batch, shape, host.numpy())
+        device.copy_(host)
+        return self.programs[self.chooser.form(batch)].run(_views(device, shape) | self.caches)
+
+
+class DeviceResult(StepResult):
+    """Logits [N, vocab_size] on the device; the largest of each row are found there."""
+
+    def __init__(self, logits: torch.Tensor):
+        self._on_device = logits
+
+    def logits(self) -> np.ndarray:
+        with _gpu_faults():
+            return _to_host(self._on_device)
+
+    def greedy(self) -> tuple[np.ndarray, np.ndarray]:
+        with _gpu_faults(), torch.inference_mode():
+            return self._greedy()
+
+    def _greedy(self) -> tuple[np.ndarray, np.ndarray]:
+        logits = self._on_device
+        largest = logits.amax(-1)  # NaN where there is one
+        ids = torch.arange(logits.shape[-1], device=logits.device).expand_as(logits)
+        lowest = ids.where(logits == largest[:, None], logits.shape[-1]).amin(-1)  # argmax may take any of equal ones
+        return lowest.cpu().numpy(), largest.float().cpu().numpy()
+
+
+@contextmanager
+def _gpu_faults() -> Iterator[None]:
+    """A fault of the GPU shows in any later call, and every call after it fails too."""
+    try:
+        yield
+    except torch.AcceleratorError as error:
+        raise EngineLostError(f"the GPU failed ({str(error).splitlines()[0]}); load the engine again") from error
+
+
+class CapturedStep:
+    """One shape's CUDA graph: its inputs lie in one buffer, filled by one copy from pinned host memory."""
+
+    def __init__(self, program: StepProgram, caches: Mapping[str, torch.Tensor], shape: StepShape, pool):
+        self.shape = shape
+        self._host, self._device = _buffers(shape, program.device)
+        self._copied = torch.cuda.Event()
+        inputs = _views(self._device, shape) | dict(caches)
+        stream = torch.cuda.Stream(program.device)
+        stream.wait_stream(torch.cuda.current_stream(program.device))
+        with torch.inference_mode(), torch.cuda.stream(stream):
+            self._device.zero_()  # num_tokens 0: nothing but padding, nothing is written
+            for _ in range(_WARM_UP):
+                program.run(inputs)
+        torch.cuda.current_stream(program.device).wait_stream(stream)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.inference_mode(), torch.cuda.graph(self.graph, pool=pool):
+            self._logits = program.run(inputs)[LOGITS]
+
+    def replay(self, batch: StepBatch) -> torch.Tensor:
+        """Logits [N of the shape, vocab_size] on the device, valid until the next replay of any graph of the runner."""
+        self._copied.synchronize()  # the host buffer may still be read by the copy before
+        fill(batch, self.shape, self._host.numpy())
+        self._device.copy_(self._host, non_blocking=True)
+        self._copied.record()
+        self.graph.replay()
+        return self._logits
+
+
+def _to_host(logits: torch.Tensor) -> np.ndarray:
+    """The logits in host memory: pinned for a GPU, of which PyTorch keeps what is freed for the next step."""
+    if logits.device.type != "cuda":
+        return logits.numpy()
+    host = torch.empty(logits.shape, dtype=logits.dtype, pin_memory=True)
+    host.copy_(logits, non_blocking=True)
+    torch.cuda.current_stream(logits.device).synchronize()
+    return host.numpy()
+
+
+def _buffers(shape: StepShape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Host (pinned for a GPU) and device memory for all inputs of a step."""
+    length = shape.offsets()[1]
+    host = torch.zeros(length, dtype=torch.int32, pin_memory=device.type == "cuda")
+    return host, torch.zeros(length, dtype=torch.int32, device=device)
+
+
+def _views(buffer: torch.Tensor, shape: StepShape) -> dict[str, torch.Tensor]:
+    offsets, _ = shape.offsets()
+    return {name: buffer[offsets[name] :][: int(np.prod(size))].view(size) for name, size in shape.sizes().items()}

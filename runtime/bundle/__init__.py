@@ -1,0 +1,1 @@
+"""The bundle on disk: its records, reading and writing."""

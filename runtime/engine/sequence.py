@@ -1,0 +1,117 @@
+"""One request on its way through the engine: its tokens, how many of them are in the cache, its text, its clock."""
+
+import time
+from collections import deque
+from dataclasses import dataclass
+from typing import Literal
+
+from latentrt.runtime.engine.sampler import Sampler
+from latentrt.runtime.errors import EngineError
+from latentrt.runtime.sampling_params import SamplingParams
+from latentrt.runtime.text_stream import TextStream
+
+FinishReason = Literal["stop", "length", "context", "cache"]
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Wall-clock times of one request. Rates are None where nothing was measured."""
+
+    queue_seconds: float  # until its first step began
+    prefill_seconds: float  # from there to the first token
+    decode_seconds: float  # from the first token to the last
+    decode_tokens_per_second: float | None  # tokens after the first
+
+
+@dataclass(frozen=True)
+class GenerationResult:
+    """An answer.
+
+    finish_reason: "stop" (end-of-sequence token or stop string), "length" (max_new_tokens), "context" (the model's or
+    the target's max_context), "cache" (the sequence alone fills the latent cache). `token_ids` has every sampled
+    token, the end-of-sequence token and those of a stop string included; `text` has neither, and is None without a
+    tokenizer. `reused_tokens` of the prompt were in the cache already.
+    """
+
+    text: str | None
+    token_ids: tuple[int, ...]
+    prompt_tokens: int
+    reused_tokens: int
+    finish_reason: FinishReason
+    timings: Timings
+
+
+@dataclass(frozen=True)
+class Event:
+    """One token of one request, or its end, or both. `text` is what became certain, possibly "".
+
+    A request ends with a `result`, or with the `error` that ended it.
+    """
+
+    index: int  # of the prompt, in the order given
+    token: int | None  # None if the request ended without another token
+    text: str
+    result: GenerationResult | None = None
+    error: EngineError | None = None
+
+
+class Sequence:
+    """The state of one request. `sink` is where its events go; `keep` asks for its pages to stay for a next turn."""
+
+    def __init__(self, index: int, prompt: list[int], params: SamplingParams, text: TextStream | None, eos: frozenset[int],
+                 sink: deque[Event], keep: bool = False):  # fmt: skip
+        self.index, self.params, self.text, self.sink, self.keep = index, params, text, sink, keep
+        self.tokens = list(prompt)  # prompt and answer
+        self.prompt_tokens = len(prompt)
+        self.cached = self.reused = 0  # leading tokens whose latents are in the cache
+        self.ended = False  # it has a result or an error, or was aborted: it takes no further step
+        self.id = 0  # in the latent cache; given by the scheduler
+        self.sampler = Sampler(params, self.tokens)
+        self._eos = frozenset() if params.ignore_eos else eos
+        self._submitted, self._started, self._first, self._last = time.perf_counter(), None, None, None
+
+    def start(self) -> None:
+        """Notes when the sequence runs for the first time, and what of its prompt is cached by then."""
+        if self._started is None:
+            self._started, self.reused = time.perf_counter(), self.cached
+
+    def accept(self, token: int, max_context: int) -> None:
+        """Takes the next token, sends it, and ends the request if that was the last."""
+        self.tokens.append(token)
+        self._last = time.perf_counter()
+        self._first = self._first or self._last
+        stopped = token in self._eos
+        piece = self.text.add(token) if self.text and not stopped else ""
+        reason = self._reason(stopped, max_context)
+        if reason is None:
+            self.sink.append(Event(self.index, token, piece))
+        else:
+            self.finish(reason, token, piece)
+
+    def finish(self, reason: FinishReason, token: int | None = None, piece: str = "") -> None:
+        """Ends the request and sends its result."""
+        piece += self.text.finish() if self.text else ""
+        answer = tuple(self.tokens[self.prompt_tokens :])
+        text, timings = self.text.text if self.text else None, self._timings(len(answer))
+        result = GenerationResult(text, answer, self.prompt_tokens, self.reused, reason, timings)
+        self.ended = True
+        self.sink.append(Event(self.index, token, piece, result))
+
+    def fail(self, error: EngineError) -> None:
+        """Ends the request and sends its error."""
+        self.ended = True
+        self.sink.append(Event(self.index, None, "", error=error))
+
+    def _reason(self, stopped: bool, max_context: int) -> FinishReason | None:
+        if stopped or (self.text and self.text.stopped):
+            return "stop"
+        if len(self.tokens) - self.prompt_tokens >= self.params.max_new_tokens:
+            return "length"
+        return "context" if len(self.tokens) >= max_context else None
+
+    def _timings(self, answered: int) -> Timings:
+        started = self._started or time.perf_counter()
+        first, last = self._first or started, self._last or started
+        decode = last - first
+        rate = (answered - 1) / decode if answered > 1 and decode > 0 else None
+        return Timings(started - self._submitted, first - started, decode, rate)

@@ -1,0 +1,53 @@
+"""Logits at every position of given token lists: what validation and perplexity are made of."""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from latentrt.runtime.backends.base import Backend, SequenceRows, pack
+from latentrt.runtime.engine.scheduler import Scheduler
+from latentrt.runtime.errors import RequestError
+
+Slice = tuple[int, int, int]  # list, first token, end
+ROWS = 256  # of one step: every row has logits [vocab_size], and a plan's profiles take as many
+
+
+def blocks(scheduler: Scheduler, backend: Backend, lists: list[list[int]]) -> Iterator[np.ndarray]:
+    """Logits [rows, vocab_size] float32 in the order of the tokens; every step has at most 256 rows, of one list or more.
+
+    Raises RequestError if running requests leave too little of the latent cache.
+    """
+    ids = [scheduler.new_id() for _ in lists]
+    try:
+        for step in _steps(scheduler, lists, ids):
+            batch = [SequenceRows(lists[i][start:end], start, range(end - start)) for i, start, end in step]
+            table = scheduler.cache.block_table([ids[i] for i, _, _ in step])
+            yield backend.step(pack(batch, table)).logits()
+            for index, _, end in step:
+                if end == len(lists[index]):
+                    scheduler.cache.release(ids[index])
+    finally:
+        for sequence in ids:
+            scheduler.cache.release(sequence)
+
+
+def _steps(scheduler: Scheduler, lists: list[list[int]], ids: list[int]) -> Iterator[list[Slice]]:
+    """Cuts lists, one after another, into steps that keep to the limits, and makes room in the cache for each."""
+    rows = min(ROWS, scheduler.limits.max_batch_tokens)
+    step: list[Slice] = []
+    for index, tokens in enumerate(lists):
+        start = 0
+        while start < len(tokens):
+            room = rows - sum(end - first for _, first, end in step)
+            end = min(len(tokens), start + room)
+            fits = room > 0 and len(step) < scheduler.max_running and scheduler.reserve(ids[index], end)
+            if fits:
+                step.append((index, start, end))
+                start = end
+            elif step:
+                yield step
+                step = []
+            else:
+                raise RequestError(f"token list {index}: running requests fill the latent cache; wait for them")
+    if step:
+        yield step

@@ -1,0 +1,14 @@
+"""Puts the checkout's folders into one import package; everything else is in pyproject.toml."""
+
+from setuptools import find_packages, setup
+
+ROOMS = ("export", "plugins", "runtime", "validation")
+
+setup(
+    packages=[
+        "latentrt", "latentrt.commands", *(f"latentrt.{room}" for room in ROOMS),
+        *(f"latentrt.{room}.{package}" for room in ROOMS for package in find_packages(room)),
+    ],
+    package_dir={"latentrt": "latentrt"} | {f"latentrt.{room}": room for room in ROOMS},
+    package_data={"latentrt.validation.report": ["*.j2"]},
+)  # fmt: skip

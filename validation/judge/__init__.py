@@ -1,0 +1,1 @@
+"""Numbers, tolerances and the verdict."""

@@ -1,0 +1,1 @@
+"""What engines are compared with: transformers, audited against formulas."""

@@ -1,0 +1,1 @@
+"""The links of the comparison chain: torch model, exported graph, engine."""

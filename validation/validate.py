@@ -1,0 +1,88 @@
+"""One target of a bundle against its checkpoint: what may be compared, the comparison, and what is written of it."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+from latentrt.export.checkpoint import Checkpoint, combined_digest
+from latentrt.runtime.backends.base import AUTO
+from latentrt.runtime.bundle.reader import Bundle
+from latentrt.validation import tokens
+from latentrt.validation.compare import Comparison, Subject
+from latentrt.validation.dequantize import bundle_config
+from latentrt.validation.errors import ValidationError
+from latentrt.validation.judge import tolerances
+from latentrt.validation.report import evidence as evidences
+from latentrt.validation.report import page
+from latentrt.validation.stages.executor import Executor
+
+STAGES = 12
+_NOT_COMPUTED = {"tie_word_embeddings", "eos_token_id", "bos_token_id", "max_position_embeddings"}  # change no number
+
+
+def validate(
+    bundle_path: Path, checkpoint_path: Path, target: str | None = None, text: Path | None = None, *, count: int,
+    progress: Callable[[str], None] = lambda stage: None, backend: str | None = None, device: str = AUTO,
+) -> tuple[dict, Comparison]:  # fmt: skip
+    """Validates one target; returns the evidence and the comparison behind it. UserError where nothing can be compared.
+
+    count: tokens to compare on. `progress` is told of every one of STAGES stages. backend, device: see `Executor`.
+    """
+    bundle = Bundle(bundle_path)
+    name, entry = bundle.target(target)
+    executor = Executor(bundle, name, entry, backend, device)
+    executor.check()
+    checkpoint = Checkpoint(checkpoint_path)
+    _check_pair(bundle, checkpoint)
+    try:
+        row = tolerances.find(entry.precision, str(entry.options.get("accuracy", "exact")), entry.cache.format)
+    except KeyError as error:
+        raise ValidationError(f"{bundle.path}: target {name}: {error.args[0]}") from None
+    longest = min(entry.limits.max_context, entry.limits.max_batch_tokens)
+    chosen = tokens.load(checkpoint, text, count, longest)
+    comparison = Comparison(Subject(bundle, name, checkpoint, chosen, row, executor, len(os.sched_getaffinity(0))), progress)
+    progress("checkpoint digest")
+    known = {k: v.model_dump() for k, v in bundle.manifest.checkpoint.files.items()}
+    digest = combined_digest(checkpoint.file_digests(known))
+    if digest != bundle.manifest.checkpoint.digest:
+        comparison.findings.notes.append(
+            f"the bundle was built from another checkpoint (sha256 {bundle.manifest.checkpoint.digest[:16]}…) than "
+            f"{checkpoint.path} ({digest[:16]}…), so nothing is recorded in the bundle"
+        )
+    findings = comparison.run()
+    return evidences.evidence(findings, bundle, name, digest), comparison
+
+
+def _check_pair(bundle: Bundle, checkpoint: Checkpoint) -> None:
+    """The checkpoint must fit its own config.json, and that must be the bundle's."""
+    checkpoint.check(checkpoint.expected_tensors())
+    theirs, ours = bundle_config(bundle), checkpoint.config
+    for field in ("model_type", *type(ours).model_fields):
+        found, expected = getattr(ours, field), getattr(theirs, field, None)
+        if found != expected and field not in _NOT_COMPUTED:
+            raise ValidationError(
+                f"{checkpoint.path}: {field} is {found!r}, the bundle's model has {expected!r}; "
+                f"give the checkpoint that the bundle was built from ({bundle.manifest.checkpoint.path})"
+            )
+
+
+def check_report_folder(folder: Path | None) -> None:
+    """Refuses what could not be written in the end. Makes nothing: there may be no report."""
+    there = next((p for p in (folder, *folder.absolute().parents) if p.exists()), None) if folder else None
+    if there and not there.is_dir():
+        raise ValidationError(f"report {folder}: {there} is a file; give a folder for the report")
+    if there and not os.access(there, os.W_OK | os.X_OK):
+        raise ValidationError(f"report {folder}: {there} is not writable; give another folder for the report")
+
+
+def write(evidence: dict, comparison: Comparison, folder: Path | None) -> list[Path]:
+    """Evidence into the bundle (if it is this checkpoint's), report into `folder`; returns the files."""
+    subject, files = comparison.s, []
+    if evidence["checkpoint"]["sha256"] == subject.bundle.manifest.checkpoint.digest:
+        try:
+            files.append(evidences.write_evidence(subject.bundle, subject.executor.evidence_name, evidence))
+        except OSError as error:
+            comparison.findings.notes.append(f"the evidence could not be recorded in the bundle: {error}")
+    if folder:
+        files.append(page.write_report(folder, evidence, comparison.findings, subject.tolerances.layer.limit))
+    return files
