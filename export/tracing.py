@@ -20,7 +20,7 @@ from latentrt.export.models import registry
 from latentrt.export.models.base import Config, Family, page_shape
 from latentrt.plugins import cache_formats, ops
 from latentrt.plugins.contract import onnx_translation
-from latentrt.plugins.step_graph import DYNAMIC, INPUTS, LAST_HIDDEN, LOGITS, Dim, size
+from latentrt.plugins.step_graph import DYNAMIC, INPUTS, LAST_HIDDEN, LOGITS, NUM_PAGES, TOKENS, Dim, size
 
 OPSET = 23
 HIDDEN, CACHE = "hidden", "cache"
@@ -64,9 +64,9 @@ class Shapes:
         page = page_shape(self.config, self.cache_format, self.page_size)
         return {
             **{name: Value(dims, torch.int32) for name, dims in INPUTS.items()},
-            HIDDEN: Value(("T", self.config.hidden_size), self.dtype),
-            **{name: Value(("T", width), torch.float32) for name, width in self.angles.items()},
-            CACHE: Value(("num_pages", *page), cache_formats.get(self.cache_format).dtype),
+            HIDDEN: Value((TOKENS, self.config.hidden_size), self.dtype),
+            **{name: Value((TOKENS, width), torch.float32) for name, width in self.angles.items()},
+            CACHE: Value((NUM_PAGES, *page), cache_formats.get(self.cache_format).dtype),
         }
 
     @property

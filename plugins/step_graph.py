@@ -14,7 +14,8 @@ import numpy as np
 FORMS = ABSORBED, EXPANDED = "absorbed", "expanded"  # of attention, over the same weights and caches
 DECODE_FORM = ABSORBED  # of steps with one new token a sequence
 LOGITS, LAST_HIDDEN = "logits", "last_hidden"
-DYNAMIC = ("T", "B", "N", "max_pages", "num_pages")  # dimensions without a fixed size
+# Dimensions without a fixed size: rows of the step, sequences, rows with logits, the block table's width, the cache's pages.
+DYNAMIC = TOKENS, SEQUENCES, LOGIT_ROWS, MAX_PAGES, NUM_PAGES = "T", "B", "N", "max_pages", "num_pages"
 Dim = int | str  # a size, a name of DYNAMIC, or "name + size"
 
 
@@ -26,13 +27,13 @@ def _dims(*dims: Dim):
 class StepBatch:
     """Inputs of one step, all int32. The fields are the graph's inputs, in its order."""
 
-    input_ids: np.ndarray = _dims("T")
-    positions: np.ndarray = _dims("T")
-    query_starts: np.ndarray = _dims("B + 1")
-    cached_lengths: np.ndarray = _dims("B")
-    block_table: np.ndarray = _dims("B", "max_pages")
+    input_ids: np.ndarray = _dims(TOKENS)
+    positions: np.ndarray = _dims(TOKENS)
+    query_starts: np.ndarray = _dims(f"{SEQUENCES} + 1")
+    cached_lengths: np.ndarray = _dims(SEQUENCES)
+    block_table: np.ndarray = _dims(SEQUENCES, MAX_PAGES)
     num_tokens: np.ndarray = _dims(1)
-    logit_rows: np.ndarray = _dims("N")
+    logit_rows: np.ndarray = _dims(LOGIT_ROWS)
 
 
 INPUTS: dict[str, tuple[Dim, ...]] = {f.name: f.metadata["dims"] for f in fields(StepBatch)}

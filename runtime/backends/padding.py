@@ -1,11 +1,11 @@
 """Padding a step to fixed shapes, as captured CUDA graphs need: padding rows, empty sequences, page 0."""
 
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from itertools import accumulate
 
 import numpy as np
 
-from latentrt.plugins.step_graph import StepBatch, input_shapes
+from latentrt.plugins.step_graph import DYNAMIC, StepBatch, input_shapes
 from latentrt.runtime.errors import RequestError
 
 SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # sequences of captured decode steps
@@ -14,7 +14,7 @@ ALIGNMENT = 64  # int32 elements: TensorRT wants inputs at multiples of 256 byte
 
 @dataclass(frozen=True)
 class StepShape:
-    """The dimensions of a step: rows T, sequences B, rows with logits N, and the block table's width."""
+    """The dimensions of a step, in the order of step_graph.DYNAMIC: T, B, N and the block table's width."""
 
     rows: int
     sequences: int
@@ -28,7 +28,7 @@ class StepShape:
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every input of a step."""
-        return input_shapes({"T": self.rows, "B": self.sequences, "N": self.logit_rows, "max_pages": self.max_pages})
+        return input_shapes(dict(zip(DYNAMIC, astuple(self), strict=False)))
 
     def offsets(self) -> tuple[dict[str, int], int]:
         """Where each input begins in one int32 buffer, and the buffer's length, in elements."""

@@ -17,7 +17,15 @@ import torch
 from latentrt.plugins.contract import DOMAIN
 from latentrt.plugins.moe_experts.op import CONTRACT as MOE_EXPERTS
 from latentrt.plugins.moe_route.op import CONTRACT as MOE_ROUTE
-from latentrt.plugins.step_graph import StepBatch, attention_output, count_caches, layer_output, layer_prefix, mlp_output
+from latentrt.plugins.step_graph import (
+    TOKENS,
+    StepBatch,
+    attention_output,
+    count_caches,
+    layer_output,
+    layer_prefix,
+    mlp_output,
+)  # fmt: skip
 from latentrt.plugins.step_graph import caches as cache_names
 from latentrt.runtime.backends.torch.graph import StepProgram
 from latentrt.runtime.backends.torch.ops import DTYPES
@@ -186,8 +194,8 @@ def _force_routing(model: onnx.ModelProto, layers: list[LayerValues]) -> None:
     model.graph.node.extend(kept)
     for names in layers:
         if names.ids:
-            model.graph.input.append(onnx.helper.make_tensor_value_info(names.ids, _INT32, ["T", "top_k"]))
-            model.graph.input.append(onnx.helper.make_tensor_value_info(names.weights, _FLOAT, ["T", "top_k"]))
+            model.graph.input.append(onnx.helper.make_tensor_value_info(names.ids, _INT32, [TOKENS, "top_k"]))
+            model.graph.input.append(onnx.helper.make_tensor_value_info(names.weights, _FLOAT, [TOKENS, "top_k"]))
 
 
 def _force_hidden(model: onnx.ModelProto, layers: list[LayerValues]) -> None:
@@ -198,7 +206,7 @@ def _force_hidden(model: onnx.ModelProto, layers: list[LayerValues]) -> None:
             if name in inner:
                 node.input[k] = name + FORCED
     for name in sorted(inner):
-        model.graph.input.append(onnx.helper.make_tensor_value_info(name + FORCED, _FLOAT, ["T", "hidden_size"]))
+        model.graph.input.append(onnx.helper.make_tensor_value_info(name + FORCED, _FLOAT, [TOKENS, "hidden_size"]))
 
 
 def _expose(model: onnx.ModelProto, names: Iterable[str]) -> None:

@@ -24,7 +24,18 @@ from latentrt.export.options import AUTO, TargetSpec
 from latentrt.export.quantization import BFloat16, Fp8, WeightFormat
 from latentrt.export.weight_set import StoredWeight
 from latentrt.plugins.contract import DOMAIN, VERSION
-from latentrt.plugins.step_graph import ABSORBED, EXPANDED, Limits, cache_name, size
+from latentrt.plugins.step_graph import (
+    ABSORBED,
+    EXPANDED,
+    LOGIT_ROWS,
+    MAX_PAGES,
+    NUM_PAGES,
+    SEQUENCES,
+    TOKENS,
+    Limits,
+    cache_name,
+    size,
+)  # fmt: skip
 
 CACHE_FORMATS = ("bfloat16",)
 PROFILES = {ABSORBED: ("decode", "prefill"), EXPANDED: ("prefill",)}
@@ -161,14 +172,15 @@ def profiles(graph: ir.Graph, limits: Limits, page_size: int, names: Sequence[st
     rows = {"decode": batch, "prefill": (1, min(512, limits.max_batch_tokens), limits.max_batch_tokens)}
     return {
         name: _profile(graph, {
-            "T": rows[name], "B": batch, "N": batch, "max_pages": (1, -(-max_pages // 4), max_pages), "num_pages": pages,
+            TOKENS: rows[name], SEQUENCES: batch, LOGIT_ROWS: batch,
+            MAX_PAGES: (1, -(-max_pages // 4), max_pages), NUM_PAGES: pages,
         })
         for name in names
     }  # fmt: skip
 
 
 def _profile(graph: ir.Graph, ranges: dict[str, tuple[int, int, int]]) -> dict[str, dict[str, list[int]]]:
-    """`ranges`: smallest, usual and largest size of every dynamic dimension."""
+    """`ranges`: min, opt and max of every dynamic dimension."""
     bounds = {bound: {name: sizes[k] for name, sizes in ranges.items()} for k, bound in enumerate(("min", "opt", "max"))}
     found = {}
     for value in graph.inputs:

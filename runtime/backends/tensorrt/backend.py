@@ -16,7 +16,7 @@ from functools import partial
 from latentrt.plugins.architecture import Gpu
 from latentrt.plugins.launch.compile import CompiledKernel, spec_from_json
 from latentrt.plugins.launch.plan import KernelSpec
-from latentrt.plugins.step_graph import DECODE_FORM, INPUTS, LOGITS, StepBatch, cache_name, caches
+from latentrt.plugins.step_graph import DECODE_FORM, DYNAMIC, INPUTS, LOGITS, NUM_PAGES, StepBatch, cache_name, caches
 from latentrt.runtime.backends.base import Backend, BackendOptions, StepResult, gpu_pages_for
 from latentrt.runtime.backends.forms import chooser
 from latentrt.runtime.backends.padding import StepShape
@@ -232,13 +232,13 @@ def _upload(device: Device, bundle: Bundle, target: Target) -> dict[str, int]:
 
 def _limits(target: Target) -> StepShape:
     """The largest T, B, N and max_pages over all profiles."""
-    sizes = dict.fromkeys(("T", "B", "N", "max_pages"), 0)
+    sizes = dict.fromkeys(DYNAMIC, 0)
     for engine in target.engines.values():
         for profile in engine.profiles.values():
             for name, dims in INPUTS.items():
                 largest = dict(zip(dims, profile[name].max, strict=True)) if name in profile else {}
                 sizes |= {d: max(sizes[d], n) for d, n in largest.items() if d in sizes}
-    return StepShape(sizes["T"], sizes["B"], sizes["N"], sizes["max_pages"])
+    return StepShape(*(sizes[d] for d in DYNAMIC if d != NUM_PAGES))
 
 
 def _pages(target: Target, cache_tokens: int | None, free: int) -> int:
