@@ -23,7 +23,7 @@ from latentrt.runtime.errors import EngineError
 from latentrt.runtime.sampling_params import GREEDY, SamplingParams
 
 BLOCK = 64  # logits
-WORTH_THREADS = 1 << 19  # logits: below, a thread takes longer to wake than a row to sample
+WORTH_THREADS = 1 << 19  # logits: below, and without drawing, a thread takes longer to wake than a row to sample
 # Of a sum: scores down to -30 (7e-6), their exponentials (1e-6), blocks added one by one (4e-6), and the total's as much.
 FLOAT32_ERROR = 3e-5
 FLOAT32_TEMPERATURES = (1e-30, 1e30)  # others leave the range of float32
@@ -76,7 +76,8 @@ def choose(result: StepResult, samplers: Sequence[Sampler]) -> list[int | Engine
     logits = result.logits()
     if len(logits) != len(samplers):
         raise ValueError(f"{len(logits)} rows of logits for {len(samplers)} samplers")
-    each = _threads().map if len(logits) > 1 and logits.size >= WORTH_THREADS else map
+    drawn = any(sampler.params.temperature != GREEDY for sampler in samplers)
+    each = _threads().map if drawn and len(logits) > 1 and logits.size >= WORTH_THREADS else map
     return list(each(Sampler.next, samplers, logits))
 
 
