@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from latentrt.export import text as texts
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.errors import BuildError
 from latentrt.export.models import registry
@@ -42,7 +43,7 @@ class Samples:
 
 
 def read_samples(file: Path | str, checkpoint: Checkpoint) -> Samples:
-    """Sample tokens: a JSON list of lists of token ids, or UTF-8 text for the checkpoint's tokenizer.json.
+    """Sample tokens: a JSON list of lists of token ids, or UTF-8 text for the checkpoint's tokenizer.
 
     A file that begins with [ or { is taken for JSON. Text is cut into sequences of TEXT_SEQUENCE tokens. Raises BuildError
     for what cannot be read, ids outside the vocabulary, and sequences longer than max_position_embeddings.
@@ -52,7 +53,7 @@ def read_samples(file: Path | str, checkpoint: Checkpoint) -> Samples:
     if text.lstrip()[0] in "[{":
         sequences = _token_lists(file, text)
     else:
-        ids, length = _encode(file, text, checkpoint.path / "tokenizer.json"), min(TEXT_SEQUENCE, longest)
+        ids, length = _encode(file, text, checkpoint), min(TEXT_SEQUENCE, longest)
         sequences = [ids[i : i + length] for i in range(0, len(ids), length)]
     for number, sequence in enumerate(sequences):
         _check(f"calibration {file}: sequence {number}", sequence, checkpoint.config)
@@ -85,18 +86,14 @@ def _token_lists(file: Path, text: str) -> list[list[int]]:
     return found
 
 
-def _encode(file: Path, text: str, tokenizer: Path) -> list[int]:
-    from tokenizers import Tokenizer
-
-    if not tokenizer.is_file():
-        raise BuildError(
-            f"calibration {file}: is text, and the checkpoint has no {tokenizer.name} ({tokenizer.parent}); add it, or give "
-            "a JSON list of lists of token ids"
-        )
-    try:
-        return Tokenizer.from_file(str(tokenizer)).encode(text).ids
-    except Exception as error:  # the Rust library raises nothing narrower
-        raise BuildError(f"{tokenizer}: cannot encode calibration {file} ({error}); download it again") from None
+def _encode(file: Path, text: str, checkpoint: Checkpoint) -> list[int]:
+    with checkpoint.text_folder() as folder:
+        if texts.source(folder) is None:
+            raise BuildError(
+                f"calibration {file}: is text, and the checkpoint has no tokenizer.json ({checkpoint.path}); add it, or give "
+                "a JSON list of lists of token ids"
+            )
+        return texts.load(folder).backend_tokenizer.encode(text).ids
 
 
 def _check(where: str, sequence: list[int], config: Config) -> None:

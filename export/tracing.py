@@ -5,21 +5,22 @@ Parameters come out as graph inputs under their own names, so that no memory is 
 
 import logging
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cached_property, partial
 
 import numpy as np
 import onnx_ir as ir
 import onnxscript.optimizer
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentrt.export.models import registry
 from latentrt.export.models.base import Config, Family, page_shape
 from latentrt.plugins import cache_formats, ops
-from latentrt.plugins.contract import onnx_translation
+from latentrt.plugins.contract import OpContract, onnx_translation
 from latentrt.plugins.step_graph import DYNAMIC, INPUTS, LAST_HIDDEN, LOGITS, NUM_PAGES, TOKENS, Dim, size
 
 OPSET = 23
@@ -96,6 +97,50 @@ def trace_layer(s: Shapes, kind: Hashable, form: str) -> ir.Model:
 
 def trace_head(s: Shapes) -> ir.Model:
     return _trace_part(s, lambda: s.family.head(s.config), (HIDDEN,), (LOGITS, LAST_HIDDEN))
+
+
+@dataclass(frozen=True)
+class OpCall:
+    """A custom op as a layer calls it: shapes and dtypes of the tensors that are given, by the contract's names."""
+
+    contract: OpContract
+    shapes: dict[str, tuple[int, ...]]
+    dtypes: dict[str, str]  # torch's words
+    attributes: dict
+
+
+def op_calls(s: Shapes, kinds: Iterable[Hashable], form: str) -> list[OpCall]:
+    """The custom ops of each kind of layer, from a run on the meta device: a matter of milliseconds."""
+    calls: list[OpCall] = []
+    for kind in kinds:
+        layer, _ = _on_meta(partial(s.family.layer, s.config, kind, s.cache_format, form), s.dtype)
+        with _Recorder(calls), torch.no_grad():
+            layer(*(s.values[name].example() for name in (HIDDEN, *s.angles, CACHE)), s.batch())
+    return calls
+
+
+class _Recorder(TorchDispatchMode):
+    """Notes every custom op that is called inside."""
+
+    def __init__(self, calls: list[OpCall]):
+        super().__init__()
+        self.calls = calls
+        self.contracts = {getattr(torch.ops.latentrt, c.name).default: c for c in ops.contracts().values()}
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func in self.contracts:
+            self.calls.append(self._call(self.contracts[func], args, kwargs or {}))
+        return func(*args, **(kwargs or {}))
+
+    def _call(self, contract: OpContract, args: tuple, kwargs: dict) -> OpCall:
+        names = [spec.name for spec in (*contract.inputs, *contract.attributes)]
+        given = dict(zip(names, args, strict=False)) | kwargs
+        tensors = {spec.name: given[spec.name] for spec in contract.inputs if given.get(spec.name) is not None}
+        return OpCall(
+            contract, {name: tuple(t.shape) for name, t in tensors.items()},
+            {name: str(t.dtype).removeprefix("torch.") for name, t in tensors.items()},
+            {a.name: given[a.name] for a in contract.attributes},
+        )  # fmt: skip
 
 
 def _trace_part(s: Shapes, make: Callable[[], nn.Module], takes: Sequence[str], outputs: Sequence[str]) -> ir.Model:

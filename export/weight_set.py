@@ -1,11 +1,15 @@
-"""Writing weight sets: safetensors shards, one per part of the model, streamed so that memory holds one slab at a time.
+"""Writing weight sets: safetensors shards, one per part of the model, streamed by all cores in slabs.
 
-A shard that is finished is remembered by the store under its key, so that an interrupted build resumes after it.
-The safetensors package cannot write a tensor piece by piece, hence the writer below; everything else reads with it.
+Slabs are read, encoded and written to their places by workers; up to PARTS_AT_ONCE shards are under way, so that one is
+synchronized and hashed while the next ones are filled. A shard that is finished is remembered by the store under its key,
+so that an interrupted build resumes after it. The safetensors package cannot write a tensor piece by piece, hence the
+writer below; everything else reads with it.
 """
 
 import json
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -16,15 +20,18 @@ import torch
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.models.base import Weight
 from latentrt.export.quantization.base import WeightFormat
+from latentrt.export.workers import Workers, gather, one_torch_thread
 
 _NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int32: "I32",
           torch.float8_e4m3fn: "F8_E4M3"}  # fmt: skip
 ALIGNMENT = 256  # bytes: what TensorRT asks of the address of every input; also enough for vector loads from mapped memory
-_SLAB_BYTES = 1 << 26
+PARTS_AT_ONCE = 3
+_SLAB_BYTES = 1 << 24  # in float32
+_WRITE_BYTES = 1 << 18  # at a time: the kernel takes several times as long for a byte of a write of megabytes
 
 
 class ShardStore(Protocol):
-    """Where shards go: a bundle being built."""
+    """Where shards go: a bundle being built. Several threads call it at once."""
 
     def finished(self, key: str) -> str | None:
         """File name of the shard written under `key` earlier, if there is one."""
@@ -78,19 +85,35 @@ def parts(weights: Iterable[Weight]) -> dict[str, list[Weight]]:
     return grouped
 
 
+def planned_bytes(weights: Iterable[Weight], weight_format: WeightFormat) -> dict[str, int]:
+    """Size of every part's shard in bytes, known without reading anything."""
+    plans = {part: _plan(members, weight_format) for part, members in parts(weights).items()}
+    return {part: len(header) + plan[-1].end for part, (plan, header) in plans.items()}
+
+
 def write(
     checkpoint: Checkpoint, weights: Iterable[Weight], weight_format: WeightFormat, key: str, store: ShardStore,
     progress: Callable[[str, int], None] = lambda part, size: None,
 ) -> dict[str, StoredWeight]:
-    """Writes every part that is not finished yet; returns where each stored tensor lies. `key` names the weight set."""
+    """Writes every part that is not finished yet; returns where each stored tensor lies. `key` names the weight set.
+
+    progress: is told of the bytes of a part that are there, as they come; in the end all that `planned_bytes` says.
+    """
     located: dict[str, StoredWeight] = {}
-    for part, members in parts(weights).items():
-        plan, header = _plan(members, weight_format)
-        fill = partial(_fill, checkpoint=checkpoint, members=members, weight_format=weight_format, plan=plan, header=header)
-        file = store.finished(f"{key}/{part}") or store.write(f"{key}/{part}", ".safetensors", fill)
-        located |= {p.name: StoredWeight(file, len(header) + p.begin, p.end - p.begin, p.shape, p.dtype) for p in plan}
-        checkpoint.release()
-        progress(part, plan[-1].end)
+    with one_torch_thread(), Workers() as workers, ThreadPoolExecutor(PARTS_AT_ONCE, "shard") as writers:
+
+        def finish(part: str, members: list[Weight]) -> dict[str, StoredWeight]:
+            with workers.stopped_by_errors():
+                job = _Shard(checkpoint, members, weight_format, workers, partial(progress, part))
+                file = store.finished(f"{key}/{part}")
+                if file:
+                    progress(part, job.size)
+                file = file or store.write(f"{key}/{part}", ".safetensors", partial(_fill, job=job))
+                checkpoint.release()
+                return job.located(file)
+
+        for found in gather([writers.submit(finish, *item) for item in parts(weights).items()], workers.stop):
+            located |= found
     return located
 
 
@@ -123,25 +146,83 @@ def _entry(dtype: str, shape: tuple[int, ...], begin: int, end: int) -> dict:
     return {"dtype": dtype, "shape": list(shape), "data_offsets": [begin, end]}
 
 
-def _fill(path: Path, checkpoint, members, weight_format, plan: list[_Planned], header: bytes) -> None:
-    """Writes the shard. Slabs of a weight's stored tensors come in turn, so each tensor has its own write position."""
+class _Shard:
+    """What it takes to fill one shard."""
+
+    def __init__(self, checkpoint: Checkpoint, members: list[Weight], weight_format: WeightFormat, workers: Workers, progress):
+        self.checkpoint, self.members, self.format = checkpoint, members, weight_format
+        self.workers, self.progress = workers, progress
+        self.plan, self.header = _plan(members, weight_format)
+        self.size = len(self.header) + self.plan[-1].end
+
+    def located(self, file: str) -> dict[str, StoredWeight]:
+        start = len(self.header)
+        return {p.name: StoredWeight(file, start + p.begin, p.end - p.begin, p.shape, p.dtype) for p in self.plan}
+
+    def tasks(self, descriptor: int) -> Iterator[tuple[int, Callable[[], None]]]:
+        """One task per slab, with the bytes that it may hold: a checkpoint's tensor may be decoded to float32."""
+        upcoming = iter(self.plan)
+        for weight in self.members:
+            places = [next(upcoming) for _ in self.format.stored(weight)]
+            elements, slabs = torch.Size(weight.shape).numel(), len(weight.sources)
+            held = elements // slabs * (8 if weight.make else 4)
+            for index in range(slabs):
+                yield held, partial(self._encode, descriptor, weight, places, index)
+
+    def _encode(self, descriptor: int, weight: Weight, places: list[_Planned], index: int) -> None:
+        """Writes slab `index` of a weight: the same share of each of its stored tensors."""
+        share = [(p.end - p.begin) // len(weight.sources) for p in places]
+        positions = [len(self.header) + p.begin + index * s for p, s in zip(places, share, strict=True)]
+        ends = [p + s for p, s in zip(positions, share, strict=True)]
+        for encoded in self._encoded(weight, index):
+            self.workers.check()
+            before = sum(positions)
+            for k, stored in enumerate(encoded):
+                positions[k] = _write_at(descriptor, stored, positions[k])
+            self.progress(sum(positions) - before)
+        assert positions == ends, f"{weight.name}: wrote up to {positions}, planned {ends}"
+
+    def _encoded(self, weight: Weight, index: int) -> Iterator[list[torch.Tensor]]:
+        """Slab `index` as it is stored, in pieces along axis 0 where it is large."""
+        taken = self._taken_over(weight, index)
+        if taken is None:
+            yield from (self.format.encode(weight, rows) for rows in self._rows(weight, index))
+        else:
+            yield self.format.take_over(weight, *taken)
+
+    def _rows(self, weight: Weight, index: int) -> Iterable[torch.Tensor]:
+        if weight.make is None:
+            return self.checkpoint.pieces(weight.sources[index][0], _SLAB_BYTES // 4)
+        return _pieces(weight.slab(self.checkpoint.read, index))
+
+    def _taken_over(self, weight: Weight, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The slab's values and scales per row as the checkpoint has them, where the format computes with just these."""
+        if not self.format.takes_over(weight):
+            return None
+        found = [self.checkpoint.read_rows(name) for name in weight.sources[index]]
+        if any(rows is None or rows.values.dtype != self.format.row_values for rows in found):
+            return None
+        make = weight.make or (lambda tensor: tensor)
+        return make(*(rows.values for rows in found)), make(*(rows.scale for rows in found))
+
+
+def _fill(path: Path, job: _Shard) -> None:
     with path.open("wb") as stream:
-        stream.write(header)
-        stream.truncate(len(header) + plan[-1].end)
-        upcoming = iter(plan)
-        for weight in members:
-            targets = [next(upcoming) for _ in weight_format.stored(weight)]
-            positions = [len(header) + t.begin for t in targets]
-            for slab in _slabs(weight, checkpoint):
-                for k, piece in enumerate(weight_format.encode(weight, slab)):
-                    stream.seek(positions[k])
-                    positions[k] += stream.write(piece.contiguous().flatten().view(torch.uint8).numpy())
-            written = [p - len(header) for p in positions]
-            assert written == [t.end for t in targets], f"{weight.name}: wrote up to {written}, planned {targets}"
+        stream.write(job.header)
+        stream.truncate(job.size)
+        job.workers.run(job.tasks(stream.fileno()))
+    job.progress(job.size - sum(p.end - p.begin for p in job.plan))  # header and gaps
 
 
-def _slabs(weight: Weight, checkpoint: Checkpoint) -> Iterable[torch.Tensor]:
-    """The weight's slabs, cut further where one is large."""
-    for slab in weight.slabs(checkpoint.read):
-        rows = max(1, _SLAB_BYTES // max(1, slab[0].numel() * 4))
-        yield from slab.split(rows)
+def _pieces(slab: torch.Tensor) -> Iterable[torch.Tensor]:
+    """The slab, cut along axis 0 where it is large."""
+    return slab.split(max(1, _SLAB_BYTES // max(1, slab[0].numel() * 4)))
+
+
+def _write_at(descriptor: int, tensor: torch.Tensor, position: int) -> int:
+    """Writes the tensor's bytes; returns the position behind them."""
+    left = memoryview(tensor.contiguous().flatten().view(torch.uint8).numpy())
+    while left:
+        written = os.pwrite(descriptor, left[:_WRITE_BYTES], position)
+        left, position = left[written:], position + written
+    return position

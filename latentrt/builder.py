@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tempfile
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
@@ -11,27 +12,32 @@ from latentrt import __version__
 from latentrt.export import calibration as calibrations
 from latentrt.export import graph as step_graphs
 from latentrt.export import lowering as lowerings
+from latentrt.export import text as texts
 from latentrt.export import weight_set
 from latentrt.export.calibration import Samples
-from latentrt.export.checkpoint import Checkpoint, combined_digest
+from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.errors import BuildError
 from latentrt.export.lowering.base import Lowered, LoweredEngine, Lowering, described
 from latentrt.export.models import registry
 from latentrt.export.options import BuildOptions
 from latentrt.export.progress import Report
+from latentrt.export.text import BakedText
 from latentrt.export.weight_set import StoredWeight
+from latentrt.identity import CheckpointDigests
 from latentrt.runtime import smoke_test
+from latentrt.runtime.bundle import writer
 from latentrt.runtime.bundle.manifest import (
     FORMAT_VERSION,
-    CheckpointInfo,
+    EndToken,
     EngineFiles,
     FileRef,
     Kernel,
     Manifest,
     Target,
+    Text,
     WeightSet,
 )
-from latentrt.runtime.bundle.writer import BundleWriter, open_writer
+from latentrt.runtime.bundle.writer import BundleWriter, finished_bytes, holds, previous_manifest
 
 
 def build(checkpoint: Path | str, out: Path | str, options: BuildOptions = BuildOptions(), quiet: bool = True) -> dict:
@@ -44,19 +50,27 @@ def build(checkpoint: Path | str, out: Path | str, options: BuildOptions = Build
     with Report(quiet) as report:
         with report.stage("read checkpoint headers", shown=False):
             opened = Checkpoint(checkpoint)
-            opened.check(opened.expected_tensors())
-            smoke_test.check_tokenizer(opened.path, opened.tokenizer_files, opened.config.model_dump())
+            opened.check()
+            for note in opened.notes:
+                report.note(note)
+            texts.check(opened.path)
             _check_context(opened, options.max_context)
+            for lowering in chosen:
+                lowering.check(opened.config)
             samples = calibrations.read_samples(options.calibration, opened) if options.calibration else None
-        with open_writer(Path(out), discard_unreadable=options.force) as writer:
-            info = _checkpoint_info(opened, writer.previous, report)
-            builder = _Builder(writer, opened, info, report, samples, reread=options.force)
-            pending = [x for x in chosen if options.force or not builder.is_current(x)]
-            if not options.force:
-                _check_replace(out, writer.previous, info, pending, opened.config)
+            previous = previous_manifest(Path(out), discard_unreadable=options.force)
+        inputs = _Inputs(opened, CheckpointDigests(opened, previous, report), samples)
+        pending = [x for x in chosen if options.force or not _is_current(Path(out), previous, inputs, x)]
+        if not pending:  # nothing is written, so that a bundle on a read-only disk is as good as any
+            return _summary(out, previous, chosen, pending, report)
+        if not options.force:
+            _check_replace(out, previous, inputs.digests, pending, opened.config)
+        writer.check_folder(Path(out), _needed_bytes(Path(out), opened, pending, previous))
+        with writer.open_writer(Path(out), discard_unreadable=options.force) as opened_writer:
+            builder = _Builder(opened_writer, inputs, report, reread=options.force)
             for lowering in pending:
                 builder.add(lowering)
-            return _summary(out, writer.previous, chosen, pending, report)
+            return _summary(out, opened_writer.previous, chosen, pending, report)
 
 
 def _check_context(checkpoint: Checkpoint, max_context: int | None) -> None:
@@ -65,19 +79,11 @@ def _check_context(checkpoint: Checkpoint, max_context: int | None) -> None:
         raise BuildError(f"max_context is {max_context}, accepted: 1 to {longest} (max_position_embeddings)")
 
 
-def _checkpoint_info(checkpoint: Checkpoint, previous: Manifest | None, report: Report) -> CheckpointInfo:
-    known = {k: v.model_dump() for k, v in previous.checkpoint.files.items()} if previous else {}
-    unread = sum(entry["size"] for entry in checkpoint.unread(known).values())
-    with report.stage("checkpoint digest", unread or 1, shown=unread > 0) as advance:
-        digests = checkpoint.file_digests(known, advance)
-    return CheckpointInfo(path=str(checkpoint.path.resolve()), digest=combined_digest(digests), files=digests)
-
-
-def _check_replace(out: Path, previous: Manifest | None, info: CheckpointInfo, pending: list[Lowering], config) -> None:
+def _check_replace(out: Path, previous: Manifest | None, digests: CheckpointDigests, pending: list[Lowering], config) -> None:
     """A target of the same checkpoint and choices is built anew where the tools changed; anything else needs --force."""
     if previous is None or not pending:
         return
-    if previous.checkpoint.digest != info.digest:
+    if previous.checkpoint.digest != digests.info.digest:
         raise BuildError(f"{out}: holds a bundle of another checkpoint ({previous.checkpoint.path}); use --force to replace it")
     for lowering in pending:
         name, old = lowering.spec.target.name, previous.targets.get(lowering.spec.target.name)
@@ -88,30 +94,70 @@ def _check_replace(out: Path, previous: Manifest | None, info: CheckpointInfo, p
             raise BuildError(f"{out}: has target {name} already ({has}); use --force to replace it")
 
 
+def _is_current(out: Path, previous: Manifest | None, inputs: "_Inputs", lowering: Lowering) -> bool:
+    """Whether the bundle has this very target, and all files are there. Reads the checkpoint only where there is a target."""
+    name = lowering.spec.target.name
+    same = previous and name in previous.targets and previous.targets[name].built_from == inputs.identity(lowering)
+    return bool(same) and all(holds(out, ref) for ref in previous.refs())
+
+
+def _needed_bytes(out: Path, checkpoint: Checkpoint, pending: list[Lowering], previous: Manifest | None) -> int:
+    """What the build will write at most: weight sets that are not there yet, plans that hold them again, and small files."""
+    config, sets, engines = checkpoint.config, {}, 0
+    for lowering in pending:
+        weights = lowering.stored_weights(registry.of(config).weights(config))
+        weight_format = lowering.weight_format(weights)
+        size = sum(weight_set.planned_bytes(weights, weight_format).values())
+        sets[_set_key(lowering, weight_format)] = size
+        engines += lowering.engine_bytes(config, size)
+    known = previous.weight_sets if previous else {}
+    new = sum(size for key, size in sets.items() if key not in known)
+    return max(0, new - finished_bytes(out)) + engines
+
+
+def _set_key(lowering: Lowering, weight_format) -> str:
+    return f"{weight_format.key}.{lowering.gate_up_layout}"
+
+
+@dataclass(frozen=True)
+class _Inputs:
+    """What targets are built from."""
+
+    checkpoint: Checkpoint
+    digests: CheckpointDigests
+    samples: Samples | None
+
+    @cached_property
+    def _tokenizer_digest(self) -> str:
+        return self.checkpoint.tokenizer_digest()
+
+    def identity(self, lowering: Lowering) -> str:
+        """A digest of all that a target is built from."""
+        mine = {"checkpoint": self.digests.info.digest, "tokenizer": self._tokenizer_digest, "version": __version__}
+        everything = lowering.identity() | mine | self.calibrated(lowering)
+        return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+
+    def calibrated(self, lowering: Lowering) -> dict[str, str]:
+        """The calibration's digest, where the target has static scales."""
+        static = self.samples and lowering.spec.activations == "static"
+        return {"calibration": self.samples.digest} if static else {}
+
+
 class _Builder:
     """Builds targets of one checkpoint into one bundle; traces each kind of step graph once.
 
     `reread`: files of the bundle are used again only if their content fits their digests, not just their sizes.
     """
 
-    def __init__(
-        self, writer: BundleWriter, checkpoint: Checkpoint, info: CheckpointInfo, report: Report, samples: Samples | None,
-        reread: bool,
-    ):  # fmt: skip
-        self.writer, self.checkpoint, self.info, self.report, self.samples = writer, checkpoint, info, report, samples
-        self.reread = reread
-        self.family = registry.of(checkpoint.config)
+    def __init__(self, writer: BundleWriter, inputs: _Inputs, report: Report, reread: bool):
+        self.writer, self.inputs, self.report, self.reread = writer, inputs, report, reread
+        self.checkpoint, self.digests, self.samples = inputs.checkpoint, inputs.digests, inputs.samples
+        self.family = registry.of(self.checkpoint.config)
         self.traced: dict[tuple, dict] = {}
-
-    def is_current(self, lowering: Lowering) -> bool:
-        """Whether the bundle has this very target, and all files are there."""
-        manifest, name = self.writer.previous, lowering.spec.target.name
-        same = manifest and name in manifest.targets and manifest.targets[name].built_from == self._identity(lowering)
-        return bool(same) and all(map(self.writer.holds, manifest.refs()))
 
     def add(self, lowering: Lowering) -> None:
         """Builds one target and commits it."""
-        config, name = self.checkpoint.config, lowering.spec.target.name
+        config, name, baked = self.checkpoint.config, lowering.spec.target.name, self._baked_text
         weights = lowering.stored_weights(self.family.weights(config))
         key, stored, located = self._weights(lowering, weights)
         models, stage = self._trace(lowering), self.report.stage
@@ -120,13 +166,12 @@ class _Builder:
             given = located, self.writer.folder, Path(scratch), stage, scales
             lowered = lowering.lower(models, config, weights, *given)
             target = self._target(lowering, lowered, key)
-        with self.report.stage("tokenizer"):
-            tokenizer = {f.name: self.writer.copy(f) for f in self.checkpoint.tokenizer_files}
-        manifest = self._manifest(tokenizer, {key: stored}, {name: target})
+        text = self._text(baked)
+        manifest = self._manifest(text, {key: stored}, {name: target})
         if lowering.executes:
             with self.report.stage("smoke test"):
                 executed = smoke_test.run(self.writer.preview(manifest), name)
-                manifest = self._manifest(tokenizer, {key: stored}, {name: target.model_copy(update={"executed": executed})})
+                manifest = self._manifest(text, {key: stored}, {name: target.model_copy(update={"executed": executed})})
         with self.report.stage("commit"):
             self.writer.commit(manifest)
 
@@ -137,32 +182,40 @@ class _Builder:
             return calibrations.activation_scales(self.checkpoint, self.samples, advance)
 
     @cached_property
-    def _tokenizer_digest(self) -> str:
-        return self.checkpoint.tokenizer_digest()
+    def _baked_text(self) -> BakedText:
+        with self.report.stage("tokenizer", shown=False):
+            config = self.checkpoint.config
+            with self.checkpoint.text_folder() as folder:
+                return texts.bake(folder, config.eos_token_id, config.vocab_size)
 
-    def _identity(self, lowering: Lowering) -> str:
-        """A digest of all that a target is built from."""
-        mine = {"checkpoint": self.info.digest, "tokenizer": self._tokenizer_digest, "version": __version__}
-        everything = lowering.identity() | mine | self._calibrated(lowering)
-        return hashlib.sha256(json.dumps(everything, sort_keys=True).encode()).hexdigest()
+    def _text(self, baked: BakedText) -> Text:
+        """The record of the baked text; its files are written into the bundle."""
 
-    def _calibrated(self, lowering: Lowering) -> dict[str, str]:
-        static = self.samples and lowering.spec.activations == "static"
-        return {"calibration": self.samples.digest} if static else {}
+        def keep(suffix: str, content: str) -> FileRef:
+            return self.writer.add(suffix, lambda draft: draft.write_bytes(content.encode(errors="surrogatepass")))
+
+        return Text(
+            tokenizer=keep(".json", baked.tokenizer) if baked.tokenizer else None, source=baked.source,
+            vocab_size=baked.vocab_size, special_tokens=baked.special_tokens,
+            templates={name: keep(".jinja", template) for name, template in baked.templates.items()},
+            end_of_text=[EndToken(id=end.id, token=end.token, sources=list(end.sources)) for end in baked.end_of_text],
+            sampling=baked.sampling, ignored=list(baked.ignored),
+        )  # fmt: skip
 
     def _weights(self, lowering: Lowering, weights) -> tuple[str, WeightSet, dict[str, StoredWeight]]:
         """The weight set, its key, and where its tensors lie: written now, or in the bundle already."""
         weight_format = lowering.weight_format(weights)
-        key, previous = f"{weight_format.key}.{lowering.gate_up_layout}", self.writer.previous
-        if previous and previous.checkpoint.digest == self.info.digest and previous.weight_sets.get(key):
+        key, previous = _set_key(lowering, weight_format), self.writer.previous
+        if previous and previous.checkpoint.digest == self.digests.info.digest and previous.weight_sets.get(key):
             found = previous.weight_sets[key]
             located = {name: StoredWeight.of(**t.model_dump()) for name, t in found.tensors.items()}
             if located and all(self.writer.holds(ref, self.reread) for ref in found.files):
                 return key, found, located
-        with self.report.stage("weights", len(weight_set.parts(weights))) as advance:
+        size = sum(weight_set.planned_bytes(weights, weight_format).values())
+        with self.digests.beside(size) as pace, self.report.stage("weights", size, unit="bytes") as advance:
             located = weight_set.write(
-                self.checkpoint, weights, weight_format, f"{self.info.digest[:16]}/{key}", self.writer,
-                lambda part, size: advance(1),
+                self.checkpoint, weights, weight_format, f"{self.digests.identity}/{key}", self.writer,
+                lambda part, size: (advance(size), pace(size)),
             )  # fmt: skip
         files = [self.writer.ref(f) for f in dict.fromkeys(w.file for w in located.values())]
         stored = WeightSet(
@@ -185,11 +238,11 @@ class _Builder:
         row, spec = lowering.spec.target, lowering.spec
         return Target(
             backend=row.backend, backend_version=lowering.backend_version, compute_capability=row.compute_capability,
-            precision=spec.precision, options=lowering.options() | self._calibrated(lowering),
+            precision=spec.precision, options=lowering.options() | self.inputs.calibrated(lowering),
             engines={form: self._engine(engine) for form, engine in lowered.engines.items()}, weight_set=weight_set_key,
             kernels=[self._kernel(kernel) for kernel in lowered.kernels], weight_inputs=lowered.weight_inputs,
             inputs=described(lowered.inputs), outputs=described(lowered.outputs), limits=lowered.limits,
-            cache=lowering.cache(self.checkpoint.config), built_from=self._identity(lowering), executed=None,
+            cache=lowering.cache(self.checkpoint.config), built_from=self.inputs.identity(lowering), executed=None,
         )  # fmt: skip
 
     def _engine(self, engine: LoweredEngine) -> EngineFiles:
@@ -204,16 +257,16 @@ class _Builder:
             op=kernel.spec.op, function=kernel.spec.function, cubin=copy(kernel.path), manifest=copy(kernel.manifest)
         )
 
-    def _manifest(self, tokenizer, sets: dict[str, WeightSet], new: dict[str, Target]) -> Manifest:
+    def _manifest(self, text: Text, sets: dict[str, WeightSet], new: dict[str, Target]) -> Manifest:
         """The new manifest: targets and weight sets of the same checkpoint are kept beside the new ones."""
         previous = self.writer.previous
-        kept = previous if previous and previous.checkpoint.digest == self.info.digest else None
+        kept = previous if previous and previous.checkpoint.digest == self.digests.info.digest else None
         now = datetime.now(UTC).isoformat(timespec="seconds")
         all_targets, all_sets = (kept.targets if kept else {}) | new, (kept.weight_sets if kept else {}) | sets
         used = {t.weight_set for t in all_targets.values()}
         return Manifest(
             format_version=FORMAT_VERSION, producer=f"latentrt {__version__}", created=now, family=self.family.model_type,
-            config=self.checkpoint.config.model_dump(), checkpoint=self.info, tokenizer=tokenizer,
+            config=self.checkpoint.config.model_dump(), checkpoint=self.digests.info, text=text,
             weight_sets={k: s for k, s in all_sets.items() if k in used}, targets=all_targets,
         )  # fmt: skip
 
@@ -227,5 +280,6 @@ def _summary(out: Path, manifest: Manifest, chosen: list[Lowering], built: list[
         entries.append({"target": name, "precision": target.precision, "built": lowering in built,
                         "backend": target.backend, "backend_version": target.backend_version})  # fmt: skip
     size = sum(ref.size for ref in set(manifest.refs()))
-    common = {"bundle": str(out), "bytes": size, "checkpoint": manifest.checkpoint.digest, "seconds": report.seconds}
+    common = {"bundle": str(out), "bytes": size, "checkpoint": manifest.checkpoint.digest}
+    common |= {"seconds": report.seconds, "notes": report.notes}
     return common | entries[0] | {"targets": entries}

@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from latentrt.plugins.step_graph import LOGITS
-from latentrt.runtime import backends, tokenizer
+from latentrt.runtime import backends
 from latentrt.runtime.backends.base import Backend
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.engine.loop import EngineLoop, Stream
@@ -20,9 +20,9 @@ from latentrt.runtime.engine.sequence import Event, GenerationResult, Sequence
 from latentrt.runtime.errors import BundleError, RequestError
 from latentrt.runtime.sampling_params import SamplingParams
 from latentrt.runtime.text_stream import TextStream
+from latentrt.runtime.tokenizer import Tokenizer
 
 Prompt = str | Items[int]
-DEFAULT = SamplingParams()
 
 
 class Engine:
@@ -33,7 +33,9 @@ class Engine:
         self.bundle, self.backend = bundle, backend
         self.limits = backend.target.limits
         self.vocab_size = _vocab_size(bundle, backend)
-        self.tokenizer, self.eos_ids = tokenizer.load(bundle)
+        self.tokenizer = Tokenizer.of(bundle)
+        self.eos_ids = frozenset(end.id for end in bundle.manifest.text.end_of_text)
+        self.default_params = SamplingParams(**bundle.manifest.text.sampling)  # the checkpoint's own
         self.loop = EngineLoop(backend, chunk)
 
     def __enter__(self) -> "Engine":
@@ -47,11 +49,12 @@ class Engine:
         self.loop.close()
 
     def generate(
-        self, prompts: Items[Prompt], params: SamplingParams | Items[SamplingParams] = DEFAULT,
+        self, prompts: Items[Prompt], params: SamplingParams | Items[SamplingParams] | None = None,
         on_token: Callable[[Event], None] | None = None,
     ) -> list[GenerationResult]:  # fmt: skip
         """Answers to prompts (texts, or lists of token ids), in their order; `on_token` sees every event as it comes.
 
+        params: one for all, or one for each; without them `default_params`, the checkpoint's own.
         Raises RequestError before anything runs if a prompt is empty, too long, has ids outside the vocabulary, or if
         the number of params differs. Raises the first EngineError, after the other requests have ended, if logits are no
         numbers or a step fails.
@@ -64,7 +67,7 @@ class Engine:
                 results[event.index] = event.result
         return [results[index] for index in range(len(results))]
 
-    def stream(self, prompts: Items[Prompt], params: SamplingParams | Items[SamplingParams] = DEFAULT) -> Stream:
+    def stream(self, prompts: Items[Prompt], params: SamplingParams | Items[SamplingParams] | None = None) -> Stream:
         """Like `generate`, as events: one per token. Closing the iterator ends the requests. Checks at once, not lazily.
 
         A request that fails has its error in its last event, and the others go on; the first error is raised in the end.
@@ -93,7 +96,8 @@ class Engine:
         """The state of a new request for checked tokens; for `loop.stream`."""
         if params.stop and self.tokenizer is None:
             raise RequestError(f"stop strings need a tokenizer, {self.bundle.path} has none; give no stop strings")
-        text = TextStream(self.tokenizer.decode, params.stop) if self.tokenizer else None
+        known = self.tokenizer
+        text = TextStream(known.decode, params.stop, known.hidden_tokens if params.stop else {}) if known else None
         return Sequence(index, tokens, params, text, self.eos_ids, sink, keep)
 
     def prompt_tokens(self, prompt: Prompt, where: str = "prompt") -> list[int]:
@@ -112,11 +116,17 @@ class Engine:
             raise RequestError(f"{where} has {len(tokens)} tokens, the latent cache holds {capacity}; raise cache_tokens")
         return tokens
 
-    def chat_tokens(self, messages: list[dict], where: str = "the conversation") -> list[int]:
-        """Checked token ids of a conversation of {"role", "content"} messages, up to where the answer begins."""
-        return self.prompt_tokens(self._needed_tokenizer().encode_chat(messages), where)
+    def chat_tokens(
+        self, messages: list[dict], where: str = "the conversation", tools: list[dict] | None = None,
+        template: str | None = None,
+    ) -> list[int]:  # fmt: skip
+        """Checked token ids of a conversation of {"role", "content"} messages, up to where the answer begins.
 
-    def _needed_tokenizer(self) -> tokenizer.Tokenizer:
+        `tools` and `template` are those of Tokenizer.render_chat.
+        """
+        return self.prompt_tokens(self._needed_tokenizer().encode_chat(messages, tools, template), where)
+
+    def _needed_tokenizer(self) -> Tokenizer:
         if self.tokenizer is None:
             raise BundleError(f"{self.bundle.path}: has no tokenizer; give token ids, or build from a checkpoint with one")
         return self.tokenizer
@@ -130,6 +140,7 @@ class Engine:
     def _params(self, prompts, params) -> Items[SamplingParams]:
         if isinstance(prompts, str) or not isinstance(prompts, Items):
             raise RequestError(f"prompts is {type(prompts).__name__}, accepted: a list of texts or of token-id lists")
+        params = self.default_params if params is None else params
         if isinstance(params, SamplingParams):
             return [params] * len(prompts)
         if len(params) != len(prompts):

@@ -5,6 +5,7 @@ that does not escape HTML, raise_exception, strftime_now, and `generation` block
 """
 
 import json
+from contextlib import suppress
 from datetime import datetime
 
 from jinja2 import Template, TemplateError, nodes
@@ -12,6 +13,8 @@ from jinja2.ext import Extension, loopcontrols
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 from latentrt.runtime.errors import BundleError, RequestError
+
+_REFUSALS = TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError  # what templates raise
 
 
 class _Generation(Extension):
@@ -35,19 +38,46 @@ def compile_template(source: str) -> Template:
         raise BundleError(f"the chat template does not parse: {error}") from None
 
 
-def render(template: Template, messages: list[dict], special_tokens: dict[str, str], add_generation_prompt: bool) -> str:
-    """Text of a conversation of {"role", "content"} messages. Raises RequestError if the template refuses it."""
+def render(
+    template: Template, messages: list[dict], special_tokens: dict[str, str], tools: list[dict] | None,
+    add_generation_prompt: bool,
+) -> str:  # fmt: skip
+    """Text of a conversation of messages with `role` and `content`: a text, a list of parts, or None beside `tool_calls`.
+
+    Fields that are None are left out, as transformers does: many templates would write "None". A template that cannot do
+    without them (DeepSeek's own ask `message['content'] is none`) gets them. Raises RequestError if the messages are no plain
+    data, or the template refuses them.
+    """
+    _check(messages)
+    given = {"tools": _plain("tools", tools), "documents": None, "add_generation_prompt": add_generation_prompt}
+    whole = _plain("messages", messages)
+    spare = [{key: value for key, value in message.items() if value is not None} for message in whole]
+    try:
+        return template.render(**special_tokens, **given, messages=spare)
+    except _REFUSALS as error:
+        with suppress(*_REFUSALS):
+            if spare != whole:
+                return template.render(**special_tokens, **given, messages=whole)
+        raise RequestError(f"the chat template refuses this conversation: {error}") from None
+
+
+def _check(messages: list[dict]) -> None:
     if not messages:
         raise RequestError("the conversation is empty; give one message or more")
     for message in messages:
-        if not all(isinstance(message.get(key), str) for key in ("role", "content")):
-            raise RequestError(f"message {message!r}: accepted are objects with strings `role` and `content`")
+        if not isinstance(message, dict) or not isinstance(message.get("role"), str):
+            raise RequestError(f"message {message!r}: accepted are objects with a string `role` and `content`")
+        content = message.get("content")
+        if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
+            raise RequestError(f"message {message!r}: accepted as `content` are a string, a list, and null beside `tool_calls`")
+
+
+def _plain(name: str, value):
+    """A copy that is made of JSON's types only: a template may call methods of what it is given."""
     try:
-        return template.render(
-            **special_tokens, messages=messages, tools=None, documents=None, add_generation_prompt=add_generation_prompt
-        )
-    except (TemplateError, TypeError, ValueError, ArithmeticError, LookupError, AttributeError) as error:
-        raise RequestError(f"the chat template refuses this conversation: {error}") from None
+        return json.loads(json.dumps(value))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"{name}: accepted is plain data as in JSON ({error})") from None
 
 
 def _to_json(value, ensure_ascii=False, indent=None, separators=None, sort_keys=False) -> str:

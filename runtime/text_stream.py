@@ -1,8 +1,9 @@
 """Text of an answer while its tokens arrive: whole characters only, and nothing that may still become a stop string."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 _INCOMPLETE = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
+_FIRST_MARK, _MARKS = 0xD800, 0x400  # the high surrogates
 
 
 class Detokenizer:
@@ -21,14 +22,15 @@ class Detokenizer:
         """The text that is certain now; "" while a character is unfinished."""
         self._new.append(token)
         piece = self._piece()
-        if not piece or piece.endswith(_INCOMPLETE):
-            return ""
-        self._context, self._new = self._new, []
-        return piece
+        return "" if not piece or piece.endswith(_INCOMPLETE) else self._hand_out(piece)
 
     def finish(self) -> str:
         """The rest: unfinished bytes as U+FFFD."""
-        return self._piece() if self._new else ""
+        return self._hand_out(self._piece()) if self._new else ""
+
+    def _hand_out(self, piece: str) -> str:
+        self._context, self._new = self._new, []
+        return piece
 
     def _piece(self) -> str:
         known = self._decode(self._context) if self._context else ""
@@ -67,10 +69,20 @@ class StopStrings:
 
 
 class TextStream:
-    """Detokenizer and stop strings of one answer. `text` is what was handed out so far."""
+    """Detokenizer and stop strings of one answer. `text` is what was handed out so far.
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str]):
-        self._detokenizer, self._stops = Detokenizer(decode), StopStrings(stops)
+    `hidden` are the tokens that `decode` leaves out, by id. One whose content is in a stop string is matched by its id, too:
+    both there and in the text it is one mark, a lone surrogate, which no decoded text has; marks are not handed out.
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str], hidden: Mapping[int, str] = {}):
+        wanted = [id for id, content in hidden.items() if any(content in stop for stop in stops)]
+        self._marks = {id: chr(_FIRST_MARK + n) for n, id in enumerate(wanted[:_MARKS])}
+        marked = list(stops)
+        for id, mark in sorted(self._marks.items(), key=lambda item: -len(hidden[item[0]])):  # the longest content first
+            marked = [stop.replace(hidden[id], mark) for stop in marked]
+        self._detokenizer, self._stops = Detokenizer(decode), StopStrings([*dict.fromkeys([*stops, *marked])])
+        self._unmarked = dict.fromkeys(map(ord, self._marks.values()))
         self.text = ""
 
     @property
@@ -80,7 +92,8 @@ class TextStream:
 
     def add(self, token: int) -> str:
         """Text that a token makes certain."""
-        return self._emit(self._stops.add(self._detokenizer.add(token)))
+        mark = self._marks.get(token)
+        return self._emit(self._stops.add(self._detokenizer.finish() + mark if mark else self._detokenizer.add(token)))
 
     def finish(self) -> str:
         """The last text, after the last token."""
@@ -90,5 +103,6 @@ class TextStream:
         return self._emit(piece if self.stopped else piece + self._stops.finish())
 
     def _emit(self, piece: str) -> str:
+        piece = piece.translate(self._unmarked)
         self.text += piece
         return piece

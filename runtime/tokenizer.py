@@ -1,65 +1,60 @@
-"""Text and token ids: wraps the checkpoint's tokenizer.json, and its chat template in a sandbox.
+"""Text and token ids: the tokenizer and the chat templates that the build baked into the bundle (export/text/)."""
 
-`add_bos_token` of tokenizer_config.json decides about the first token; where it is missing, tokenizer.json's own
-post-processor does (transformers 5 looks at the latter only). A prompt that begins with bos gets no second one.
-"""
-
-import json
 from collections.abc import Mapping, Sequence
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 
 import tokenizers
+from jinja2 import Template
 
 from latentrt.runtime import chat_template
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.errors import BundleError, RequestError
 
-TOKENIZER, CONFIG, GENERATION = "tokenizer.json", "tokenizer_config.json", "generation_config.json"
-SPECIAL, TEMPLATE = "special_tokens_map.json", "chat_template.jinja"
-_ROLES = "bos_token", "eos_token", "unk_token", "sep_token", "pad_token", "cls_token", "mask_token"
+DEFAULT, TOOL_USE = "default", "tool_use"  # names of chat templates that are chosen by themselves, as transformers does
 
 
 class Tokenizer:
-    """A tokenizer of `files`, by their names in the checkpoint; `where` names it in errors.
+    """A tokenizer.json, tokens by role, and files of chat templates by name; `where` names their owner in errors.
 
-    Raises BundleError if the files are not usable.
+    Raises BundleError if the tokenizer cannot be read.
     """
 
-    def __init__(self, where: str, files: Mapping[str, Path]):
-        self._where, self._files = where, files
-        self._tokenizer = _read_tokenizer(self._files[TOKENIZER])
-        self._config = _read_json(self._files, CONFIG)
-        named = _read_json(self._files, SPECIAL) | self._config
-        self.special_tokens = {role: _content(named[role]) for role in _ROLES if named.get(role)}
-        self.bos_id = self._special_id("bos_token")
-        self.eos_id = self._special_id("eos_token")
-        self._add_bos = self._config.get("add_bos_token")
-        if self._add_bos and self.bos_id is None:
-            raise BundleError(f"{self._files[CONFIG]}: add_bos_token is set, but bos_token is missing")
+    def __init__(self, where: str, file: Path, special_tokens: Mapping[str, str], templates: Mapping[str, Path]):
+        self._where, self._templates, self.special_tokens = where, dict(templates), dict(special_tokens)
+        self._tokenizer = _read_tokenizer(file)
+        bos = self.special_tokens.get("bos_token")
+        self.bos_id = None if bos is None else self._tokenizer.token_to_id(bos)
+        self._compiled = cache(self._compile)
 
     @classmethod
-    def of(cls, where: str, files: Mapping[str, Path]) -> "Tokenizer | None":
-        """The tokenizer, or None where the checkpoint had none."""
-        return cls(where, files) if TOKENIZER in files else None
+    def of(cls, bundle: Bundle) -> "Tokenizer | None":
+        """The bundle's tokenizer; None if it was built from a checkpoint without one."""
+        text = bundle.manifest.text
+        if text.tokenizer is None:
+            return None
+        templates = {name: bundle.file(ref) for name, ref in text.templates.items()}
+        return cls(str(bundle.path), bundle.file(text.tokenizer), text.special_tokens, templates)
 
     @property
     def vocab_size(self) -> int:
         """Number of ids, added tokens included."""
         return self._tokenizer.get_vocab_size()
 
+    @cached_property
+    def hidden_tokens(self) -> dict[int, str]:
+        """Special tokens: ids that `decode` skips, and their contents."""
+        return {id: token.content for id, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
+
     def encode(self, text: str, special: bool = True) -> list[int]:
         """Token ids of a text; `special` adds what belongs in front of a prompt (bos), once.
 
         Raises RequestError for text that is not valid Unicode (lone surrogates of undecodable bytes).
         """
-        post_process = special and self._add_bos is None
         try:
-            ids = self._tokenizer.encode(text, add_special_tokens=post_process).ids
+            ids = self._tokenizer.encode(text, add_special_tokens=special).ids
         except (UnicodeEncodeError, TypeError) as error:
             raise RequestError(f"text is not valid Unicode ({error}); give UTF-8") from None
-        if special and self._add_bos:
-            ids = [self.bos_id, *ids]
         doubled = special and self.bos_id is not None and ids[:2] == [self.bos_id] * 2
         return ids[1:] if doubled else ids
 
@@ -67,76 +62,33 @@ class Tokenizer:
         """Text of token ids; ids that the tokenizer does not know give no text."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
-    def render_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> str:
-        """The chat template's text for messages of `role` and `content`. Raises BundleError or RequestError."""
-        return chat_template.render(self._template, messages, self.special_tokens, add_generation_prompt)
+    def render_chat(
+        self, messages: list[dict], tools: list[dict] | None = None, template: str | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:  # fmt: skip
+        """The text that a chat template makes of messages, as transformers' apply_chat_template does.
 
-    def encode_chat(self, messages: list[dict], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of the chat template's text; the template writes bos itself."""
-        return self.encode(self.render_chat(messages, add_generation_prompt), special=False)
+        `tools` are JSON schemas; `template` is a name, by default "tool_use" where there are tools and such a template, else
+        "default". Raises BundleError without such a template, RequestError if it refuses the conversation.
+        """
+        if template is None:
+            template = TOOL_USE if tools is not None and TOOL_USE in self._templates else DEFAULT
+        return chat_template.render(self._compiled(template), messages, self.special_tokens, tools, add_generation_prompt)
 
-    @cached_property
-    def _template(self):
-        source = self._config.get("chat_template")
-        if isinstance(source, list):  # several named templates
-            source = {entry["name"]: entry["template"] for entry in source}.get("default")
-        if TEMPLATE in self._files:
-            source = self._files[TEMPLATE].read_text()
-        if source is None:
+    def encode_chat(self, messages: list[dict], *args, **kwargs) -> list[int]:
+        """Token ids of what `render_chat` gives; the template writes bos itself."""
+        return self.encode(self.render_chat(messages, *args, **kwargs), special=False)
+
+    def _compile(self, name: str) -> Template:
+        if not self._templates:
             raise BundleError(f"{self._where}: its tokenizer has no chat template; use plain prompts")
-        return chat_template.compile_template(source)
-
-    def _special_id(self, role: str) -> int | None:
-        token = self.special_tokens.get(role)
-        if token is None:
-            return None
-        found = self._tokenizer.token_to_id(token)
-        if found is None:
-            raise BundleError(f"{self._where}: {role} {token!r} of {CONFIG} is not in {TOKENIZER}")
-        return found
-
-
-def load(bundle: Bundle) -> tuple[Tokenizer | None, frozenset[int]]:
-    """The bundle's tokenizer, None if it was built from a checkpoint without one, and the ids that end an answer."""
-    files = {name: bundle.file(ref) for name, ref in bundle.manifest.tokenizer.items()}
-    tokenizer = Tokenizer.of(str(bundle.path), files)
-    return tokenizer, eos_ids(str(bundle.path), files, bundle.manifest.config, tokenizer)
-
-
-def eos_ids(where: str, files: Mapping[str, Path], config: Mapping, tokenizer: Tokenizer | None) -> frozenset[int]:
-    """Ids that end an answer: eos_token_id of generation_config.json, else of config.json, else the tokenizer's, else none."""
-    found = _read_json(files, GENERATION).get("eos_token_id")
-    if found is None:
-        found = config.get("eos_token_id")
-    if found is None:
-        found = tokenizer.eos_id if tokenizer and tokenizer.eos_id is not None else []
-    ids = found if isinstance(found, list) else [found]
-    if not all(isinstance(i, int) and not isinstance(i, bool) and i >= 0 for i in ids):
-        raise BundleError(f"{where}: eos_token_id is {found!r}, accepted: a token id or a list of them")
-    return frozenset(ids)
+        if name not in self._templates:
+            raise BundleError(f"{self._where}: has no chat template {name!r}, only {', '.join(sorted(self._templates))}")
+        return chat_template.compile_template(self._templates[name].read_bytes().decode(errors="surrogatepass"))
 
 
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:
     try:
-        tokenizer = tokenizers.Tokenizer.from_file(str(path))
+        return tokenizers.Tokenizer.from_file(str(path))
     except Exception as error:  # tokenizers raises bare Exception
-        raise BundleError(f"{path} ({TOKENIZER}): tokenizers {tokenizers.__version__} cannot read it: {error}") from None
-    tokenizer.no_truncation()
-    tokenizer.no_padding()
-    return tokenizer
-
-
-def _read_json(files: Mapping[str, Path], name: str) -> dict:
-    if name not in files:
-        return {}
-    try:
-        content = json.loads(files[name].read_bytes())
-    except ValueError as error:
-        raise BundleError(f"{files[name]} ({name}): not valid JSON ({error})") from None
-    if not isinstance(content, dict):
-        raise BundleError(f"{files[name]} ({name}): holds {type(content).__name__}, a JSON object is expected")
-    return content
-
-
-def _content(token: str | dict) -> str:
-    return token["content"] if isinstance(token, dict) else token
+        raise BundleError(f"{path}: tokenizers {tokenizers.__version__} cannot read it: {error}") from None

@@ -92,3 +92,29 @@ def random_tokens(lengths: list[int], seed: int = 0, vocab_size: int = CONFIG["v
     """Random token ids, one list a sequence."""
     generator = torch.Generator().manual_seed(seed)
     return [torch.randint(vocab_size, (n,), generator=generator).tolist() for n in lengths]
+
+
+ROW_FORMATS = {
+    torch.float8_e4m3fn: {"quant_method": "compressed-tensors", "format": "float-quantized", "config_groups": {"g": {
+        "targets": ["Linear"], "weights": {"num_bits": 8, "type": "float", "strategy": "channel", "symmetric": True}}}},
+    torch.int8: {"quant_method": "compressed-tensors", "format": "int-quantized", "config_groups": {"g": {
+        "targets": ["Linear"], "weights": {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True}}}},
+}  # fmt: skip
+
+
+def quantize_rows(folder: Path, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Products become random values of `dtype`, whose largest is far from the format's, with a scale per row, as
+    compressed-tensors stores them. Returns all weights in float32, by the formula."""
+    generator = torch.Generator().manual_seed(0)
+
+    def change(tensors: dict) -> None:
+        for name, tensor in list(tensors.items()):
+            if "_proj" in name:
+                values = torch.randint(-100, 101, tensor.shape, generator=generator).float()
+                tensors[name] = (values / 3 if dtype is torch.float8_e4m3fn else values).to(dtype)
+                tensors[f"{name}_scale"] = torch.rand(len(tensor), 1, generator=generator).bfloat16() * 1e-2 + 1e-4
+
+    edit_tensors(edit_config(folder, quantization_config=ROW_FORMATS[dtype]), change)
+    stored = load_file(folder / "model.safetensors")
+    scale = {name: stored.pop(f"{name}_scale").float() for name in list(stored) if f"{name}_scale" in stored}
+    return {name: tensor.float() * scale.get(name, 1.0) for name, tensor in stored.items()}

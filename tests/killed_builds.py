@@ -1,5 +1,5 @@
-"""Kills builds at every call that changes what a reader of the bundle's folder can see. Run as a process of its own by
-test_build.py: it forks, which is safe only where no other threads run.
+"""Kills builds at every call that changes what a reader of the bundle's folder can see, and amid the threads that fill shards.
+Run as a process of its own by test_build.py: it forks, which is safe only where no other threads run.
 
     python -m tests.killed_builds CHECKPOINT GRAPH.onnx FOLDER
 
@@ -8,8 +8,10 @@ could tell). Prints one JSON line per point of death.
 """
 
 import hashlib
+import itertools
 import json
 import os
+import random
 import shutil
 import signal
 import sys
@@ -28,7 +30,9 @@ from latentrt.runtime.bundle.reader import Bundle
 from tests import checkpoints, ragged
 from tests.builds import build
 
-CALLS = (os, "replace"), (os, "unlink"), (os, "rmdir"), (Path, "unlink"), (Path, "rmdir"), (shutil, "rmtree")
+CHANGES = (os, "replace"), (os, "unlink"), (os, "rmdir"), (Path, "unlink"), (Path, "rmdir"), (shutil, "rmtree")
+WRITES = ((os, "pwrite"),)  # of slabs, by several threads: which slabs are there when it dies differs from run to run
+WRITES_TRIED, WRITES_AT_LEAST = 6, 90  # of about a hundred; which ones is drawn anew each time
 
 
 def in_child(action) -> tuple[int, dict]:
@@ -48,21 +52,19 @@ def in_child(action) -> tuple[int, dict]:
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), json.loads(text or b"{}")
 
 
-def die_at(number: int) -> None:
-    """From now on, kills this process just before the `number`-th call (from 1) of CALLS."""
-    count = 0
+def die_at(number: int, calls) -> None:
+    """From now on, kills this process just before the `number`-th (from 1) of `calls`, whatever thread it is in."""
+    numbers = itertools.count(1)  # next() is atomic
 
     def deadly(real):
         def call(*args, **kwargs):
-            nonlocal count
-            count += 1
-            if count == number:
+            if next(numbers) == number:
                 os.kill(os.getpid(), signal.SIGKILL)
             return real(*args, **kwargs)
 
         return call
 
-    for owner, name in CALLS:
+    for owner, name in calls:
         setattr(owner, name, deadly(getattr(owner, name)))
 
 
@@ -90,20 +92,27 @@ def main(checkpoint: Path, graph: Path, folder: Path) -> None:
 
     old, reference = folder / "old", folder / "reference"
     expected = {name: in_child(lambda n=name, o=out: make(o, n))[1] for name, out in (("fp32", old), ("int8", reference))}
-    number, code = 0, -signal.SIGKILL
-    while code == -signal.SIGKILL:
-        number += 1
+
+    def killed(number: int, calls) -> int:
+        """Lets a build die, reads the bundle, builds again; prints what came of it and returns the exit status."""
         out = shutil.copytree(old, folder / f"killed.{number}")
-        code, _ = in_child(lambda o=out, n=number: (die_at(n), make(o, "int8"))[1])
-        _, after = in_child(lambda o=out: logits_digest(o))
+        code, _ = in_child(lambda: (die_at(number, calls), make(out, "int8"))[1])
+        _, after = in_child(lambda: logits_digest(out))
         garbage = len(files(out)) - len(expected["fp32"]["files"])
-        _, again = in_child(lambda o=out: make(o, "int8"))
+        _, again = in_child(lambda: make(out, "int8"))
         precision = {v["logits"]: k for k, v in expected.items()}.get(after.get("logits"))
         print(json.dumps({
-            "number": number, "code": code, "reads": precision, "garbage": garbage,
+            "at": calls[0][1], "number": number, "code": code, "reads": precision, "garbage": garbage,
             "next": again.get("logits") == expected["int8"]["logits"], "clean": again.get("files") == expected["int8"]["files"],
         }), flush=True)  # fmt: skip
         shutil.rmtree(out)
+        return code
+
+    for number in random.sample(range(1, WRITES_AT_LEAST), WRITES_TRIED):
+        killed(number, WRITES)
+    number = 1
+    while killed(number, CHANGES) == -signal.SIGKILL:
+        number += 1
 
 
 if __name__ == "__main__":

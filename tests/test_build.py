@@ -1,6 +1,7 @@
 """latentrt build: exit codes, what it refuses, interruption and death at any point, and that errors leave nothing behind."""
 
 import contextlib
+import errno
 import io
 import json
 import os
@@ -14,6 +15,7 @@ import pytest
 
 from latentrt import cli
 from latentrt.export import weight_set
+from latentrt.export.checkpoint import Checkpoint, combined_digest
 from latentrt.export.errors import BuildError, CheckpointError
 from latentrt.export.models import registry
 from latentrt.runtime import smoke_test
@@ -242,6 +244,7 @@ def test_an_interrupted_build_resumes_after_its_finished_shards(checkpoint, tmp_
         real(path, *args, **kwargs)
 
     monkeypatch.setattr(weight_set, "_fill", fill)
+    monkeypatch.setattr(weight_set, "PARTS_AT_ONCE", 1)
     code, _ = command(checkpoint, "--out", out, "--precision", "int8", "--force", "--json")
     assert code == 130 and len(filled) == 3
     if there_before:
@@ -254,8 +257,10 @@ def test_an_interrupted_build_resumes_after_its_finished_shards(checkpoint, tmp_
     assert sorted(os.listdir(fresh / "files")) == sorted(os.listdir(out / "files"))  # content-named: the same bytes
 
 
-def test_an_interrupted_shard_of_another_checkpoint_is_not_taken(checkpoint, tmp_path, monkeypatch):
+@pytest.mark.parametrize("in_place", [False, True], ids=["another folder", "the same files, edited"])
+def test_an_interrupted_shard_of_another_checkpoint_is_not_taken(checkpoint, tmp_path, monkeypatch, in_place):
     out, filled, real = tmp_path / "bundle", [], weight_set._fill
+    checkpoint = Path(shutil.copytree(checkpoint, tmp_path / "checkpoint"))
 
     def fill(path, *args, **kwargs):
         filled.append(path)
@@ -264,18 +269,50 @@ def test_an_interrupted_shard_of_another_checkpoint_is_not_taken(checkpoint, tmp
         real(path, *args, **kwargs)
 
     monkeypatch.setattr(weight_set, "_fill", fill)
+    monkeypatch.setattr(weight_set, "PARTS_AT_ONCE", 1)
     assert command(checkpoint, "--out", out, "--precision", "fp32", "--json")[0] == 130
-    other = checkpoints.write(tmp_path / "other", seed=7, **TINY)
+    if in_place:  # of the same size; the embedding is in the first shard, which is finished
+        other = checkpoints.edit_tensors(checkpoint, lambda t: t["model.embed_tokens.weight"].mul_(2))
+    else:
+        other = checkpoints.write(tmp_path / "other", seed=7, **TINY)
     assert command(other, "--out", out, "--precision", "fp32", "--json")[0] == 0
+    assert Bundle(out).manifest.checkpoint.digest == combined_digest(Checkpoint(other).file_digests())
     fresh = tmp_path / "fresh"
     build(other, fresh, "cpu", "fp32")
     assert sorted(os.listdir(fresh / "files")) == sorted(os.listdir(out / "files"))
 
 
+@pytest.mark.parametrize("shards", [0, 2])
+def test_a_full_disk_keeps_what_is_finished(checkpoint, tmp_path, monkeypatch, shards):
+    """The disk fills up while the shard after `shards` finished ones is written; with space again the rest follows."""
+    out, filled, real = tmp_path / "bundle", [], weight_set._fill
+
+    def fill(path, *args, **kwargs):
+        filled.append(path)
+        if len(filled) == shards + 1:
+            path.write_bytes(b"half a shard")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        real(path, *args, **kwargs)
+
+    monkeypatch.setattr(weight_set, "_fill", fill)
+    monkeypatch.setattr(weight_set, "PARTS_AT_ONCE", 1)
+    code, text = command(checkpoint, "--out", out, "--precision", "int8", "--json")
+    error = json.loads(text)["error"]
+    assert code == 2 and error.startswith(f"{out}: no space left") and "\n" not in error
+    if not shards:  # nothing to resume from, so nothing stays
+        assert not out.exists()
+        return
+    assert "resumes" in error and not list(out.rglob("draft*")) and len(list((out / "files").iterdir())) == shards
+    assert command(checkpoint, "--out", out, "--precision", "int8", "--json")[0] == 0
+    assert len(filled) == 6 and Bundle(out).verify() == []  # the third again, and the last two
+    assert len(snapshot(out)) == 1 + len(set(Bundle(out).manifest.refs()))
+
+
 @pytest.mark.slow
 def test_killed_anywhere(checkpoint, traced, tmp_path):
-    """kill -9 before every rename and removal of a build that replaces fp32 by int8: a reader sees the old bundle until the
-    manifest's rename and the new one from then on, and the next build makes the new one and leaves no garbage."""
+    """kill -9 before every rename and removal of a build that replaces fp32 by int8, and at some writes of slabs: a reader sees
+    the old bundle until the manifest's rename and the new one from then on, and the next build makes the new one, of the same
+    bytes (files are named by content), and leaves no garbage."""
     graph = tmp_path / "graph.onnx"
     graph.write_bytes(ir.to_proto(traced(registry.load(checkpoint))).SerializeToString())
     child = subprocess.run(
@@ -283,12 +320,14 @@ def test_killed_anywhere(checkpoint, traced, tmp_path):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert child.returncode == 0, child.stderr
-    points = [json.loads(line) for line in child.stdout.splitlines()]
+    every = [json.loads(line) for line in child.stdout.splitlines()]
+    writes, points = ([p for p in every if (p["at"] == "pwrite") == amid] for amid in (True, False))
+    assert len(writes) > 5 and {(p["code"], p["reads"]) for p in writes} == {(-9, "fp32")}
     # 4 shards and 4 journals, graph, tokenizer file, manifest; then the removal of old files
     assert len(points) > 12 and [p["code"] for p in points] == [-9] * (len(points) - 1) + [0]
     reads = [p["reads"] for p in points]
     assert set(reads) == {"fp32", "int8"} and reads == sorted(reads)  # old, ..., old, new, ..., new
-    assert all(p["next"] and p["clean"] for p in points)
+    assert all(p["next"] and p["clean"] for p in every), [p for p in every if not (p["next"] and p["clean"])]
     assert any(p["garbage"] for p in points)  # there was something to clean up
 
 
@@ -317,6 +356,15 @@ def test_a_damaged_bundle_is_mended_by_building_again(tiny_checkpoint, tiny_bund
     assert Bundle(bundle).verify() == []
 
 
+@pytest.mark.slow
+def test_a_build_that_is_up_to_date_does_without_transformers(tiny_checkpoint, tiny_bundle):
+    """Importing it takes seconds."""
+    code = "import sys; from latentrt import cli; print(cli.main(sys.argv[1:]), 'transformers' in sys.modules)"
+    command = [sys.executable, "-c", code, "build", str(tiny_checkpoint), "--out", str(tiny_bundle), "--precision", "fp32"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout.splitlines()[-1] == "0 False", done.stdout + done.stderr
+
+
 def test_another_tokenizer_is_another_target(tiny_checkpoint, tiny_bundle, tmp_path):
     bundle, checkpoint = tmp_path / "bundle", tmp_path / "checkpoint"
     shutil.copytree(tiny_bundle, bundle)
@@ -325,7 +373,7 @@ def test_another_tokenizer_is_another_target(tiny_checkpoint, tiny_bundle, tmp_p
     (checkpoint / "generation_config.json").write_text('{"eos_token_id": 7}')
     assert build(checkpoint, bundle, "cpu", "fp32")["built"]
     (checkpoint / "generation_config.json").write_text("{bad")
-    with pytest.raises(BundleError, match="generation_config"):
+    with pytest.raises(CheckpointError, match="generation_config"):
         build(checkpoint, bundle, "cpu", "fp32")
     assert Bundle(bundle).verify() == []
 

@@ -13,7 +13,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from latentrt.export import quantization
-from latentrt.export.checkpoint import INDEX, TOKENIZER_FILES
+from latentrt.export.checkpoint import INDEX, TOKENIZER_FILES, Checkpoint
 from latentrt.export.errors import ConfigError
 from latentrt.export.models import registry
 from latentrt.export.models.base import Config, Weight
@@ -78,8 +78,8 @@ def write_checkpoint(
 
     Config and tokenizer are those of the checkpoint `reference`. Raises ValidationError, ConfigError or BundleError.
     """
-    registry.load(reference)
-    raw = registry.read(reference)
+    source = Checkpoint(reference)
+    raw = {k: v for k, v in source.raw.items() if k != "quantization_config"}
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValidationError(f"{out}: is {'not empty' if out.is_dir() else 'a file'}; give another folder")
     out.mkdir(parents=True, exist_ok=True)
@@ -96,9 +96,9 @@ def write_checkpoint(
     (out / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}, indent=1))
     raw |= {"torch_dtype": "float32", "dtype": "float32", "tie_word_embeddings": False}
     (out / "config.json").write_text(json.dumps(raw, indent=2))
-    for file in (reference / name for name in (*TOKENIZER_FILES, HELD_OUT)):
-        if file.is_file():
-            shutil.copyfile(file, out / file.name)
+    for file in (file for pattern in (*TOKENIZER_FILES, HELD_OUT) for file in source.path.glob(pattern) if file.is_file()):
+        (out / file.relative_to(source.path)).parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, out / file.relative_to(source.path))
     return len(weight_map)
 
 

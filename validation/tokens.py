@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 
+from latentrt.export import text as texts
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.validation.errors import ValidationError
 
@@ -31,7 +32,7 @@ def load(checkpoint: Checkpoint, text: Path | None, count: int, longest: int) ->
         raise ValidationError(f"--tokens is {count}, accepted: 16 or more")
     length = max(2, min(WINDOW, longest, count))
     path = text or (checkpoint.path / HELD_OUT if (checkpoint.path / HELD_OUT).is_file() else None)
-    if path is None or (text is None and not (checkpoint.path / "tokenizer.json").is_file()):
+    if path is None or (text is None and texts.source(checkpoint.path) is None):
         ids = np.random.default_rng(SEED).integers(0, checkpoint.config.vocab_size, count)
         source = f"{count} pseudo-random token ids, seed {SEED} (the checkpoint has no {HELD_OUT})"
         return Tokens(_cut(ids, length), source, False)
@@ -43,22 +44,18 @@ def load(checkpoint: Checkpoint, text: Path | None, count: int, longest: int) ->
 
 def _encode(checkpoint: Checkpoint, path: Path) -> np.ndarray:
     """Token ids of a text file, special tokens in the text taken as such, none added."""
-    from tokenizers import Tokenizer
-
-    file = checkpoint.path / "tokenizer.json"
     try:
         text = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ValidationError(f"{path}: cannot be read as UTF-8 text ({error})") from None
-    if not file.is_file():
-        raise ValidationError(f"{file}: missing, so {path} cannot be tokenized; leave --text out for pseudo-random ids")
-    try:
-        tokenizer = Tokenizer.from_file(str(file))
-    except Exception as error:  # tokenizers raises plain Exception
-        raise ValidationError(f"{file}: not a readable tokenizer ({error})") from None
-    ids = np.array(tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
+    with checkpoint.text_folder() as folder:
+        if texts.source(folder) is None:
+            missing = f"{checkpoint.path}: has no tokenizer, so {path} cannot be tokenized"
+            raise ValidationError(f"{missing}; leave --text out for pseudo-random ids")
+        ids = np.array(texts.load(folder).backend_tokenizer.encode(text, add_special_tokens=False).ids, np.int64)
     if len(ids) and ids.max() >= checkpoint.config.vocab_size:
-        raise ValidationError(f"{file}: gives token id {ids.max()}, the model has {checkpoint.config.vocab_size}")
+        vocab_size = checkpoint.config.vocab_size
+        raise ValidationError(f"{checkpoint.path}: its tokenizer gives token id {ids.max()}, the model has {vocab_size}")
     return ids
 
 

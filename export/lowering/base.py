@@ -102,6 +102,13 @@ class Lowering(ABC):
             "bytes_per_token": layout.bytes_per_token(*sizes) * config.num_hidden_layers, "fields": layout.fields(*sizes),
         }  # fmt: skip
 
+    def check(self, config: Config) -> None:  # noqa: B027 (most have nothing to refuse)
+        """BuildError if the target does not take the model's shapes. Reads nothing, and takes no time."""
+
+    def engine_bytes(self, config: Config, weights: int) -> int:
+        """What the bundle gets beside the weight set, at most: engines, kernels, tokenizer. `weights`: bytes of the set."""
+        return 1 << 24
+
     @abstractmethod
     def weight_format(self, weights: list[Weight]) -> WeightFormat:
         """How the model's weights are stored."""

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from latentrt.plugins import cache_formats
 
 Read = Callable[[str], Tensor]
+Note = Callable[[str], None]  # takes words for the user
 
 
 @dataclass(frozen=True)
@@ -29,9 +30,12 @@ class Weight:
 
     def slabs(self, read: Read) -> Iterator[Tensor]:
         """The tensor's slabs along axis 0, in order, in the checkpoint's dtype; `read` gives a checkpoint tensor."""
-        for group in self.sources:
-            tensors = [read(name) for name in group]
-            yield self.make(*tensors) if self.make else tensors[0]
+        return (self.slab(read, index) for index in range(len(self.sources)))
+
+    def slab(self, read: Read, index: int) -> Tensor:
+        """The slab that the `index`-th group makes."""
+        tensors = [read(name) for name in self.sources[index]]
+        return self.make(*tensors) if self.make else tensors[0]
 
     def read(self, read: Read) -> Tensor:
         """The whole tensor, perhaps the very one that `read` gave. Prefer `slabs` where memory matters."""
@@ -64,10 +68,11 @@ class Family:
     """
 
     model_type: str  # of config.json
-    architecture: str  # the only entry of config.json's architectures
-    parse: Callable[[dict], Config]  # config.json -> config; ConfigError names the field, what was found, what is accepted
+    architectures: str  # how entries of config.json's architectures begin
+    parse: Callable[[dict, Note], Config]  # config.json -> config; ConfigError names the field, found, accepted
     restore: Callable[[dict], Config]  # the same from a config's own model_dump, as a manifest has it
     counts: Callable[[Config], dict[str, int]]  # fields that say of how many things a checkpoint has at least a tensor each
+    sizes: Callable[[Config], dict[str, tuple[str, int]]]  # field -> (tensor, axis) of the checkpoint that has this size
     weights: Callable[[Config], list[Weight]]  # in the order of the data's way
     checkpoint_tensors: Callable[[Config], dict[str, tuple[int, ...]]]  # names and shapes that a checkpoint must have
     originals: Callable[[Iterable[tuple[Weight, Tensor]]], Iterator[tuple[str, Tensor]]]  # `weights` -> checkpoint tensors

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from latentrt.export.errors import ConfigError
-from latentrt.export.models.base import Config, Family
+from latentrt.export.models.base import Config, Family, Note
 
 _FAMILIES = {"deepseek_v2": "latentrt.export.models.deepseek_v2.family"}  # model_type -> module that has FAMILY
 
@@ -23,20 +23,24 @@ def of(config: Config) -> Family:
     return find(config.model_type)
 
 
-def load(path: Path | str) -> Config:
+def load(path: Path | str, note: Note = lambda text: None) -> Config:
     """Reads `path`/config.json. ConfigError names the file, the field, what was found and what is accepted."""
-    raw = read(path)
+    return parse_file(Path(path) / "config.json", read(path), note)
+
+
+def parse_file(file: Path, raw: Any, note: Note = lambda text: None) -> Config:
+    """`parse`, with the file's name in errors and notes."""
     try:
-        return parse(raw)
+        return parse(raw, lambda text: note(f"{file}: {text}"))
     except ConfigError as error:
-        raise ConfigError(f"{Path(path) / 'config.json'}: {error}") from None
+        raise ConfigError(f"{file}: {error}") from None
 
 
 def read(path: Path | str) -> Any:
     """`path`/config.json as it is. ConfigError if that cannot be read."""
     file = Path(path) / "config.json"
     try:
-        return json.loads(file.read_text(encoding="utf-8"))
+        return json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:
         raise ConfigError(f"{file}: not found; a checkpoint is a folder with config.json and *.safetensors") from None
     except OSError as error:
@@ -45,16 +49,24 @@ def read(path: Path | str) -> Any:
         raise ConfigError(f"{file}: not valid JSON ({error})") from None
 
 
-def parse(raw: Any) -> Config:
-    """The config that config.json's content describes. Raises ConfigError."""
+def parse(raw: Any, note: Note = lambda text: None) -> Config:
+    """The config that config.json's content describes; `note` is told what was taken for granted. Raises ConfigError."""
     if not isinstance(raw, dict):
         raise ConfigError(f"expected a JSON object, found {type(raw).__name__}")
-    family = find(raw.get("model_type"))
-    architectures = raw.get("architectures", [family.architecture])
-    if architectures != [family.architecture]:
-        raise ConfigError(f"architectures is {architectures!r}, accepted: {[family.architecture]!r}")
-    if raw.get("quantization_config"):
+    named = raw.get("architectures") or []
+    named = named if isinstance(named, list) else [named]
+    family = _of_architectures(named) if raw.get("model_type") is None else find(raw["model_type"])
+    wrong = [a for a in named if not str(a).startswith(family.architectures)]
+    if wrong:
         raise ConfigError(
-            "quantization_config is set: quantized checkpoints are not read; start from the bf16, f16 or f32 checkpoint"
+            f"architectures is {named!r}, which contradicts model_type {family.model_type!r} "
+            f"(accepted: {family.architectures}ForCausalLM); take the config.json that belongs to these tensors"
         )
-    return family.parse(raw)
+    return family.parse(raw, note)
+
+
+def _of_architectures(named: list) -> Family:
+    for family in map(find, _FAMILIES):
+        if any(str(a).startswith(family.architectures) for a in named):
+            return family
+    return find(None)

@@ -1,13 +1,15 @@
 """What every weight format answers."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 
 from latentrt.export.models.base import Weight
+
+_CHUNK = 1 << 17  # elements: two float32 copies of them fit a core's second-level cache
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class WeightFormat(ABC):
     quantized: str | None = None
     scale: str | None = None
     zero_point: int = 0
+    row_values: torch.dtype | None = None  # what a checkpoint's own quantized values must be to be taken over
     blocks: Mapping[str, int] = MappingProxyType({})  # role -> inputs that share a scale, at most; 0: all of a channel
 
     def is_quantized(self, weight: Weight) -> bool:
@@ -56,6 +59,27 @@ class WeightFormat(ABC):
     def encode(self, weight: Weight, slab: torch.Tensor) -> list[torch.Tensor]:
         """One slab along axis 0 -> its part of every stored tensor, in the order of `stored`."""
 
+    def takes_over(self, weight: Weight) -> bool:
+        """Whether `take_over` can store this weight."""
+        return False
+
+    def take_over(self, weight: Weight, values: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
+        """One slab that a checkpoint has in `row_values` with a float32 scale per row -> as `encode`, with nothing rounded."""
+        raise NotImplementedError
+
     @abstractmethod
     def decode(self, weight: Weight, stored: list[torch.Tensor]) -> torch.Tensor:
         """The weight that the stored tensors stand for, float32, in `weight.shape`."""
+
+
+def chunks(rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Some rows of [N, width] at a time: which, their values in float32 to work on, and scratch memory of the same shape.
+
+    Both are used again for the next rows. Passes over few values stay in the core's cache: several times as fast.
+    """
+    step = max(1, _CHUNK // max(1, rows.shape[-1]))
+    work, scratch = torch.empty(2, min(step, len(rows)), rows.shape[-1])
+    for begin in range(0, len(rows), step):
+        part = slice(begin, min(begin + step, len(rows)))
+        count = part.stop - begin
+        yield part, work[:count].copy_(rows[part]), scratch[:count]

@@ -7,11 +7,12 @@ float32.
 
 from collections.abc import Mapping
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
 from latentrt.export.models.base import Weight
-from latentrt.export.quantization.base import StoredTensor, WeightFormat
+from latentrt.export.quantization.base import StoredTensor, WeightFormat, chunks
 from latentrt.export.quantization.float32 import Float32
 
 ZERO_POINT, LARGEST = 128, 127
@@ -26,6 +27,7 @@ class Int8(WeightFormat):
 
     name = "int8"
     plain, quantized, scale, zero_point = "float32", "uint8", "float32", ZERO_POINT
+    row_values = torch.int8
 
     def __init__(self, block_size: int = 128, expert_block_size: int = 0):
         self.block_size, self.expert_block_size = block_size, expert_block_size
@@ -62,7 +64,6 @@ class Int8(WeightFormat):
     def encode(self, weight: Weight, slab: torch.Tensor) -> list[torch.Tensor]:
         if not self.is_quantized(weight):
             return _PLAIN.encode(weight, slab)
-        slab = slab.float()
         if weight.role == "absorbed":
             slab = slab.transpose(-1, -2)  # [heads, out, in]
         inputs = slab.shape[-1]
@@ -70,6 +71,19 @@ class Int8(WeightFormat):
             quantized, scale = _quantize(slab, self.expert_block_size or inputs)
             return [quantized.flatten(-2), scale if self.expert_block_size else scale[..., 0]]
         return list(_quantize(slab, self.linear_block(inputs)))
+
+    def takes_over(self, weight: Weight) -> bool:
+        return weight.role in ("linear", "head", "gate_up", "down")  # absorbed products have scales along another axis
+
+    def take_over(self, weight: Weight, values: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
+        """Every block of a row gets the row's scale."""
+        stored = values.to(torch.int16).add_(ZERO_POINT).to(torch.uint8)
+        if weight.role in ("gate_up", "down"):
+            blocks = values.shape[-1] // self.expert_block_size if self.expert_block_size else 0
+            return [stored, scale[..., None].repeat(1, 1, blocks) if blocks else scale]
+        block = self.linear_block(values.shape[-1])
+        stored = F.pad(stored, (0, -values.shape[-1] % block), value=ZERO_POINT).unflatten(-1, (-1, block))
+        return [stored, scale[..., None].repeat(1, stored.shape[-2])]
 
     def decode(self, weight: Weight, stored: list[torch.Tensor]) -> torch.Tensor:
         if not self.is_quantized(weight):
@@ -91,9 +105,14 @@ def _outputs_first(weight: Weight) -> torch.Tensor:
 
 
 def _quantize(values: torch.Tensor, block: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[..., inputs] float32 -> uint8 [..., blocks, block] (padded with the zero point) and scales [..., blocks]."""
-    padded = F.pad(values, (0, -values.shape[-1] % block)).unflatten(-1, (-1, block))
-    scale = padded.abs().amax(-1) / LARGEST
-    scale = torch.where(scale > 0, scale, 1.0)
-    quantized = (padded / scale[..., None]).round_().clamp_(-LARGEST, LARGEST).add_(ZERO_POINT)
-    return quantized.to(torch.uint8), scale
+    """[..., inputs] -> uint8 [..., blocks, block] (padded with the zero point) and float32 scales [..., blocks]."""
+    gap = -values.shape[-1] % block
+    blocks = (F.pad(values, (0, gap)) if gap else values).unflatten(-1, (-1, block))
+    rows = blocks.reshape(-1, block)
+    quantized, scales = torch.empty(rows.shape, dtype=torch.uint8), torch.empty(len(rows))
+    for part, work, scratch in chunks(rows):
+        scale = torch.amax(torch.abs(work, out=scratch), -1) / LARGEST
+        scales[part] = scale = torch.where(scale > 0, scale, 1.0)
+        work.div_(scale[:, None]).round_().clamp_(-LARGEST, LARGEST).add_(ZERO_POINT)
+        np.copyto(quantized[part].numpy(), work.numpy(), casting="unsafe")  # whole numbers; three times as fast as torch's
+    return quantized.view(blocks.shape), scales.view(blocks.shape[:-1])

@@ -11,7 +11,7 @@ from latentrt.export.targets import TARGETS
 
 
 def build(
-    checkpoint: Annotated[Path, typer.Argument(help="Folder of a Hugging Face DeepSeek-V2 checkpoint.")],
+    checkpoint: Annotated[Path, typer.Argument(help="Folder of a Hugging Face DeepSeek-V2 checkpoint, or a .gguf file.")],
     out: Annotated[Path, typer.Option(help="Folder of the bundle.")],
     target: Annotated[str, typer.Option(help=f"One or more of: {','.join(TARGETS)}.")] = "cpu",
     precision: Annotated[str, typer.Option(help="auto, fp8, bf16, int8 or fp32.")] = "auto",

@@ -7,8 +7,9 @@ from contextlib import contextmanager
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text as Line
 
-from latentrt.runtime.bundle.manifest import Target
+from latentrt.runtime.bundle.manifest import EndToken, Target, Text
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.chat import Conversation
 from latentrt.runtime.engine.sequence import Event, GenerationResult
@@ -19,19 +20,37 @@ def info_table(bundle: Bundle) -> Table:
     """What a bundle is: its model, and one block per target."""
     manifest = bundle.manifest
     config = manifest.config
-    table = Table("", "", title=str(bundle.path), show_header=False, title_justify="left")
+    table = Table("", "", title=Line(str(bundle.path)), show_header=False, title_justify="left")
     table.columns[1].overflow = "fold"
     rows = {
         "model": f"{manifest.family}, {config.get('num_hidden_layers')} layers, vocabulary {config.get('vocab_size')}",
-        "checkpoint": f"{manifest.checkpoint.path}\n{manifest.checkpoint.digest}",
+        "checkpoint": f"{manifest.checkpoint.path} ({manifest.checkpoint.storage})\n{manifest.checkpoint.digest}",
         "made": f"{manifest.created} by {manifest.producer}",
-        "tokenizer": ", ".join(manifest.tokenizer) or "none: token ids only",
+        **_text_rows(manifest.text),
         "size": _bytes(sum(ref.size for ref in set(manifest.refs()))),
     }
     _add(table, rows)
     for name, target in manifest.targets.items():
         _add(table, _target_rows(bundle, name, target))
     return table
+
+
+def _text_rows(text: Text) -> dict[str, str]:
+    """Tokenizer, templates, what ends an answer and who says so, and how answers are sampled if nobody says."""
+    known = text.tokenizer is not None
+    sampling = {"temperature": 0} | text.sampling
+    said = ", ".join(f"{name} {value}{' (greedy)' * (name == 'temperature' and not value)}" for name, value in sampling.items())
+    rows = {
+        "tokenizer": f"{text.source}, {text.vocab_size} tokens" if known else "none: token ids only",
+        "chat templates": ", ".join(text.templates) or "none: plain prompts only",
+        "end of text": "\n".join(map(_end_token, text.end_of_text)) or "none: answers end at their longest length",
+        "sampling": said,
+    }
+    return rows | ({"not applied": ", ".join(text.ignored)} if text.ignored else {})
+
+
+def _end_token(end: EndToken) -> str:
+    return f"{end.id}{f' {end.token!r}' if end.token is not None else ''} ({', '.join(end.sources)})"
 
 
 def _target_rows(bundle: Bundle, name: str, target: Target) -> dict[str, str]:
@@ -54,7 +73,7 @@ def _target_rows(bundle: Bundle, name: str, target: Target) -> dict[str, str]:
 
 def _add(table: Table, rows: dict[str, str]) -> None:
     for key, value in rows.items():
-        table.add_row(key, value)
+        table.add_row(Line(key), Line(value))
     table.add_section()
 
 

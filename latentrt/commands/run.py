@@ -1,9 +1,10 @@
 """Commands on a bundle: info, generate, chat, logits."""
 
+import codecs
 import json
 import os
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Annotated
 
@@ -17,15 +18,19 @@ from latentrt.runtime.sampling_params import SamplingParams
 Threads = Annotated[int, typer.Option(help="Threads; 0: all cores.")]
 CacheTokens = Annotated[int | None, typer.Option(help="Tokens in the latent cache; default: what 1 GiB or most of a GPU holds")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, errors too.")]
-MaxNewTokens = Annotated[int, typer.Option(help="Longest answer, in tokens.")]
-Temperature = Annotated[float, typer.Option(help="0 is greedy.")]
-TopK = Annotated[int, typer.Option(help="0 is off.")]
-TopP = Annotated[float, typer.Option(help="1 is off.")]
-MinP = Annotated[float, typer.Option(help="0 is off.")]
-RepetitionPenalty = Annotated[float, typer.Option(help="1 is off.")]
+# Without these options the bundle's own defaults count: what the checkpoint's generation_config.json says; see latentrt info.
+MaxNewTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.", show_default="the bundle's")]
+Temperature = Annotated[float | None, typer.Option(help="0 is greedy.", show_default="the bundle's")]
+TopK = Annotated[int | None, typer.Option(help="0 is off.", show_default="the bundle's")]
+TopP = Annotated[float | None, typer.Option(help="1 is off.", show_default="the bundle's")]
+MinP = Annotated[float | None, typer.Option(help="0 is off.", show_default="the bundle's")]
+RepetitionPenalty = Annotated[float | None, typer.Option(help="1 is off.", show_default="the bundle's")]
 Seed = Annotated[int | None, typer.Option(help="The same seed gives the same text.")]
-Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text (repeatable).")]
-IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-sequence token.")]
+Stop = Annotated[list[str] | None, typer.Option(help="End the answer before this text or special token (repeatable).")]
+IgnoreEos = Annotated[bool, typer.Option("--ignore-eos", help="Go on after the end-of-text tokens.")]
+
+CHAT_TOKENS = 256  # the longest answer of a chat, where neither the caller nor the bundle says
+_BOMS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF16_LE: "utf-16-le", codecs.BOM_UTF16_BE: "utf-16-be"}
 
 
 def info(
@@ -58,10 +63,11 @@ def generate(
     bundle: BundlePath,
     prompt: Annotated[list[str] | None, typer.Option(help="A prompt (repeatable).")] = None,
     prompt_file: Annotated[list[str] | None, typer.Option(help="A file that is one prompt, - for stdin (repeatable).")] = None,
-    max_new_tokens: MaxNewTokens = 64, temperature: Temperature = 0.0, top_k: TopK = 0, top_p: TopP = 1.0,
-    min_p: MinP = 0.0, repetition_penalty: RepetitionPenalty = 1.0, seed: Seed = None, stop: Stop = None,
+    max_new_tokens: MaxNewTokens = None, temperature: Temperature = None, top_k: TopK = None, top_p: TopP = None,
+    min_p: MinP = None, repetition_penalty: RepetitionPenalty = None, seed: Seed = None, stop: Stop = None,
     ignore_eos: IgnoreEos = False,
     chat: Annotated[bool, typer.Option("--chat", help="Each prompt is a user's message in the chat template.")] = False,
+    system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
     target: TargetName = None, threads: Threads = 0, cache_tokens: CacheTokens = None,
     backend: BackendName = None, device: Device = "auto", as_json: Json = False,
 ) -> None:  # fmt: skip
@@ -70,17 +76,22 @@ def generate(
         from latentrt.commands import console
         from latentrt.runtime.api import load
 
-    params = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens, stop, ignore_eos)
+    asked = _asked(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens, stop, ignore_eos)
+    if system is not None and not chat:
+        raise RequestError("--system is a message of a chat; give --chat too")
     texts = [*(prompt or []), *map(_read_prompt, prompt_file or [])]
     if not texts:
         raise RequestError("no prompt; give --prompt TEXT or --prompt-file FILE")
     single = len(texts) == 1 and not as_json
     with load(bundle, target, cache_tokens, threads, backend, device) as engine:
-        prompts = [engine.chat_tokens([{"role": "user", "content": text}]) for text in texts] if chat else texts
+        params = _params(engine.default_params, asked)
+        before = [{"role": "system", "content": system}] if system is not None else []
+        prompts = [engine.chat_tokens([*before, {"role": "user", "content": text}]) for text in texts] if chat else texts
         results = engine.generate(prompts, params, (lambda event: console.write(event.text)) if single else None)
     if as_json:
         answers = [{"prompt": text, **asdict(result)} for text, result in zip(texts, results, strict=True)]
-        print(json.dumps({"bundle": str(bundle), "target": engine.backend.name, "results": answers}))
+        used = {"target": engine.backend.name, "params": asdict(params)}
+        print(json.dumps({"bundle": str(bundle)} | used | {"results": answers}))
         return
     for text, result in zip(texts, results, strict=True):
         console.write("\n" if single else f"> {text}\n{result.text}\n")
@@ -90,8 +101,8 @@ def generate(
 def chat(
     bundle: BundlePath,
     system: Annotated[str | None, typer.Option(help="System message.")] = None,
-    max_new_tokens: MaxNewTokens = 256, temperature: Temperature = 0.0, top_k: TopK = 0, top_p: TopP = 1.0,
-    min_p: MinP = 0.0, repetition_penalty: RepetitionPenalty = 1.0, seed: Seed = None, stop: Stop = None,
+    max_new_tokens: MaxNewTokens = None, temperature: Temperature = None, top_k: TopK = None, top_p: TopP = None,
+    min_p: MinP = None, repetition_penalty: RepetitionPenalty = None, seed: Seed = None, stop: Stop = None,
     ignore_eos: IgnoreEos = False, target: TargetName = None, threads: Threads = 0, cache_tokens: CacheTokens = None,
     backend: BackendName = None, device: Device = "auto",
 ) -> int:  # fmt: skip
@@ -101,8 +112,10 @@ def chat(
         from latentrt.runtime.api import load
         from latentrt.runtime.chat import Conversation
 
-    params = _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens, stop, ignore_eos)
+    asked = _asked(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens, stop, ignore_eos)
     with load(bundle, target, cache_tokens, threads, backend, device) as engine:
+        said = engine.bundle.manifest.text.sampling
+        params = _params(engine.default_params, {"max_new_tokens": said.get("max_new_tokens", CHAT_TOKENS)} | asked)
         return 0 if console.chat_loop(Conversation(engine, params, system)) else 2
 
 
@@ -127,12 +140,22 @@ def logits(
     print(json.dumps(report) if as_json else f"{out}: logits {list(shape)} float32")
 
 
-def _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens, stop, ignore_eos) -> SamplingParams:
-    params = SamplingParams(
-        temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens, tuple(stop or ()), ignore_eos
-    )
-    idle = [name for name, on in (("top-k", top_k), ("top-p", top_p < 1), ("min-p", min_p), ("seed", seed is not None)) if on]
-    if temperature == 0 and idle:
+def _asked(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens, stop, ignore_eos) -> dict:
+    """The fields of SamplingParams that were given; checked, before a bundle is loaded."""
+    numbers = {"temperature": temperature, "top_k": top_k, "top_p": top_p, "min_p": min_p, "seed": seed,
+               "repetition_penalty": repetition_penalty, "max_new_tokens": max_new_tokens}  # fmt: skip
+    asked = {name: value for name, value in numbers.items() if value is not None}
+    asked |= {"stop": tuple(stop or ()), "ignore_eos": ignore_eos}
+    SamplingParams(**asked)
+    return asked
+
+
+def _params(default: SamplingParams, asked: dict) -> SamplingParams:
+    """What was given, and the bundle's defaults for the rest."""
+    params = replace(default, **asked)
+    off = {"top_k": 0, "top_p": 1, "min_p": 0, "seed": None}
+    idle = [name.replace("_", "-") for name, nothing in off.items() if asked.get(name, nothing) != nothing]
+    if params.temperature == 0 and idle:
         from latentrt.commands import console
 
         console.note(f"note: {', '.join(idle)} has no effect at temperature 0 (greedy); give --temperature")
@@ -140,11 +163,14 @@ def _sampling(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_ne
 
 
 def _read_prompt(name: str) -> str:
+    """The text of a file, without a byte-order mark and without the one line end that editors put last."""
     raw = sys.stdin.buffer.read() if name == "-" else _read(Path(name))
+    mark = next((mark for mark in _BOMS if raw.startswith(mark)), b"")
     try:
-        return raw.decode().removesuffix("\n")
+        text = raw.removeprefix(mark).decode(_BOMS.get(mark, "utf-8"))
     except UnicodeDecodeError as error:
         raise RequestError(f"{name}: is not UTF-8 text ({error}); give a UTF-8 file") from None
+    return text.removesuffix("\r\n") if text.endswith("\r\n") else text.removesuffix("\n")
 
 
 def _read_token_lists(path: Path) -> list[list[int]]:

@@ -23,7 +23,8 @@ class BackendOptions:
     cache_tokens: tokens in the latent cache; None: what 1 GiB holds, 8 full contexts at most, on a GPU nine tenths of its
     free memory. threads: 0 for all cores. device: "auto", "cpu", "cuda" or "cuda:1". prefill: "auto" or a form of
     plugins/step_graph.py, for steps that are not of one token a sequence. capture: decode steps as CUDA graphs.
-    custom_ops: "auto", "triton" or "reference", a matter of backend torch.
+    custom_ops: "auto", "triton" or "reference", a matter of backend torch. mapped, a matter of backend onnxruntime: weights
+    stay in the bundle's files instead of being copied into the layout that its kernels like best. Little memory, slow steps.
     """
 
     cache_tokens: int | None = None
@@ -32,6 +33,7 @@ class BackendOptions:
     prefill: str = AUTO
     capture: bool = True
     custom_ops: str = AUTO
+    mapped: bool = False
 
     def __post_init__(self):
         if self.cache_tokens is not None and self.cache_tokens < 1:

@@ -20,7 +20,7 @@ class OnnxRuntimeBackend(Backend):
         self.name, self.target = name, target
         chooser(f"{bundle.path}: target {name}", target, {}, options.prefill)
         self.num_pages = pages_for(target, options.cache_tokens)
-        self._session = _session(bundle, target, options.threads or len(os.sched_getaffinity(0)))
+        self._session = _session(bundle, target, options.threads or len(os.sched_getaffinity(0)), options.mapped)
         spec = target.cache
         shape = (self.num_pages, spec.page_size, spec.width)
         self.caches = [np.zeros(shape, np.dtype(spec.dtype)) for _ in range(spec.layers)]
@@ -42,7 +42,7 @@ class OnnxRuntimeBackend(Backend):
         self._session, self._bound, self.caches = None, [], []
 
 
-def _session(bundle: Bundle, target: Target, threads: int) -> ort.InferenceSession:
+def _session(bundle: Bundle, target: Target, threads: int, mapped: bool) -> ort.InferenceSession:
     if _release(target.backend_version) > _release(ort.__version__):
         raise BundleError(
             f"{bundle.path}: built with onnxruntime {target.backend_version}, installed is {ort.__version__}; "
@@ -52,6 +52,9 @@ def _session(bundle: Bundle, target: Target, threads: int) -> ort.InferenceSessi
     options.intra_op_num_threads = threads
     options.enable_mem_pattern = False  # patterns are kept per shape, and every ragged step has its own
     options.log_severity_level = 3
+    if mapped:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+        options.enable_cpu_mem_arena = False  # gives nothing back
     path = bundle.file(target.engines[DECODE_FORM].graph)
     try:
         return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])

@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from latentrt.plugins.step_graph import DECODE_FORM, Limits
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 
 class _Record(BaseModel):
@@ -156,6 +156,31 @@ class Target(_Record):
             yield from (kernel.cubin, kernel.manifest)
 
 
+class EndToken(_Record):
+    """A token that ends an answer, its text if the tokenizer knows it, and who says so: "config.json", "tokenizer", ..."""
+
+    id: Annotated[int, Field(ge=0)]
+    token: str | None
+    sources: list[str]
+
+
+class Text(_Record):
+    """What the checkpoint said about text. Without a tokenizer only `end_of_text`, `sampling` and `ignored` say something."""
+
+    tokenizer: FileRef | None = None  # a tokenizer.json that needs no other file
+    source: str = ""  # the checkpoint's file, and the class that it is named for or was converted by
+    vocab_size: int = 0  # ids, added tokens included
+    special_tokens: dict[str, str] = {}  # by role: bos_token, eos_token, ...
+    templates: dict[str, FileRef] = {}  # Jinja sources by name: default, tool_use, ...
+    end_of_text: list[EndToken] = []
+    sampling: dict[str, int | float] = {}  # fields of SamplingParams that generation_config.json gives
+    ignored: list[str] = []  # fields of generation_config.json that are not applied, with their values
+
+    def refs(self) -> Iterator[FileRef]:
+        """Its files."""
+        yield from (ref for ref in (self.tokenizer, *self.templates.values()) if ref)
+
+
 class CheckpointFile(_Record):
     size: int
     mtime_ns: int
@@ -166,6 +191,7 @@ class CheckpointInfo(_Record):
     """Where the weights come from."""
 
     path: str
+    storage: str  # how its weights were stored, for people: "plain", "GPTQ, 4 bits, groups of 128", ...
     digest: str
     files: dict[str, CheckpointFile]
 
@@ -173,13 +199,13 @@ class CheckpointInfo(_Record):
 class Manifest(_Record):
     """The bundle's passport."""
 
-    format_version: Literal[2]
+    format_version: Literal[3]
     producer: str
     created: str
     family: str  # model_type of config.json
     config: dict
     checkpoint: CheckpointInfo
-    tokenizer: dict[str, FileRef]  # by the file's name in the checkpoint
+    text: Text
     weight_sets: dict[str, WeightSet]
     targets: dict[str, Target]
 
@@ -192,7 +218,7 @@ class Manifest(_Record):
 
     def refs(self) -> Iterator[FileRef]:
         """Every file of the bundle, some more than once."""
-        yield from self.tokenizer.values()
+        yield from self.text.refs()
         for weight_set in self.weight_sets.values():
             yield from weight_set.files
         for target in self.targets.values():

@@ -15,7 +15,7 @@ from latentrt.runtime.bundle.manifest import FORMAT_VERSION, FileRef, Manifest, 
 from latentrt.runtime.errors import BundleError
 
 MANIFEST, FILES, EVIDENCE = "manifest.json", "files", "evidence"
-_CHUNK = 1 << 24
+_CHUNK = 1 << 20  # fits a core's cache
 
 
 class Bundle:
@@ -42,7 +42,7 @@ class Bundle:
             raise BundleError(f"{self.path}: has no target {name!r}, only {', '.join(targets)}; build it with latentrt build")
         target = targets[name]
         weights = self.manifest.weight_sets[target.weight_set].files
-        for ref in [*target.refs(), *weights, *self.manifest.tokenizer.values()]:
+        for ref in [*target.refs(), *weights, *self.manifest.text.refs()]:
             self.file(ref)
         return name, target
 
@@ -101,9 +101,9 @@ def read_manifest(path: Path) -> tuple[Manifest, str]:
 
 def file_digest(file: Path, progress: Callable[[int], None] = lambda size: None) -> str:
     """sha256 of a file's content."""
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while chunk := stream.read(_CHUNK):
-            digest.update(chunk)
-            progress(len(chunk))
+    digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK))
+    with file.open("rb", buffering=0) as stream:
+        while size := stream.readinto(buffer):
+            digest.update(buffer[:size])
+            progress(size)
     return digest.hexdigest()

@@ -29,7 +29,7 @@ class GenerationResult:
 
     finish_reason: "stop" (end-of-sequence token or stop string), "length" (max_new_tokens), "context" (the model's or
     the target's max_context), "cache" (the sequence alone fills the latent cache). `token_ids` has every sampled
-    token, the end-of-sequence token and those of a stop string included; `text` has neither, and is None without a
+    token, the end-of-text token and those of a stop string included; `text` has neither, and is None without a
     tokenizer. `reused_tokens` of the prompt were in the cache already.
     """
 

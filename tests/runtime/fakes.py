@@ -11,7 +11,7 @@ import numpy as np
 from latentrt.plugins.step_graph import StepBatch
 from latentrt.runtime.api import Engine
 from latentrt.runtime.backends.base import Backend, StepResult, pages_for
-from latentrt.runtime.bundle.manifest import CacheSpec, Limits, TensorInfo
+from latentrt.runtime.bundle.manifest import CacheSpec, Limits, TensorInfo, Text
 
 VOCAB = 50
 UNWRITTEN = -7
@@ -70,7 +70,7 @@ def logits_after(history) -> np.ndarray:
 
 def fake_engine(chunk: int | None = None, **options) -> Engine:
     """An engine without tokenizer on a HistoryBackend."""
-    manifest = SimpleNamespace(tokenizer={}, config={})
+    manifest = SimpleNamespace(text=Text(), config={})
     return Engine(SimpleNamespace(manifest=manifest, path="fake"), HistoryBackend(**options), chunk)
 
 

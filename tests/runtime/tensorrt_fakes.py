@@ -267,7 +267,7 @@ class Builder:
         weights = records.WeightSet(format=stored_as, gate_up_layout="concatenated", files=[shard], tensors=stored)
         manifest = records.Manifest(
             format_version=records.FORMAT_VERSION, producer="test", created="now", family="deepseek_v2",
-            config=CONFIG, checkpoint=records.CheckpointInfo(path="/", digest="0", files={}), tokenizer={},
+            config=CONFIG, checkpoint=records.CheckpointInfo(path="/", storage="", digest="0", files={}), text=records.Text(),
             weight_sets={"w": weights}, targets={"sm89": target},
         )  # fmt: skip
         (self.folder / MANIFEST).write_text(manifest.model_dump_json())

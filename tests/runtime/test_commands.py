@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -145,6 +146,65 @@ def test_the_versions_that_matter(capsys):
     assert code == 0 and f"latentrt {latentrt.__version__}" in out and f"onnxruntime {version('onnxruntime')}" in out
 
 
+def with_text(bundle: Path, **changes) -> Path:
+    """Changes what a bundle says about text."""
+    content = json.loads((bundle / "manifest.json").read_text())
+    content["text"] |= changes
+    (bundle / "manifest.json").write_text(json.dumps(content))
+    return bundle
+
+
+def test_the_bundles_sampling_defaults_are_used_where_nothing_is_given(capsys, copy, tiny_bundle):
+    defaults = {"temperature": 0.8, "top_k": 40, "max_new_tokens": 7}
+    with_text(copy, sampling=defaults)
+    command = "generate", copy, "--prompt", "a", "--ignore-eos", "--json"
+    params = latentrt.SamplingParams(**defaults, ignore_eos=True)
+    answer = json.loads(run(capsys, *command)[1])
+    assert answer["params"] == asdict(params) | {"stop": []} and len(answer["results"][0]["token_ids"]) == 7
+    engine = latentrt.load(copy)
+    assert engine.default_params == latentrt.SamplingParams(**defaults) and len(engine.generate(["a"])[0].token_ids) <= 7
+    drawn = engine.generate(["a"], replace(params, seed=3, max_new_tokens=9))[0].token_ids
+    answer = json.loads(run(capsys, *command, "--seed", 3, "--max-new-tokens", 9)[1])
+    assert tuple(answer["results"][0]["token_ids"]) == drawn
+    greedy = latentrt.load(tiny_bundle).generate(["a"], latentrt.SamplingParams(max_new_tokens=7, ignore_eos=True))[0]
+    _, out, err = run(capsys, *command, "--temperature", 0)
+    assert tuple(json.loads(out)["results"][0]["token_ids"]) == greedy.token_ids and err == ""
+
+
+def test_info_tells_what_is_known_about_text(capsys, tiny_bundle, copy):
+    _, out, _ = run(capsys, "info", tiny_bundle)
+    shown = "tokenizer.json, PreTrainedTokenizerFast, 320 tokens", "default", "1 '<eos>'", "temperature 0 (greedy)"
+    assert [word for word in shown if word not in out] == [] and "not applied" not in out
+    end = {"id": 7, "token": "[/x]", "sources": ["config.json"]}
+    with_text(copy, sampling={"temperature": 0.5, "top_p": 0.9}, ignored=["num_beams 4"], end_of_text=[end])
+    _, out, _ = run(capsys, "info", copy)
+    shown = "temperature 0.5, top_p 0.9", "num_beams 4", "7 '[/x]' (config.json)"
+    assert [word for word in shown if word not in out] == []
+    with_text(copy, tokenizer=None, templates={}, end_of_text=[])
+    _, out, _ = run(capsys, "info", copy)
+    shown = "none: token ids only", "none: plain prompts only", "none: answers end at their longest length"
+    assert [word for word in shown if word not in out] == []
+
+
+@pytest.mark.parametrize(
+    "raw",
+    [b"a \r\n\nb\n", b"a \r\n\nb\r\n", b"a \r\n\nb", b"\xef\xbb\xbfa \r\n\nb\n", "a \r\n\nb\r\n".encode("utf-16"),
+     b"\xfe\xff" + "a \r\n\nb\n".encode("utf-16-be")],
+)  # fmt: skip
+def test_a_prompt_files_mark_and_last_line_end_are_no_text(capsys, tiny_bundle, tmp_path, raw):
+    (tmp_path / "x").write_bytes(raw)
+    _, out, _ = run(capsys, "generate", tiny_bundle, "--prompt-file", tmp_path / "x", "--max-new-tokens", 1, "--json")
+    assert json.loads(out)["results"][0]["prompt"] == "a \r\n\nb"
+
+
+def test_generate_chat_with_a_system_message(capsys, tiny_bundle):
+    messages = [{"role": "system", "content": "be brief"}, {"role": "user", "content": "hi"}]
+    command = "generate", tiny_bundle, "--prompt", "hi", "--system", "be brief", "--max-new-tokens", 1, "--json"
+    result = json.loads(run(capsys, *command, "--chat")[1])["results"][0]
+    assert result["prompt_tokens"] == len(latentrt.load(tiny_bundle).chat_tokens(messages))
+    assert "--system is a message of a chat; give --chat too" in run(capsys, *command)[2]
+
+
 def test_a_prompt_file_that_is_not_text(capsys, tiny_bundle, tmp_path):
     (tmp_path / "x").write_bytes(b"a\xff")
     assert "is not UTF-8 text" in fails(capsys, "generate", tiny_bundle, "--prompt-file", tmp_path / "x")
@@ -194,7 +254,7 @@ def test_damaged_bundles_are_refused_by_name(capsys, copy, command, damage):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 1}, "format version 1, this version reads 2; build the bundle again"),
+        ({"format_version": 2}, "format version 2, this version reads 3; build the bundle again"),
         ({"surprise": 1}, "surprise"),
         ({"targets": {}}, "has target"),
         ({"config": ...}, "config: Field required"),

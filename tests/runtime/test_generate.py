@@ -2,7 +2,7 @@
 
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -160,6 +160,17 @@ def test_stop_strings_end_the_text_before_them(example):
         assert result.finish_reason == "stop" and result.text == full.text[: full.text.index(stop)]
         assert "".join(event.text for event in events) == result.text
         assert result.token_ids == full.token_ids[: len(result.token_ids)]
+
+
+def test_a_stop_string_that_is_a_special_token_stops(engine, monkeypatch):
+    """`decode` leaves special tokens out, so only the token itself can tell."""
+    params = SamplingParams(max_new_tokens=20, ignore_eos=True)
+    full = engine.generate([[5, 6, 7]], params)[0]
+    at = next(n for n in range(3, 20) if full.token_ids[n] not in full.token_ids[:n])
+    monkeypatch.setitem(vars(engine.tokenizer), "hidden_tokens", {full.token_ids[at]: "<|EOT|>"})
+    result = engine.generate([[5, 6, 7]], replace(params, stop="<|EOT|>"))[0]
+    assert (result.finish_reason, result.token_ids) == ("stop", full.token_ids[: at + 1])
+    assert result.text == engine.tokenizer.decode(full.token_ids[:at])
 
 
 @pytest.mark.slow

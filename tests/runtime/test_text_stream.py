@@ -102,3 +102,54 @@ def test_stop_strings_across_tokens(stops, text, stopped):
             break
     pieces.append(stream.finish())
     assert (stream.text, "".join(pieces), stream.stopped) == (text, text, stopped)
+
+
+HIDDEN = {0: "<bos>", 1: "<eos>", 2: "<|im_end|>", 3: "<|im"}  # token 3's content begins like token 2's
+
+
+def streamed(tokens: list[int | str], stops: list[str]) -> tuple[str, bool, int]:
+    """Text, whether it stopped, and after how many tokens. Tokens are letters and hidden ids."""
+    letters = {ord(c): c for t in tokens if isinstance(t, str) for c in t}
+    ids = [i for t in tokens for i in ([t] if isinstance(t, int) else map(ord, t))]
+    stream = TextStream(lambda seen: "".join(letters.get(i, "") for i in seen), stops, HIDDEN)
+    seen = 0
+    while seen < len(ids) and not stream.stopped:
+        stream.add(ids[seen])
+        seen += 1
+    stream.finish()
+    return stream.text, stream.stopped, seen
+
+
+@pytest.mark.parametrize(
+    ("tokens", "stops", "expected"),
+    [
+        (["abc", 2, "de"], ["<|im_end|>"], ("abc", True, 4)),
+        (["abc", 1, "de"], ["<|im_end|>"], ("abcde", False, 6)),
+        (["abc", 2, "de"], ["c<|im_end|>d"], ("ab", True, 5)),  # around a special token
+        (["abc", 2, "de"], ["c<|im_end|>x"], ("abcde", False, 6)),
+        (["abcde", 2], ["cd<|im_end|>", "bc"], ("a", True, 3)),
+        (["ab", 0, 1, "c"], ["<bos><eos>"], ("ab", True, 4)),
+        (["ab", 0, "c", 1], ["<bos><eos>"], ("abc", False, 5)),
+        (["ab", 3, "c", 2], ["<|im"], ("ab", True, 3)),
+        (["ab", 2, "c"], ["<|im"], ("abc", False, 4)),  # no part of a token's content
+        (["ab", 3, 2], ["<|im_end|>"], ("ab", True, 4)),
+        (["x<eos>y"], ["<eos>"], ("x", True, 6)),  # spelled out in letters
+        (["xEOSy"], ["EOS"], ("x", True, 4)),
+    ],
+)
+def test_stop_strings_with_special_tokens_are_met_by_id(tokens, stops, expected):
+    assert streamed(tokens, stops) == expected
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(st.sampled_from(["a", "b", 0, 1]), max_size=12),
+    st.lists(st.text("ab\x00\x01", min_size=1, max_size=3), max_size=2),
+)
+def test_special_tokens_in_stop_strings_are_like_letters(tokens, patterns):
+    """The naive twin sees a special token of any stop string as one letter, and takes it out of the text in the end."""
+    spelled = [p.replace("\x00", HIDDEN[0]).replace("\x01", HIDDEN[1]) for p in patterns]
+    letters = [chr(t) if isinstance(t, int) else t for t in tokens]
+    text = "".join(t for t in letters if t.isalpha() or t in "".join(patterns))
+    expected = cut(text, patterns).replace("\x00", "").replace("\x01", "")
+    assert streamed(tokens, spelled)[0] == expected

@@ -165,7 +165,7 @@ def test_user_errors(tiny_bundle, tiny_checkpoint, int8_pair, tmp_path, capsys):
         (dict(bundle=tiny_bundle, reference=int8_pair[1]), "the bundle's model has"),
         (dict(bundle=tiny_bundle, reference=tiny_checkpoint, target="sm89"), "no target 'sm89'"),
         (dict(bundle=tiny_bundle, reference=tiny_checkpoint, text=tmp_path / "none.txt"), "none.txt"),
-        (dict(bundle=int8_pair[0], reference=int8_pair[1], text=tiny_checkpoint / "config.json"), "tokenizer.json"),
+        (dict(bundle=int8_pair[0], reference=int8_pair[1], text=tiny_checkpoint / "config.json"), "has no tokenizer"),
         (dict(bundle=tiny_bundle, reference=tiny_checkpoint, tokens=3), "--tokens"),
     ]
     for arguments, message in cases:

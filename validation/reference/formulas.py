@@ -49,6 +49,8 @@ def inverse_frequencies(c: DeepseekV2Config, yarn: bool = True) -> np.ndarray:
     """[qk_rope_head_dim / 2] radians a token. YaRN: high frequencies stay, low ones are divided by the factor."""
     rope, dim = c.rope, c.qk_rope_head_dim
     original = 1.0 / rope.rope_theta ** (np.arange(0, dim, 2, dtype=np.float64) / dim)
+    if rope.rope_type == "linear":
+        return original / rope.factor
     if rope.rope_type != "yarn" or not yarn:
         return original
 
@@ -56,8 +58,10 @@ def inverse_frequencies(c: DeepseekV2Config, yarn: bool = True) -> np.ndarray:
         length = rope.original_max_position_embeddings
         return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(rope.rope_theta))
 
-    low = max(math.floor(dimension(rope.beta_fast)), 0)
-    high = min(math.ceil(dimension(rope.beta_slow)), dim - 1)
+    first, last = dimension(rope.beta_fast), dimension(rope.beta_slow)
+    if rope.truncate:
+        first, last = math.floor(first), math.ceil(last)
+    low, high = max(first, 0), min(last, dim - 1)
     ramp = np.clip((np.arange(dim // 2) - low) / max(high - low, 0.001), 0, 1)
     return original / rope.factor * ramp + original * (1 - ramp)
 
@@ -67,6 +71,8 @@ def rotation_factor(c: DeepseekV2Config) -> float:
     rope = c.rope
     if rope.rope_type != "yarn":
         return 1.0
+    if rope.given_attention_factor is not None:  # modeling_deepseek.py knows none
+        return rope.given_attention_factor
     mscale = 1.0 if rope.mscale is None else rope.mscale
     return yarn_mscale(rope.factor, mscale) / yarn_mscale(rope.factor, rope.mscale_all_dim or 0.0)
 
@@ -110,9 +116,9 @@ def attention(
 
 
 def softmax_scale(c: DeepseekV2Config, mscale_squared: bool = True) -> float:
-    """qk_head_dim^-0.5, times mscale(factor, mscale_all_dim)^2 under YaRN."""
+    """qk_head_dim^-0.5, times mscale(factor, mscale_all_dim)^2 where RoPE is scaled."""
     scale = (c.qk_nope_head_dim + c.qk_rope_head_dim) ** -0.5
-    if c.rope.rope_type == "yarn" and c.rope.mscale_all_dim and mscale_squared:
+    if c.rope.rope_type != "default" and c.rope.mscale_all_dim and mscale_squared:
         scale *= yarn_mscale(c.rope.factor, c.rope.mscale_all_dim) ** 2
     return scale
 

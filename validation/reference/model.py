@@ -1,6 +1,5 @@
 """The reference: transformers' DeepseekV2ForCausalLM in float32, audited, on the checkpoint's own or on given weights."""
 
-import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -12,6 +11,8 @@ import transformers
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.validation.errors import ReferenceRefused
 from latentrt.validation.reference.audit import AuditCheck, audit, topk_of
+from latentrt.validation.reference.audit.probe import build
+from latentrt.validation.reference.audit.verdict import DEFAULT_ADVICE
 from latentrt.validation.reference.weights import differing, fill
 
 
@@ -42,20 +43,24 @@ class Reference:
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint, self.config = checkpoint, checkpoint.config
-        raw = json.loads((checkpoint.path / "config.json").read_text(encoding="utf-8"))
+        raw = {k: v for k, v in checkpoint.raw.items() if k not in ("quantization_config", "auto_map")}
+        raw |= {"num_key_value_heads": self.config.num_attention_heads}  # 1 means the same in MLA; transformers fails on it
         self.audit: list[AuditCheck] = audit(self.config, raw)
-        self.model = self._load(raw)
-        self.weights = "the checkpoint's weights"
+        if checkpoint.is_plain:
+            self.model, self.weights = self._load(raw), "the checkpoint's weights"
+        else:  # transformers does not read these, or rounds them otherwise than the format's own tool
+            self.model, self.weights = self._filled(raw), f"the checkpoint's weights, decoded to float32 ({checkpoint.storage})"
 
     def _load(self, raw: dict) -> torch.nn.Module:
         """from_pretrained, as any user would, and then a comparison of every parameter with the checkpoint's tensors."""
-        overrides = {} if raw.get("n_shared_experts") is not None else {"n_shared_experts": 0}
+        if raw.get("n_shared_experts") is None:
+            raw = raw | {"n_shared_experts": 0}
         with _quiet_transformers():
             try:
                 model, info = transformers.DeepseekV2ForCausalLM.from_pretrained(
-                    self.checkpoint.path, dtype=torch.float32, attn_implementation="eager", experts_implementation="eager",
-                    output_loading_info=True,
-                    use_safetensors=True, trust_remote_code=False, **overrides,
+                    self.checkpoint.path, config=transformers.DeepseekV2Config.from_dict(raw), dtype=torch.float32,
+                    attn_implementation="eager", experts_implementation="eager", output_loading_info=True,
+                    use_safetensors=True, trust_remote_code=False,
                 )  # fmt: skip
             except Exception as error:  # as in audit/probe.py: anything may come out of transformers
                 raise ReferenceRefused(
@@ -66,9 +71,15 @@ class Reference:
         if wrong:
             raise ReferenceRefused(
                 f"transformers {transformers.__version__} loaded {len(wrong)} tensors otherwise than the checkpoint has them, "
-                f"{wrong[0]} first; install transformers 5.23.0"
+                f"{wrong[0]} first; {DEFAULT_ADVICE}"
             )
         return model.eval().requires_grad_(False)
+
+    def _filled(self, raw: dict) -> torch.nn.Module:
+        """transformers' module with every tensor as our reader decodes it (held to the formats' own tools by tests)."""
+        model = build(raw, {}).requires_grad_(False)
+        fill(model, ((name, self.checkpoint.read(name)) for name in self.checkpoint.tensors))
+        return model
 
     def use_weights(self, tensors: Iterable[tuple[str, torch.Tensor]], name: str) -> None:
         """Replaces all weights in place (`dequantize.dequantized_tensors`); `name` says what they are."""

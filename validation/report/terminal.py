@@ -4,8 +4,8 @@ from pathlib import Path
 
 from rich import box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
+from rich.text import Text
 
 from latentrt.validation.judge.findings import Findings
 from latentrt.validation.report.page import number
@@ -18,20 +18,25 @@ def summarize(console: Console, content: dict, findings: Findings, files: list[P
         table.add_column(title, justify=justify, overflow="fold")
     for c in findings.checks:
         accepted = "reported" if c.limit is None else f"{c.sense} {number(c.limit)}"
-        mark = "[dim]-[/]" if c.limit is None else "[green]pass[/]" if c.passed else "[bold red]FAIL[/]"
-        table.add_row(escape(c.stage), escape(c.name), number(c.value), accepted, mark)
+        mark = ("-", "dim") if c.limit is None else ("pass", "green") if c.passed else ("FAIL", "bold red")
+        table.add_row(Text(c.stage), Text(c.name), Text(number(c.value)), accepted, Text(*mark))
     console.print(table)
     for note in findings.notes:
-        console.print(f"note: {escape(note)}", highlight=False, soft_wrap=True)
+        _line(console, f"note: {note}")
     p = findings.perplexity
     if findings.text.get("is_text") and p:
         count = findings.text["tokens"]
         console.print(f"perplexity on {count} tokens: reference {p['reference']:.3f}, engine {p['engine']:.3f}")
-    console.print(f"executed: {escape(findings.executed['summary'])}", highlight=False, soft_wrap=True)
+    _line(console, f"executed: {findings.executed['summary']}")
     if findings.passed:
         judged = content["bundle"]["target"] + ("" if findings.executed["is_engine"] else " (its ONNX graph, not the engine)")
-        console.print(f"[bold green]PASS[/]  {escape(judged)}, {findings.tolerances}", highlight=False)
+        _line(console, ("PASS", "bold green"), f"  {judged}, {findings.tolerances}")
     else:
-        console.print(f"[bold red]FAIL[/]  {escape(content['first_failure'])}", highlight=False, soft_wrap=True)
+        _line(console, ("FAIL", "bold red"), f"  {content['first_failure']}")
     for file in files:
-        console.print(f"report: {escape(str(file))}", highlight=False, soft_wrap=True)
+        _line(console, f"report: {file}")
+
+
+def _line(console: Console, *parts: str | tuple[str, str]) -> None:
+    """One line of text, or of (text, style): what it holds is never read as markup."""
+    console.print(Text.assemble(*parts), highlight=False, soft_wrap=True)

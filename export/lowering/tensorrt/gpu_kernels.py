@@ -1,13 +1,16 @@
 """The compiled kernels that a graph's plugins can ask for on one architecture."""
 
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from importlib.metadata import version
 
 import onnx_ir as ir
 
+from latentrt.export import tracing
 from latentrt.export.errors import BuildError
+from latentrt.export.tracing import Shapes
 from latentrt.plugins import ops
 from latentrt.plugins.architecture import Gpu
 from latentrt.plugins.contract import DOMAIN
@@ -28,16 +31,35 @@ def identity() -> dict:
     return {"triton": version("triton"), "plugins": digest.hexdigest()}
 
 
+def check(shapes: Shapes, capability: int, form: str, float8: bool) -> None:
+    """BuildError where no kernel takes the model's shapes, known from its config alone."""
+    config = shapes.config
+    kinds = dict.fromkeys(shapes.family.layer_kind(config, i) for i in range(config.num_hidden_layers))
+    for call in tracing.op_calls(shapes, kinds, form):
+        weights = {n: "float8_e4m3fn" for n in call.dtypes if float8 and n in ("gate_up_proj", "down_proj")}
+        op = ops.plugins()[call.contract.onnx_type]
+        given = [call.shapes[spec.name] for spec in call.contract.inputs if spec.name in call.shapes]
+        with _refused(call.contract.onnx_type, call.contract.name, capability):
+            op.kernels(op.configure(call.attributes, sizes(call.contract, given), call.dtypes | weights), Gpu.of(capability))
+
+
+@contextmanager
+def _refused(op_type: str, name: str, capability: int) -> Iterator[None]:
+    """What no kernel takes becomes a BuildError."""
+    try:
+        yield
+    except PlanError as error:
+        todo = "build with --prefill absorbed" if op_type == MLA_PREFILL.onnx_type else "--target cpu takes any shape"
+        raise BuildError(f"no kernel for sm{capability} takes {name}: {error}; {todo}") from None
+
+
 def needed(graph: ir.Graph, capability: int) -> list[KernelSpec]:
     """Every kernel that the custom nodes of `graph` can launch, each once. BuildError where no kernel takes a node."""
     specs: dict[KernelSpec, None] = {}
     for node in graph:
         if node.domain == DOMAIN:
-            try:
+            with _refused(node.op_type, node.name, capability):
                 specs |= dict.fromkeys(_of(node, ops.plugins()[node.op_type], capability))
-            except PlanError as error:
-                todo = "; build with --prefill absorbed" if node.op_type == MLA_PREFILL.onnx_type else ""
-                raise BuildError(f"no kernel for sm{capability} takes {node.name}: {error}{todo}") from None
     return list(specs)
 
 

@@ -22,6 +22,7 @@ from latentrt.export.lowering.tensorrt.build import BuildJob
 from latentrt.export.models.base import Config, Weight
 from latentrt.export.options import AUTO, TargetSpec
 from latentrt.export.quantization import BFloat16, Fp8, WeightFormat
+from latentrt.export.tracing import Shapes
 from latentrt.export.weight_set import StoredWeight
 from latentrt.plugins.contract import DOMAIN, VERSION
 from latentrt.plugins.step_graph import (
@@ -38,6 +39,7 @@ from latentrt.plugins.step_graph import (
 )  # fmt: skip
 
 CACHE_FORMATS = ("bfloat16",)
+_LAYER_BYTES = 6 << 20  # of a plan, without weights: TensorRT-RTX 1.7 makes 3.4 MB of a layer of V2-Lite
 PROFILES = {ABSORBED: ("decode", "prefill"), EXPANDED: ("prefill",)}
 _MAX_ELEMENTS = 2**31 - 1  # of one network input: TensorRT counts its elements in int32 where it makes kernels of its own
 
@@ -74,6 +76,16 @@ class TensorrtLowering(Lowering):
     def options(self) -> dict[str, str | int | float | bool]:
         float8 = {"activations": self.spec.activations} if self.spec.precision == "fp8" else {}
         return {"weights": self.spec.weights, "prefill": self.spec.forms[-1]} | float8
+
+    def check(self, config: Config) -> None:
+        shapes = Shapes(config, self.dtype, self.cache_format, self.page_size)
+        for form in self.spec.forms:
+            gpu_kernels.check(shapes, self.capability, form, self.spec.precision == "fp8")
+
+    def engine_bytes(self, config: Config, weights: int) -> int:
+        forms = len(self.spec.forms)
+        held = forms * weights if self.spec.weights == "embedded" else 0
+        return super().engine_bytes(config, weights) + forms * config.num_hidden_layers * _LAYER_BYTES + held
 
     def weight_format(self, weights: list[Weight]) -> WeightFormat:
         return Fp8() if self.spec.precision == "fp8" else BFloat16()

@@ -1,72 +1,34 @@
-"""The configuration of a DeepSeek-V2-family checkpoint: config.json, read strictly.
+"""The configuration of a DeepSeek-V2-family checkpoint: config.json, read as transformers reads it.
 
-Field names are the checkpoint's. A field that shapes the model must be there; nothing is inferred from a name or a size.
-The few defaults are those of the family's own configuration class, for fields that transformers leaves out on saving.
+Field names are the checkpoint's. Spellings of one thing are compared by meaning, and refused where they contradict. What is
+missing has the default of the family's own configuration class, and the user is told.
 """
 
-import math
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, ClassVar, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, ValidationError, model_validator
 
 from latentrt.export.errors import ConfigError
+from latentrt.export.models.base import Note
+from latentrt.export.models.deepseek_v2 import rope
+from latentrt.export.models.deepseek_v2.rope import RopeConfig
 
 Count = Annotated[int, Field(ge=0)]
 PositiveFloat = Annotated[float, Field(gt=0)]
 _STRICT = ConfigDict(frozen=True, extra="ignore", strict=True, allow_inf_nan=False)
-_YARN_FIELDS = {"factor", "original_max_position_embeddings", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"}
-_ROPE_IGNORED = {"type", "rope_type", "rope_theta"}
-
-
-class RopeConfig(BaseModel):
-    """Rotary position embedding. `factor` and the rest matter for rope_type "yarn" only (arXiv 2309.00071)."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", strict=True, allow_inf_nan=False)
-
-    rope_type: Literal["default", "yarn"]
-    rope_theta: Annotated[float, Field(gt=1)]
-    factor: Annotated[float, Field(ge=1)] = 1.0
-    original_max_position_embeddings: PositiveInt | None = None
-    beta_fast: PositiveFloat = 32.0
-    beta_slow: PositiveFloat = 1.0
-    mscale: Annotated[float, Field(ge=0)] | None = None
-    mscale_all_dim: Annotated[float, Field(ge=0)] | None = None
-
-    @property
-    def attention_factor(self) -> float:
-        """What cos and sin are multiplied by: mscale(factor, mscale) / mscale(factor, mscale_all_dim)."""
-        if self.rope_type == "default":
-            return 1.0
-        if self.mscale and self.mscale_all_dim:
-            return yarn_mscale(self.factor, self.mscale) / yarn_mscale(self.factor, self.mscale_all_dim)
-        return yarn_mscale(self.factor, 1.0)
-
-    def softmax_scale(self, qk_head_dim: int) -> float:
-        """qk_head_dim^-0.5, times mscale(factor, mscale_all_dim)^2 under YaRN."""
-        scale = qk_head_dim**-0.5
-        if self.rope_type == "yarn" and self.mscale_all_dim:
-            scale *= yarn_mscale(self.factor, self.mscale_all_dim) ** 2
-        return scale
-
-    def inv_freq(self, dim: int) -> list[float]:
-        """Inverse frequencies [dim / 2]; YaRN blends interpolated and original ones between two correction dimensions."""
-        original = [self.rope_theta ** (-2 * i / dim) for i in range(dim // 2)]
-        if self.rope_type == "default":
-            return original
-        low = max(math.floor(self._correction_dim(self.beta_fast, dim)), 0)
-        high = min(math.ceil(self._correction_dim(self.beta_slow, dim)), dim - 1)
-        span = high - low or 0.001
-        blend = [min(max((i - low) / span, 0.0), 1.0) for i in range(dim // 2)]
-        return [f / self.factor * b + f * (1 - b) for f, b in zip(original, blend, strict=True)]
-
-    def _correction_dim(self, rotations: float, dim: int) -> float:
-        length = self.original_max_position_embeddings
-        return dim * math.log(length / (rotations * 2 * math.pi)) / (2 * math.log(self.rope_theta))
-
-
-def yarn_mscale(factor: float, mscale: float) -> float:
-    """0.1 * mscale * ln(factor) + 1."""
-    return 0.1 * mscale * math.log(factor) + 1.0 if factor > 1 else 1.0
+# What transformers' DeepseekV2Config takes where config.json is silent (a test holds them to it).
+DEFAULTS = dict(
+    vocab_size=102400, hidden_size=4096, intermediate_size=11008, moe_intermediate_size=1407, num_hidden_layers=32,
+    num_attention_heads=32, q_lora_rank=1536, kv_lora_rank=512, qk_nope_head_dim=128, qk_rope_head_dim=64, v_head_dim=128,
+    n_routed_experts=64, n_shared_experts=2, first_k_dense_replace=0, topk_method="greedy", n_group=None, topk_group=None,
+    norm_topk_prob=False, routed_scaling_factor=1.0, rms_norm_eps=1e-6, max_position_embeddings=2048, hidden_act="silu",
+    attention_bias=False, mlp_bias=False, tie_word_embeddings=False, rope_theta=10000.0,
+)  # fmt: skip
+_SILENT = {"attention_bias", "mlp_bias", "tie_word_embeddings", "n_group", "topk_group", "norm_topk_prob"}  # off by default
+_NULL_IS_ABSENT = {"norm_topk_prob", "attention_bias", "mlp_bias", "tie_word_embeddings", "moe_layer_freq", "scoring_func",
+                   "rope_theta"}  # fmt: skip
+_ALIASES = {"n_routed_experts": ("num_experts",)}  # transformers' attribute_map
+_ACTIVATIONS = {"swish": "silu"}  # names of the same function in transformers
 
 
 class DeepseekV2Config(BaseModel):
@@ -150,12 +112,31 @@ class DeepseekV2Config(BaseModel):
             raise ValueError(f"topk_group is {self.topk_group}, more than n_group ({self.n_group})")
 
 
-def parse(raw: dict) -> DeepseekV2Config:
+def parse(raw: dict, note: Note = lambda text: None) -> DeepseekV2Config:
     """The config that config.json's content describes. Raises ConfigError. `registry.parse` comes before it."""
-    heads, kv_heads = raw.get("num_attention_heads"), raw.get("num_key_value_heads")
-    if kv_heads is not None and heads is not None and kv_heads != heads:
+    given = {k: v for k, v in raw.items() if k != "rope" and not (v is None and k in _NULL_IS_ABSENT)}
+    for field, others in _ALIASES.items():
+        spelled = {name: given[name] for name in (field, *others) if given.get(name) is not None}
+        if len(set(spelled.values())) > 1:
+            raise ConfigError(f"{' and '.join(f'{k} ({v!r})' for k, v in spelled.items())} contradict each other; keep one")
+        if spelled:
+            given[field] = next(iter(spelled.values()))
+    lacking = {k: v for k, v in DEFAULTS.items() if k not in given and k not in _SILENT | {"rope_theta"}}
+    if lacking:
+        taken = ", ".join(f"{k} {v}" for k, v in lacking.items())
+        note(f"says nothing of {taken}: these are the defaults of transformers' DeepseekV2Config")
+    fields = DEFAULTS | given
+    _check_heads(fields)
+    if isinstance(fields["hidden_act"], str):
+        fields["hidden_act"] = _ACTIVATIONS.get(fields["hidden_act"], fields["hidden_act"])
+    return restore(fields | {"rope": rope.fields(raw, fields["max_position_embeddings"], note)})
+
+
+def _check_heads(fields: dict) -> None:
+    """1 is said by those who count the latent as one shared head, and computes the same."""
+    heads, kv_heads = fields["num_attention_heads"], fields.get("num_key_value_heads")
+    if kv_heads not in (None, heads, 1):
         raise ConfigError(f"num_key_value_heads is {kv_heads!r}, must equal num_attention_heads ({heads!r}) in MLA")
-    return restore({k: v for k, v in raw.items() if k != "rope"} | {"rope": _rope_fields(raw)})
 
 
 def restore(fields: dict) -> DeepseekV2Config:
@@ -164,48 +145,6 @@ def restore(fields: dict) -> DeepseekV2Config:
         return DeepseekV2Config.model_validate(fields)
     except ValidationError as error:
         raise ConfigError("; ".join(_describe(e) for e in error.errors())) from None
-
-
-def _rope_fields(raw: dict) -> dict:
-    """RoPE in any of its spellings: rope_scaling with "type" or "rope_type", or transformers 5's rope_parameters."""
-    name = "rope_parameters" if raw.get("rope_parameters") else "rope_scaling"
-    scaling = raw.get(name) or {}
-    if not isinstance(scaling, dict):
-        raise ConfigError(f"{name} is {scaling!r}, expected an object or null")
-    if name == "rope_parameters" and raw.get("rope_scaling") not in (None, {}, scaling):
-        raise ConfigError("rope_parameters and rope_scaling are both given and differ; keep one")
-    theta, kind = _rope_theta(raw, scaling), _rope_type(name, scaling)
-    fields = {k: v for k, v in scaling.items() if k not in _ROPE_IGNORED and v is not None}
-    if kind == "yarn":
-        missing = {"factor", "original_max_position_embeddings"} - set(fields)
-        if missing:
-            raise ConfigError(f"{name}: yarn needs {', '.join(sorted(missing))}")
-    unknown = set(fields) - _YARN_FIELDS
-    if unknown:
-        raise ConfigError(
-            f"{name}: unknown fields {', '.join(sorted(unknown))}, accepted: {', '.join(sorted(_YARN_FIELDS))}"
-        )
-    if kind == "default" and fields:
-        raise ConfigError(f"{name}: rope type is default, yet {', '.join(sorted(fields))} are given")
-    return {"rope_type": kind, "rope_theta": theta} | fields
-
-
-def _rope_theta(raw: dict, scaling: dict) -> Any:
-    found = [place["rope_theta"] for place in (scaling, raw) if place.get("rope_theta") is not None]
-    if not found:
-        raise ConfigError("rope_theta is missing (top level, or in rope_parameters)")
-    if found[0] != found[-1]:
-        raise ConfigError(f"rope_theta is {found[-1]!r} at the top level and {found[0]!r} beside the rope type; keep one")
-    return found[0]
-
-
-def _rope_type(name: str, scaling: dict) -> str:
-    kinds = [scaling[k] for k in ("type", "rope_type") if k in scaling] if scaling else ["default"]
-    if not kinds or kinds[0] != kinds[-1]:
-        raise ConfigError(f'{name} must name one rope type ("type" or "rope_type"), found {kinds}')
-    if kinds[0] not in ("default", "yarn"):
-        raise ConfigError(f"{name}: rope type is {kinds[0]!r}, accepted: 'default', 'yarn'")
-    return kinds[0]
 
 
 def _describe(error: dict) -> str:

@@ -11,12 +11,24 @@ def _counts(c: DeepseekV2Config) -> dict[str, int]:
     return {"num_hidden_layers": c.num_hidden_layers} | experts
 
 
+def _sizes(c: DeepseekV2Config) -> dict[str, tuple[str, int]]:
+    first, moe = "model.layers.0", f"model.layers.{c.first_k_dense_replace}.mlp"
+    embedding, q_norm = "model.embed_tokens.weight", f"{first}.self_attn.q_a_layernorm.weight"
+    return {
+        "vocab_size": (embedding, 0), "hidden_size": (embedding, 1), "q_lora_rank": (q_norm, 0),
+        "kv_lora_rank": (f"{first}.self_attn.kv_a_layernorm.weight", 0), "n_routed_experts": (f"{moe}.gate.weight", 0),
+        "moe_intermediate_size": (f"{moe}.experts.0.gate_proj.weight", 0),
+        "intermediate_size": (f"{first}.mlp.gate_proj.weight", 0),
+    }  # fmt: skip
+
+
 FAMILY = Family(
     model_type=DeepseekV2Config.model_type,
-    architecture="DeepseekV2ForCausalLM",
+    architectures="DeepseekV2",
     parse=parse,
     restore=restore,
     counts=_counts,
+    sizes=_sizes,
     weights=weights,
     checkpoint_tensors=checkpoint_tensors,
     originals=originals,

@@ -11,8 +11,7 @@ from latentrt.export.models.deepseek_v2.config import DeepseekV2Config
 
 def weights(c: DeepseekV2Config) -> list[Weight]:
     """Every weight of the step graph, in the order of the data's way, named as the graph's initializers are."""
-    embedding = ("model.embed_tokens.weight",)
-    head = embedding if c.tie_word_embeddings else ("lm_head.weight",)
+    embedding, head = ("model.embed_tokens.weight",), ("lm_head.weight",)  # a tied one too: the checkpoint knows its place
     result = [Weight("model.embed_tokens.weight", (c.vocab_size, c.hidden_size), "embedding", (embedding,))]
     for i in range(c.num_hidden_layers):
         result += _layer_weights(c, i)

@@ -14,8 +14,14 @@ _ADVICE = {
     "norm_topk_prob": "transformers ignores norm_topk_prob (5.23.0): no release computes this config",
     "scoring_func": "transformers knows softmax only (5.23.0): no release computes this config",
     "moe_layer_freq": "transformers ignores moe_layer_freq (5.23.0): no release computes this config",
+    "mscale": "set both mscale and mscale_all_dim in config.json to what the model was trained with",
 }  # fmt: skip
-DEFAULT_ADVICE = "install transformers 5.23.0, which passes this audit"
+_PASSING = "5.23.0"  # a release that passes
+DEFAULT_ADVICE = (
+    f"install transformers {_PASSING}, which passes this audit"
+    if transformers.__version__ != _PASSING
+    else "this is no known fault of this release, so nothing can be compared with it: report the config.json"
+)
 
 
 @dataclass(frozen=True)

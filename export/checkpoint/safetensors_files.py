@@ -1,0 +1,78 @@
+"""Tensors of safetensors files: headers at once, data when it is read, a piece at a time where a piece is asked for."""
+
+from collections.abc import Iterable
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from latentrt.export.checkpoint.base import Part, StoredTensor
+from latentrt.export.errors import CheckpointError
+
+
+class SafetensorsFiles:
+    """An opened set of files. `tensors` maps stored names to headers. Raises CheckpointError naming file and tensor."""
+
+    def __init__(self, files: Iterable[Path]):
+        self.files = list(files)
+        self._handles = {file: _open(file) for file in self.files}
+        self._touched: set[Path] = set()
+        self.tensors: dict[str, StoredTensor] = {}
+        for file in self.files:
+            self._list(file)
+
+    def _list(self, file: Path) -> None:
+        handle = self._handles[file]
+        for name in sorted(handle.keys()):
+            view = handle.get_slice(name)
+            stored = StoredTensor(file, tuple(view.get_shape()), view.get_dtype())
+            first = self.tensors.get(name)
+            if first is None:
+                self.tensors[name] = stored
+            elif not self._same(name, first, stored):
+                raise CheckpointError(
+                    f"tensor {name} is in {first.file.name} and, with other content, in {file.name}; "
+                    "two checkpoints are mixed in this folder, download it again into an empty one"
+                )
+
+    def _same(self, name: str, first: StoredTensor, second: StoredTensor) -> bool:
+        if (first.shape, first.dtype) != (second.shape, second.dtype):
+            return False
+        one, two = (self._handles[s.file].get_tensor(name) for s in (first, second))
+        return torch.equal(one.flatten().view(torch.uint8), two.flatten().view(torch.uint8))
+
+    def read(self, part: Part) -> torch.Tensor:
+        """The tensor, or the piece of it, as it is stored."""
+        stored = self.tensors[part.name]
+        handle = self._handles[stored.file]
+        self._touched.add(stored.file)
+        try:
+            if part.index is None and part.rows is None:
+                return handle.get_tensor(part.name)
+            view, (begin, end) = handle.get_slice(part.name), part.rows or (None, None)
+            return view[begin:end] if part.index is None else view[part.index : part.index + 1, begin:end][0]
+        except SafetensorError as error:
+            raise CheckpointError(f"{stored.file}: tensor {part.name} cannot be read ({error})") from None
+
+    def release(self) -> None:
+        """Unmaps what `read` has mapped; pages of a mapped file count as this process's memory. Tensors in use stay whole."""
+        touched, self._touched = self._touched, set()  # one swap: other threads may be reading
+        for file in touched:
+            self._handles[file] = _open(file)
+
+
+def _open(file: Path):
+    try:
+        return safe_open(file, framework="pt")
+    except (SafetensorError, OSError) as error:
+        size = file.stat().st_size
+        raise CheckpointError(
+            f"{file}: not a whole safetensors file ({error}; {size} bytes on disk); {_advice(file, size)}"
+        ) from None
+
+
+def _advice(file: Path, size: int) -> str:
+    """A Git LFS pointer is what a clone without git-lfs leaves; anything else is a broken download."""
+    if file.is_file() and size < 1024 and file.read_bytes().startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer, not the weights: run git lfs pull in the clone, or hf download"
+    return "download it again"
