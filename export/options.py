@@ -18,7 +18,7 @@ class TargetSpec:
 
     target: TargetRow
     precision: str
-    accuracy: str = "fast"  # int8 products: "exact" (float32 sums) or "fast" (int8 activations)
+    accuracy: str = "fast"  # int8 and int4 products: "exact" (float32 sums), "fast" (int8 activations)
     cache_format: str = AUTO  # resolved by the lowering
     max_context: int = 0  # tokens; 0: the model's own
     weights: str = "inputs"  # or "embedded" in the plan; a matter of TensorRT

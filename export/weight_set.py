@@ -184,26 +184,39 @@ class _Shard:
 
     def _encoded(self, weight: Weight, index: int) -> Iterator[list[torch.Tensor]]:
         """Slab `index` as it is stored, in pieces along axis 0 where it is large."""
-        taken = self._taken_over(weight, index)
+        taken = self._taken_over(weight, index) or self._taken_blocks(weight, index)
         if taken is None:
             yield from (self.format.encode(weight, rows) for rows in self._rows(weight, index))
         else:
-            yield self.format.take_over(weight, *taken)
+            yield taken
 
     def _rows(self, weight: Weight, index: int) -> Iterable[torch.Tensor]:
         if weight.make is None:
             return self.checkpoint.pieces(weight.sources[index][0], _SLAB_BYTES // 4)
         return _pieces(weight.slab(self.checkpoint.read, index))
 
-    def _taken_over(self, weight: Weight, index: int) -> tuple[torch.Tensor, torch.Tensor] | None:
-        """The slab's values and scales per row as the checkpoint has them, where the format computes with just these."""
+    def _taken_over(self, weight: Weight, index: int) -> list[torch.Tensor] | None:
+        """The slab of the checkpoint's own values and scales per row, where the format computes with just these."""
         if not self.format.takes_over(weight):
             return None
         found = [self.checkpoint.read_rows(name) for name in weight.sources[index]]
         if any(rows is None or rows.values.dtype != self.format.row_values for rows in found):
             return None
         make = weight.make or (lambda tensor: tensor)
-        return make(*(rows.values for rows in found)), make(*(rows.scale for rows in found))
+        values, scale = make(*(rows.values for rows in found)), make(*(rows.scale for rows in found))
+        return self.format.take_over(weight, values, scale)
+
+    def _taken_blocks(self, weight: Weight, index: int) -> list[torch.Tensor] | None:
+        """The same, of integers with scales per block of inputs."""
+        stored = [self.checkpoint.tensors[name].blocks for name in weight.sources[index]]
+        kinds = {blocks and (blocks.size, blocks.bits) for blocks in stored}
+        if len(kinds) != 1 or None in kinds or not self.format.takes_blocks(weight, *(kind := kinds.pop())):
+            return None
+        found = [self.checkpoint.read_blocks(name) for name in weight.sources[index]]
+        if None in found:
+            return None
+        make = weight.make or (lambda tensor: tensor)
+        return self.format.take_blocks(weight, *(make(*tensors) for tensors in zip(*found, strict=True)), kind[0])
 
 
 def _fill(path: Path, job: _Shard) -> None:

@@ -105,7 +105,7 @@ def _needed_bytes(out: Path, checkpoint: Checkpoint, pending: list[Lowering], pr
     """What the build will write at most: weight sets that are not there yet, plans that hold them again, and small files."""
     config, sets, engines = checkpoint.config, {}, 0
     for lowering in pending:
-        weights = lowering.stored_weights(registry.of(config).weights(config))
+        weights = lowering.stored_weights(checkpoint.weights())
         weight_format = lowering.weight_format(weights)
         size = sum(weight_set.planned_bytes(weights, weight_format).values())
         sets[_set_key(lowering, weight_format)] = size
@@ -158,7 +158,7 @@ class _Builder:
     def add(self, lowering: Lowering) -> None:
         """Builds one target and commits it."""
         config, name, baked = self.checkpoint.config, lowering.spec.target.name, self._baked_text
-        weights = lowering.stored_weights(self.family.weights(config))
+        weights = lowering.stored_weights(self.checkpoint.weights())
         key, stored, located = self._weights(lowering, weights)
         models, stage = self._trace(lowering), self.report.stage
         with tempfile.TemporaryDirectory(dir=self.writer.building) as scratch:

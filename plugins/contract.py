@@ -36,19 +36,26 @@ class ContractError(ValueError):
 class TensorSpec:
     """One tensor of an op. `dims` are names (equal names must have equal sizes), integers, "B + 1" or "2 * N".
 
-    The last one may be a name and "?": the tensor may come without that axis.
+    The last one may be a name and "?": the tensor may come without that axis. `packed` names the attribute that says how
+    many elements share one of the tensor's own along the last axis; dims count the former.
     """
 
     name: str
     dims: tuple[str, ...]
     dtypes: tuple[torch.dtype, ...]
     optional: bool = False
+    packed: str | None = None
 
     def dims_of(self, rank: int) -> tuple[str, ...]:
         """The dimensions of a tensor with `rank` axes, without "?"; another number of them if it cannot have that rank."""
         *first, last = self.dims
         absent = last.endswith("?") and rank == len(first)
         return (*first,) if absent else (*first, last.removesuffix("?"))
+
+    def shape_of(self, tensor: torch.Tensor, attributes: dict) -> tuple[int, ...]:
+        """The tensor's shape in elements."""
+        *first, last = tensor.shape
+        return (*first, last * attributes[self.packed]) if self.packed else tuple(tensor.shape)
 
 
 @dataclass(frozen=True)
@@ -63,11 +70,12 @@ class OutputSpec:
 
 @dataclass(frozen=True)
 class AttributeSpec:
-    """One attribute; `choices` lists the accepted values of an enumerated one."""
+    """One attribute; `choices` lists the accepted values of an enumerated one. One with a `default` can be left out."""
 
     name: str
     kind: type
     choices: tuple = ()
+    default: int | None = None
 
 
 @dataclass(frozen=True)
@@ -93,7 +101,8 @@ class OpContract:
         """Schema of the functional op, or of its mutating twin: aliased inputs are written, their outputs dropped."""
         written = {i for _, i in self.aliases} if mutating else set()
         tensors = [_torch_tensor(s, s.name in written) for s in self.inputs]
-        attributes = [f"{_KINDS[a.kind][0]} {a.name}" for a in self.attributes]
+        defaults = {a.name: "" if a.default is None else f"={a.default}" for a in self.attributes}
+        attributes = [f"{_KINDS[a.kind][0]} {a.name}{defaults[a.name]}" for a in self.attributes]
         count = len(self.outputs) - len(written)
         result = "Tensor" if count == 1 else f"({', '.join(['Tensor'] * count)})"
         return f"({', '.join(tensors + attributes)}) -> {result}"
@@ -112,7 +121,7 @@ class OpContract:
         constraints = [(f"T_{s.name}", [_ONNX_TYPES[d] for d in s.dtypes], "") for s in self.inputs]
         constraints += [(f"T_{o.name}", [_ONNX_TYPES[o.dtype]], "") for o in self.outputs if o.dtype]
         kinds = {a.name: getattr(schema.AttrType, _KINDS[a.kind][1]) for a in self.attributes}
-        attributes = [schema.Attribute(name, kind, required=True) for name, kind in kinds.items()]
+        attributes = [schema.Attribute(a.name, kinds[a.name], required=a.default is None) for a in self.attributes]
         return schema(
             self.onnx_type, DOMAIN, VERSION, inputs=inputs, outputs=outputs, type_constraints=constraints,
             attributes=attributes,
@@ -124,35 +133,40 @@ class OpContract:
         Raises ContractError naming the op, the tensor or attribute, what was found and what is accepted.
         """
         sizes: dict[str, int] = {}
+        attributes = self.with_defaults(attributes)
         by_name = {s.name: t for s, t in zip(self.inputs, tensors, strict=True)}
-        for bind in (self._bind_names, self._check_sums):
-            for spec in self.inputs:
-                if by_name[spec.name] is not None:
-                    bind(spec, by_name[spec.name], sizes)
-                elif not spec.optional:
-                    raise ContractError(f"{self.name}: input {spec.name} is required")
         for spec in self.attributes:
             if spec.choices and attributes[spec.name] not in spec.choices:
                 raise ContractError(
                     f"{self.name}: {spec.name} is {attributes[spec.name]!r}, accepted: {', '.join(map(repr, spec.choices))}"
                 )
+        for bind in (self._bind_names, self._check_sums):
+            for spec in self.inputs:
+                if by_name[spec.name] is not None:
+                    bind(spec, by_name[spec.name], spec.shape_of(by_name[spec.name], attributes), sizes)
+                elif not spec.optional:
+                    raise ContractError(f"{self.name}: input {spec.name} is required")
         if message := self.check(by_name, attributes):
             raise ContractError(f"{self.name}: {message}")
         return sizes
 
-    def _bind_names(self, spec: TensorSpec, tensor: torch.Tensor, sizes: dict[str, int]) -> None:
+    def with_defaults(self, attributes: dict) -> dict:
+        """`attributes` by name, and the default of every one that is left out."""
+        return {a.name: attributes.get(a.name, a.default) for a in self.attributes}
+
+    def _bind_names(self, spec: TensorSpec, tensor: torch.Tensor, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
         if tensor.dtype not in spec.dtypes:
             accepted = ", ".join(map(str, spec.dtypes))
             raise ContractError(f"{self.name}: {spec.name} has dtype {tensor.dtype}, accepted: {accepted}")
         dims = spec.dims_of(tensor.dim())
         if tensor.dim() != len(dims):
             raise ContractError(f"{self.name}: {spec.name} has shape {tuple(tensor.shape)}, expected {list(spec.dims)}")
-        for axis, (dim, size) in enumerate(zip(dims, tensor.shape, strict=True)):
+        for axis, (dim, size) in enumerate(zip(dims, shape, strict=True)):
             if dim.isidentifier() and sizes.setdefault(dim, size) != size:
                 raise self._wrong_size(spec, tensor, axis, sizes[dim])
 
-    def _check_sums(self, spec: TensorSpec, tensor: torch.Tensor, sizes: dict[str, int]) -> None:
-        for axis, (dim, size) in enumerate(zip(spec.dims_of(tensor.dim()), tensor.shape, strict=True)):
+    def _check_sums(self, spec: TensorSpec, tensor: torch.Tensor, shape: tuple[int, ...], sizes: dict[str, int]) -> None:
+        for axis, (dim, size) in enumerate(zip(spec.dims_of(tensor.dim()), shape, strict=True)):
             if not dim.isidentifier() and _size_of(dim, sizes) != size:
                 raise self._wrong_size(spec, tensor, axis, _size_of(dim, sizes))
 
@@ -197,13 +211,13 @@ def register(contract: OpContract, compute: Callable) -> None:
     names = [a.name for a in contract.attributes]
 
     def functional(*args):
-        tensors, attributes = args[:split], dict(zip(names, args[split:], strict=True))
+        tensors, attributes = args[:split], contract.with_defaults(dict(zip(names, args[split:], strict=False)))
         contract.bind(tensors, attributes)
         outputs = compute(*tensors, **attributes)
         return outputs if len(outputs) > 1 else outputs[0]
 
     def fake(*args):
-        outputs = contract.fake(args[:split], dict(zip(names, args[split:], strict=True)))
+        outputs = contract.fake(args[:split], contract.with_defaults(dict(zip(names, args[split:], strict=False))))
         return tuple(outputs) if len(outputs) > 1 else outputs[0]
 
     op = torch.library.custom_op(contract.torch_name, functional, mutates_args=(), schema=contract.torch_schema())
@@ -255,10 +269,12 @@ def onnx_translation(contract: OpContract) -> Callable:
 
     def translate(*args, **kwargs):
         values = dict(zip(names, args, strict=False)) | kwargs
-        attributes = {a.name: values[a.name] for a in contract.attributes}
+        attributes = contract.with_defaults(values)
         return getattr(opset, contract.onnx_type)(*[values[n] for n in names[:split]], **attributes)
 
-    parameters = [inspect.Parameter(n, inspect.Parameter.POSITIONAL_OR_KEYWORD) for n in names]
+    absent = {a.name: a.default for a in contract.attributes if a.default is not None}
+    kind, empty = inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.empty
+    parameters = [inspect.Parameter(n, kind, default=absent.get(n, empty)) for n in names]
     translate.__signature__ = inspect.Signature(parameters)
     translate.__annotations__ = {a.name: a.kind for a in contract.attributes}
     translate.__name__ = contract.name

@@ -55,7 +55,7 @@ def _values(graph: onnx.GraphProto) -> dict[str, tuple[int, Shape]]:
 def _call(node: onnx.NodeProto, contract: OpContract, values: Mapping[str, tuple[int, Shape]]) -> OpCall:
     present = {s.name: values[name] for s, name in zip(contract.inputs, node.input, strict=False) if name}
     given = {a.name: helper.get_attribute_value(a) for a in node.attribute}
-    attributes = {a.name: given[a.name].decode() if a.kind is str else given[a.name] for a in contract.attributes}
+    attributes = contract.with_defaults({n: v.decode() if isinstance(v, bytes) else v for n, v in given.items()})
     return OpCall(attributes, {k: t for k, (t, _) in present.items()}, {k: s for k, (_, s) in present.items()})
 
 

@@ -82,7 +82,8 @@ def _creator(trt, op: PluginOp, capability: int, launcher: Launcher | None):
 
         def create_plugin(self, name, collection, phase):
             found = {f.name: f for f in collection}
-            attributes = {a.name: _value(a.kind, found[a.name]) for a in op.contract.attributes}
+            given = {a.name: _value(a.kind, found[a.name]) for a in op.contract.attributes if a.name in found}
+            attributes = op.contract.with_defaults(given)
             built_for = _value(int, found[CAPABILITY]) if CAPABILITY in found else capability
             return plugin(attributes, built_for)
 

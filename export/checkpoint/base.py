@@ -35,13 +35,27 @@ class RowScaled:
 
 
 @dataclass(frozen=True)
+class Blocks:
+    """How a weight is stored as integers with a scale for every `size` inputs of a row, the last of which may be fewer.
+
+    `read` takes the parts' tensors, as `Source.decode` does, and gives values int8 [out, in], from -2^(bits - 1) on, and scale
+    float32 [out, ceil(in / size)]: weight = value * scale, just what `decode` gives. None where only the values show that
+    the tensor is none of that kind (zero points, an order of its own).
+    """
+
+    size: int
+    bits: int
+    read: Callable[..., tuple[Tensor, Tensor] | None]
+
+
+@dataclass(frozen=True)
 class Source:
     """One tensor of the model, and the stored ones that it is made of.
 
     `decode` takes the parts' tensors, in order, and gives the weight in `shape`: as its format's own tool computes it, in
     float32, or in the type that it has on disk where nothing is computed. `rows` gives the same as RowScaled, where the
-    stored values have one scale per output row (or one for all). `by_rows`: the one part is decoded row by row, so that some
-    of its rows give the same rows of the weight.
+    stored values have one scale per output row (or one for all); `blocks` where integers have one per block of inputs.
+    `by_rows`: the one part is decoded row by row, so that some of its rows give the same rows of the weight.
     """
 
     shape: tuple[int, ...]
@@ -50,6 +64,7 @@ class Source:
     rows: Callable[..., RowScaled] | None = None
     storage: str = "plain"  # for people: "compressed-tensors pack-quantized, 4 bits, groups of 128"
     by_rows: bool = False
+    blocks: Blocks | None = None
 
 
 class QuantizedFormat(Protocol):

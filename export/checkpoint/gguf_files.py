@@ -17,7 +17,7 @@ from gguf import GGMLQuantizationType
 from torch import Tensor
 
 from latentrt.export.checkpoint import gguf_config, gguf_tokenizer
-from latentrt.export.checkpoint.base import Part, Source, StoredTensor
+from latentrt.export.checkpoint.base import Blocks, Part, Source, StoredTensor
 from latentrt.export.errors import CheckpointError
 
 PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -48,6 +48,28 @@ LAYER = {  # blk.N.<name>.weight: model.layers.N.<name>.weight
 EXPERTS = {"ffn_gate_exps": "gate_proj", "ffn_up_exps": "up_proj", "ffn_down_exps": "down_proj"}  # [E, out, in]
 KEY, VALUE = "attn_k_b", "attn_v_b"  # [H, kv_lora_rank, nope] and [H, v, kv_lora_rank]: the two halves of kv_b_proj
 IGNORED = ("rope_freqs.weight", "attn_rot_embd.weight")  # tables that follow from the config
+
+
+def _blocks(values: Callable[[Tensor], Tensor], size: int, octets: Tensor) -> tuple[Tensor, Tensor]:
+    """uint8 [out, bytes of a row], in blocks of `size`: a float16 scale, and what `values` makes int8 of."""
+    blocks = octets.unflatten(-1, (-1, size))
+    scale = blocks[..., :2].contiguous().view(torch.float16)[..., 0].float()
+    return values(blocks[..., 2:]).flatten(-2), scale
+
+
+def _four_bits(stored: Tensor) -> Tensor:
+    """The low halves of a block's bytes are its first inputs."""
+    return torch.cat([stored & 15, stored >> 4], -1).view(torch.int8).sub_(8)
+
+
+def _eight_bits(stored: Tensor) -> Tensor:
+    return stored.contiguous().view(torch.int8)
+
+
+BLOCKS = {
+    "Q4_0": Blocks(32, 4, partial(_blocks, _four_bits, 18)),
+    "Q8_0": Blocks(32, 8, partial(_blocks, _eight_bits, 34)),
+}
 
 
 class GgufFiles:
@@ -119,7 +141,10 @@ class GgufFiles:
     def _source(self, name: str, index: int | None = None) -> Source:
         place = self._places[name]
         shape = place.shape if index is None else place.shape[1:]
-        return Source(shape, (Part(name, index),), _decoder(name, place.type), None, f"GGUF {place.type.name}", len(shape) > 1)
+        return Source(
+            shape, (Part(name, index),), _decoder(name, place.type), None, f"GGUF {place.type.name}", len(shape) > 1,
+            BLOCKS.get(place.type.name) if len(shape) == 2 else None,
+        )  # fmt: skip
 
     def _kv_b(self, key: str, value: str) -> Source:
         """[H * (nope + v), kv_lora_rank] of the two tensors that llama.cpp multiplies with in turn."""

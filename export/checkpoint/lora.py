@@ -109,4 +109,4 @@ def _merged(folder: Path, name: str, base: Source, pair: _Pair, tensors: Mapping
         return base.decode(*values[:count]).float() + pair.scaling * (b.float() @ a.float())
 
     parts = (*base.parts, Part(PREFIX + pair.a), Part(PREFIX + pair.b))
-    return replace(base, parts=parts, decode=decode, rows=None, storage=f"{base.storage}, with a LoRA adapter")
+    return replace(base, parts=parts, decode=decode, rows=None, blocks=None, storage=f"{base.storage}, with a LoRA adapter")

@@ -22,7 +22,7 @@ from latentrt.export.checkpoint.folder import CONFIG
 from latentrt.export.checkpoint.safetensors_files import SafetensorsFiles
 from latentrt.export.errors import CheckpointError
 from latentrt.export.models import registry
-from latentrt.export.models.base import Config
+from latentrt.export.models.base import Config, Weight
 
 _SHOWN = 20  # findings in a message
 _NO_GROUPS = (
@@ -174,6 +174,15 @@ class Checkpoint:
         """Names and shapes of the tensors that the model of this config.json needs."""
         return registry.of(self.config).checkpoint_tensors(self.config)
 
+    def weights(self) -> list[Weight]:
+        """The family's list of the graph's weights, with what this checkpoint stores of each."""
+        return [replace(weight, stored=self._stored_blocks(weight)) for weight in registry.of(self.config).weights(self.config)]
+
+    def _stored_blocks(self, weight: Weight) -> tuple[int, int] | None:
+        found = {self.tensors[name].blocks for group in weight.sources for name in group if name in self.tensors}
+        kinds = {blocks and (blocks.size, blocks.bits) for blocks in found}
+        return kinds.pop() if len(kinds) == 1 else None
+
     def check(self) -> None:
         """Compares names, shapes and types with what the model needs. CheckpointError with all findings, the cause first."""
         lines = check.findings(self)
@@ -219,6 +228,14 @@ class Checkpoint:
         found = source.rows(*self._parts(source.parts))
         for tensor in (found.scale, found.values):
             finite_or_refuse(tensor, self.file(source), name)
+        return found
+
+    def read_blocks(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+        """The tensor `name` as its `Source.blocks` gives it, which must be there: values and scales, or None."""
+        source = self.tensors[name]
+        found = source.blocks.read(*self._parts(source.parts))
+        if found is not None:
+            finite_or_refuse(found[1], self.file(source), name)
         return found
 
     def _parts(self, parts: Iterable[Part]) -> list[torch.Tensor]:

@@ -20,6 +20,7 @@ class Weight:
     `sources` groups checkpoint names: each group makes one slab along axis 0 through `make`, so that stacked experts
     are read expert by expert. `role` says what quantization may do with it:
     embedding, norm, bias, router, linear and head [out, in], absorbed [heads, in, out], gate_up and down [experts, out, in].
+    `stored`: (inputs that share a scale, bits) where a checkpoint has all of it as such integers.
     """
 
     name: str
@@ -27,6 +28,7 @@ class Weight:
     role: str
     sources: tuple[tuple[str, ...], ...]
     make: Callable[..., Tensor] | None = None
+    stored: tuple[int, int] | None = None
 
     def slabs(self, read: Read) -> Iterator[Tensor]:
         """The tensor's slabs along axis 0, in order, in the checkpoint's dtype; `read` gives a checkpoint tensor."""

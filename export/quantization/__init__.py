@@ -6,11 +6,12 @@ from latentrt.export.quantization.base import StoredTensor, WeightFormat
 from latentrt.export.quantization.bf16 import BFloat16
 from latentrt.export.quantization.float32 import Float32
 from latentrt.export.quantization.fp8 import Fp8
+from latentrt.export.quantization.int4 import Int4
 from latentrt.export.quantization.int8 import Int8
 
-__all__ = ["BFloat16", "Float32", "Fp8", "Int8", "StoredTensor", "WeightFormat", "restore"]
+__all__ = ["BFloat16", "Float32", "Fp8", "Int4", "Int8", "StoredTensor", "WeightFormat", "restore"]
 
-FORMATS: dict[str, type[WeightFormat]] = {f.name: f for f in (Float32, BFloat16, Fp8, Int8)}
+FORMATS: dict[str, type[WeightFormat]] = {f.name: f for f in (Float32, BFloat16, Fp8, Int8, Int4)}
 
 
 def restore(description: Mapping) -> WeightFormat:

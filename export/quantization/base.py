@@ -25,7 +25,8 @@ class WeightFormat(ABC):
     """A way to store weights. `key` identifies all that the stored bytes depend on beside checkpoint and gate_up_layout.
 
     Weights of the roles in `blocks` are stored as `quantized` elements with scales of type `scale`, named `<weight>.scale`:
-    weight = (stored - zero_point) * scale. All others are `plain`. Types are torch's, without the prefix.
+    weight = (stored - zero_point) * scale. All others are `plain`. Types are torch's, without the prefix. Elements of
+    fewer bits than 8 (`bits`) are packed along the inputs, lowest bits first; zero_point is that of an element of 8 bits.
     """
 
     name: str
@@ -36,15 +37,22 @@ class WeightFormat(ABC):
     zero_point: int = 0
     row_values: torch.dtype | None = None  # what a checkpoint's own quantized values must be to be taken over
     blocks: Mapping[str, int] = MappingProxyType({})  # role -> inputs that share a scale, at most; 0: all of a channel
+    bits: Mapping[str, int] = MappingProxyType({})  # end of a module's name, or else role -> bits of an element; else 8
 
     def is_quantized(self, weight: Weight) -> bool:
         """Whether `weight` is stored quantized."""
         return weight.role in self.blocks
 
+    def bits_of(self, weight: Weight) -> int:
+        """Bits of one element of a quantized weight."""
+        module = weight.name.removesuffix(".weight")
+        named = (bits for key, bits in self.bits.items() if module.endswith(f".{key}"))
+        return next(named, self.bits.get(weight.role, 8))
+
     def description(self) -> dict:
         """What a bundle's manifest says of the format (runtime/bundle/manifest.py, WeightFormat)."""
         names = ("name", "plain", "quantized", "scale", "zero_point")
-        return {name: getattr(self, name) for name in names} | {"blocks": dict(self.blocks)}
+        return {name: getattr(self, name) for name in names} | {"blocks": dict(self.blocks), "bits": dict(self.bits)}
 
     @classmethod
     def restored(cls, description: Mapping) -> "WeightFormat":
@@ -67,9 +75,26 @@ class WeightFormat(ABC):
         """One slab that a checkpoint has in `row_values` with a float32 scale per row -> as `encode`, with nothing rounded."""
         raise NotImplementedError
 
+    def takes_blocks(self, weight: Weight, size: int, bits: int) -> bool:
+        """Whether `take_blocks` can store this weight from integers of `bits` bits that share a scale per `size` inputs."""
+        return False
+
+    def take_blocks(self, weight: Weight, values: torch.Tensor, scale: torch.Tensor, size: int) -> list[torch.Tensor]:
+        """One slab that a checkpoint has as int8 [..., out, in] with float32 scales [..., out, blocks] -> as `encode`, with
+        nothing rounded."""
+        raise NotImplementedError
+
     @abstractmethod
     def decode(self, weight: Weight, stored: list[torch.Tensor]) -> torch.Tensor:
         """The weight that the stored tensors stand for, float32, in `weight.shape`."""
+
+
+def spread_scale(scale: torch.Tensor, size: int, block: int, inputs: int) -> torch.Tensor:
+    """Scales [..., ceil(inputs / size)] of runs of `size` inputs -> the same for blocks of `block`, which divides `size`."""
+    blocks = -(-inputs // block)
+    if size >= inputs:
+        return scale.expand(*scale.shape[:-1], blocks).contiguous()
+    return scale.repeat_interleave(size // block, -1)[..., :blocks].contiguous()
 
 
 def chunks(rows: torch.Tensor) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:

@@ -12,10 +12,11 @@ import torch
 import torch.nn.functional as F
 
 from latentrt.export.models.base import Weight
-from latentrt.export.quantization.base import StoredTensor, WeightFormat, chunks
+from latentrt.export.quantization.base import StoredTensor, WeightFormat, chunks, spread_scale
 from latentrt.export.quantization.float32 import Float32
 
 ZERO_POINT, LARGEST = 128, 127
+EXPERTS = ("gate_up", "down")
 _PLAIN = Float32()
 
 
@@ -32,29 +33,25 @@ class Int8(WeightFormat):
     def __init__(self, block_size: int = 128, expert_block_size: int = 0):
         self.block_size, self.expert_block_size = block_size, expert_block_size
         self.key = f"int8.b{block_size}.e{expert_block_size}"
-        products, experts = ("linear", "head", "absorbed"), ("gate_up", "down")
-        self.blocks = dict.fromkeys(products, block_size) | dict.fromkeys(experts, expert_block_size)
+        products = ("linear", "head", "absorbed")
+        self.blocks = dict.fromkeys(products, block_size) | dict.fromkeys(EXPERTS, expert_block_size)
 
     @classmethod
     def restored(cls, description: Mapping) -> "Int8":
         return cls(description["blocks"]["linear"], description["blocks"]["gate_up"])
 
-    def linear_block(self, inputs: int) -> int:
-        """Block size for a product with this many inputs: a power of two from 16 to block_size."""
-        return min(self.block_size, max(16, 1 << (inputs - 1).bit_length()))
-
     def stored(self, weight: Weight) -> list[StoredTensor]:
         if not self.is_quantized(weight):
             return _PLAIN.stored(weight)
-        if weight.role in ("gate_up", "down"):
+        if weight.role in EXPERTS:
             experts, outputs, inputs = weight.shape
             blocks = (inputs // self.expert_block_size,) if self.expert_block_size else ()
             return [
                 StoredTensor("", weight.shape, torch.uint8),
                 StoredTensor(".scale", (experts, outputs, *blocks), torch.float32),
             ]
-        *heads, outputs, inputs = _outputs_first(weight).shape
-        block = self.linear_block(inputs)
+        *heads, outputs, inputs = outputs_first(weight).shape
+        block = linear_block(inputs, self.block_size)
         blocks = -(-inputs // block)
         return [
             StoredTensor("", (*heads, outputs, blocks, block), torch.uint8),
@@ -67,38 +64,53 @@ class Int8(WeightFormat):
         if weight.role == "absorbed":
             slab = slab.transpose(-1, -2)  # [heads, out, in]
         inputs = slab.shape[-1]
-        if weight.role in ("gate_up", "down"):
+        if weight.role in EXPERTS:
             quantized, scale = _quantize(slab, self.expert_block_size or inputs)
             return [quantized.flatten(-2), scale if self.expert_block_size else scale[..., 0]]
-        return list(_quantize(slab, self.linear_block(inputs)))
+        return list(_quantize(slab, linear_block(inputs, self.block_size)))
 
     def takes_over(self, weight: Weight) -> bool:
         return weight.role in ("linear", "head", "gate_up", "down")  # absorbed products have scales along another axis
 
     def take_over(self, weight: Weight, values: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
         """Every block of a row gets the row's scale."""
-        stored = values.to(torch.int16).add_(ZERO_POINT).to(torch.uint8)
-        if weight.role in ("gate_up", "down"):
-            blocks = values.shape[-1] // self.expert_block_size if self.expert_block_size else 0
-            return [stored, scale[..., None].repeat(1, 1, blocks) if blocks else scale]
-        block = self.linear_block(values.shape[-1])
-        stored = F.pad(stored, (0, -values.shape[-1] % block), value=ZERO_POINT).unflatten(-1, (-1, block))
-        return [stored, scale[..., None].repeat(1, stored.shape[-2])]
+        return self.take_blocks(weight, values, scale[..., None], values.shape[-1])
+
+    def takes_blocks(self, weight: Weight, size: int, bits: int) -> bool:
+        inputs = weight.shape[-1]
+        return self.takes_over(weight) and bits <= 8 and (size >= inputs or size % self._block(weight, inputs) == 0)
+
+    def take_blocks(self, weight: Weight, values: torch.Tensor, scale: torch.Tensor, size: int) -> list[torch.Tensor]:
+        inputs = values.shape[-1]
+        block = self._block(weight, inputs)
+        stored, scale = values.to(torch.int16).add_(ZERO_POINT).to(torch.uint8), spread_scale(scale, size, block, inputs)
+        if weight.role in EXPERTS:
+            return [stored, scale if self.expert_block_size else scale[..., 0]]
+        return [F.pad(stored, (0, -inputs % block), value=ZERO_POINT).unflatten(-1, (-1, block)), scale]
+
+    def _block(self, weight: Weight, inputs: int) -> int:
+        """Inputs that share a scale."""
+        return self.expert_block_size or inputs if weight.role in EXPERTS else linear_block(inputs, self.block_size)
 
     def decode(self, weight: Weight, stored: list[torch.Tensor]) -> torch.Tensor:
         if not self.is_quantized(weight):
             return _PLAIN.decode(weight, stored)
         quantized, scale = stored
-        if weight.role in ("gate_up", "down"):
+        if weight.role in EXPERTS:
             quantized = quantized.unflatten(-1, (scale.shape[-1], -1) if self.expert_block_size else (1, -1))
             scale = scale if self.expert_block_size else scale[..., None]
             return ((quantized.float() - ZERO_POINT) * scale[..., None]).flatten(-2)
-        inputs = _outputs_first(weight).shape[-1]
+        inputs = outputs_first(weight).shape[-1]
         values = ((quantized.float() - ZERO_POINT) * scale[..., None]).flatten(-2)[..., :inputs]
         return values.transpose(-1, -2) if weight.role == "absorbed" else values
 
 
-def _outputs_first(weight: Weight) -> torch.Tensor:
+def linear_block(inputs: int, most: int) -> int:
+    """Inputs that share a scale in a product with this many: a power of two from 16 to `most`."""
+    return min(most, max(16, 1 << (inputs - 1).bit_length()))
+
+
+def outputs_first(weight: Weight) -> torch.Tensor:
     """A tensor without memory that has the weight's shape with outputs before inputs."""
     empty = torch.empty(weight.shape, device="meta")
     return empty.transpose(-1, -2) if weight.role == "absorbed" else empty

@@ -7,6 +7,8 @@ outside that range (-1 in padding rows) adds nothing. Only chosen experts are co
 float8_e4m3fn and uint8 weights come with float32 scales: real weight = weight * scale, or (weight - 128) * scale. A scale
 [E, outputs] is one per output channel. A scale [E, outputs, blocks] is one per output channel and block of inputs: block b
 holds the inputs b * n .. (b + 1) * n, n = inputs / blocks.
+
+`packed` 2: uint8 weights hold two elements of 4 bits in a byte, the even input in the low half: weight = (element - 8) * scale.
 """
 
 import torch
@@ -30,10 +32,13 @@ WEIGHTS = (*ACTIVATIONS, FLOAT8, UINT8)
 def check_blocks(tensors: dict, attributes: dict) -> str | None:
     """What the contract's dimensions cannot say: blocks of inputs that share a scale are equal."""
     for name in ("gate_up", "down"):
-        scale, inputs = tensors[f"{name}_scale"], tensors[f"{name}_proj"].shape[-1]
+        scale, inputs = tensors[f"{name}_scale"], tensors[f"{name}_proj"].shape[-1] * attributes["packed"]
         if scale is not None and scale.dim() == 3 and (scale.shape[2] == 0 or inputs % scale.shape[2]):
             found = f"{name}_scale has shape {tuple(scale.shape)}, blocks of inputs on axis 2"
             return f"{found}; {name}_proj has {inputs} inputs, which must be a multiple of the number of blocks"
+    packed, dtypes = attributes["packed"], {tensors[f"{name}_proj"].dtype for name in ("gate_up", "down")}
+    if packed > 1 and dtypes != {UINT8}:
+        return f"packed is {packed}, which is for uint8 weights, found {', '.join(map(str, dtypes))}"
     return None
 
 
@@ -44,8 +49,8 @@ CONTRACT = OpContract(
         TensorSpec("x", ("T", "hidden_size"), ACTIVATIONS),
         TensorSpec("topk_ids", ("T", "top_k"), (INT32,)),
         TensorSpec("topk_weights", ("T", "top_k"), (FLOAT32,)),
-        TensorSpec("gate_up_proj", ("E", "2 * moe_intermediate_size", "hidden_size"), WEIGHTS),
-        TensorSpec("down_proj", ("E", "hidden_size", "moe_intermediate_size"), WEIGHTS),
+        TensorSpec("gate_up_proj", ("E", "2 * moe_intermediate_size", "hidden_size"), WEIGHTS, packed="packed"),
+        TensorSpec("down_proj", ("E", "hidden_size", "moe_intermediate_size"), WEIGHTS, packed="packed"),
         TensorSpec("gate_up_scale", ("E", "2 * moe_intermediate_size", "gate_up_blocks?"), (FLOAT32,), optional=True),
         TensorSpec("down_scale", ("E", "hidden_size", "down_blocks?"), (FLOAT32,), optional=True),
     ),
@@ -53,6 +58,7 @@ CONTRACT = OpContract(
     attributes=(
         AttributeSpec("first_expert", int),
         AttributeSpec("gate_up_layout", str, choices=("concatenated", "interleaved")),
+        AttributeSpec("packed", int, choices=(1, 2), default=1),  # elements of a weight to one of the tensor's
     ),
     check=check_blocks,
 )

@@ -40,14 +40,15 @@ def _chosen_experts(f: FunctionBuilder, call: OpCall, ids: str) -> str:
     assert weight_type in (_FLOAT, _UINT8), call
     if weight_type == _FLOAT:
         return _keep_alive(f, _moe(f, column, weights, experts, kernel))
-    quantized = {"expert_weight_bits": 8} | _block_size(call)
+    quantized = {"expert_weight_bits": 8 // call.attributes["packed"]} | _block_size(call)
     return _keep_alive(f, _qmoe(f, column, weights, experts, kernel | quantized))
 
 
 def _block_size(call: OpCall) -> dict[str, int]:
     """QMoE's attribute for scales per block of inputs, the same for both weights; none for scales per output channel."""
     pairs = [(call.shapes[f"{name}_proj"], call.shapes[f"{name}_scale"]) for name in ("gate_up", "down")]
-    sizes = {weight[2] // scale[2] if len(scale) == 3 else 0 for weight, scale in pairs}
+    packed = call.attributes["packed"]
+    sizes = {weight[2] * packed // scale[2] if len(scale) == 3 else 0 for weight, scale in pairs}
     assert len(sizes) == 1, call
     return {"block_size": size} if (size := sizes.pop()) else {}
 

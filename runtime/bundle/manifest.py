@@ -70,7 +70,9 @@ class WeightTensor(_Record):
 class WeightFormat(_Record):
     """How weights are stored: those whose role is in `blocks` as `quantized` elements, all others as `plain` ones.
 
-    weight = (stored - zero_point) * scale. Scales have the type `scale`, and are tensors named `<weight>.scale`.
+    weight = (stored - zero_point) * scale. Scales have the type `scale`, and are tensors named `<weight>.scale`. Elements of
+    fewer bits than 8 are packed along the inputs, the first in the lowest bits, and their zero point is `zero_point` shifted
+    right by the bits that they lack (128 of 8 bits: 8 of 4 bits).
     """
 
     name: str
@@ -79,6 +81,7 @@ class WeightFormat(_Record):
     scale: str | None = None
     zero_point: int = 0
     blocks: dict[str, int] = {}  # role -> inputs that share a scale, at most; 0: all inputs of an output channel
+    bits: dict[str, int] = {}  # end of a module's name, which goes before, or role -> bits of an element; else 8
 
 
 class WeightSet(_Record):

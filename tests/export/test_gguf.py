@@ -17,6 +17,7 @@ from latentrt.export.checkpoint.gguf_files import GgufFiles
 from latentrt.export.errors import CheckpointError
 from latentrt.export.models.deepseek_v2 import config as deepseek_v2
 from latentrt.export.models.deepseek_v2 import weights as deepseek_v2_weights
+from tests.export.test_quantized import from_blocks
 from tests.gguf_writing import BOS, EOS, EXPERTS, NAMES, metadata, vocabulary, write
 
 ROOT = Path(__file__).parents[2]
@@ -74,6 +75,9 @@ def decoded(files: GgufFiles) -> dict[str, torch.Tensor]:
     assert explained == set(files.tensors)
     result = {name: source.decode(*map(files.read, source.parts)) for name, source in found.items()}
     assert all(tuple(result[name].shape) == source.shape for name, source in found.items())
+    for name, source in found.items():
+        if source.blocks is not None:
+            assert from_blocks(source.blocks, *source.blocks.read(*map(files.read, source.parts))).equal(result[name]), name
     return result
 
 
@@ -100,6 +104,8 @@ def test_every_weight_of_a_model(tmp_path, kind, whole_kv):
     assert {name: tuple(weight.shape) for name, weight in found.items()} == expected
     for name, weight in weights.items():
         assert torch.equal(found[name].float(), weight), name
+        if kind in ("Q4_0", "Q8_0") and weight.ndim == 2 and not name.endswith(("mlp.gate.weight", "kv_b_proj.weight")):
+            assert (blocks := files.sources()[0][name].blocks) and (blocks.size, blocks.bits) == (32, int(kind[1]))
         if kind in gguf_files.PLAIN and found[name].ndim == 2 and not name.endswith("mlp.gate.weight"):
             assert found[name].dtype == gguf_files.PLAIN[kind]
 

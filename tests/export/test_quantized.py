@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from latentrt.export.checkpoint import quantized
-from latentrt.export.checkpoint.base import Part, Source, StoredTensor
+from latentrt.export.checkpoint.base import Blocks, Part, Source, StoredTensor
 from latentrt.export.errors import CheckpointError
 
 FILES = Path(__file__).parents[1] / "quantized"
@@ -50,12 +50,22 @@ class Weights:
             rows = source.rows(*map(self.part, source.parts))
             assert rows.values.dtype in (torch.int8, torch.float8_e4m3fn) and rows.scale.dtype == torch.float32
             torch.testing.assert_close(rows.values.float() * rows.scale[:, None], weight, rtol=2e-7, atol=0)
+        if source.blocks is not None and (found := source.blocks.read(*map(self.part, source.parts))):
+            assert from_blocks(source.blocks, *found).equal(weight)
         return weight
 
     def part(self, part: Part) -> Tensor:
         tensor = self.tensors[part.name]
         tensor = tensor if part.index is None else tensor[part.index]
         return tensor if part.rows is None else tensor[part.rows[0] : part.rows[1]]
+
+
+def from_blocks(blocks: Blocks, values: Tensor, scale: Tensor) -> Tensor:
+    """The weight of integers and scales, whose types and ranges must be what `blocks` says."""
+    least, cols = -(1 << (blocks.bits - 1)), values.shape[1]
+    assert values.dtype == torch.int8 and least <= values.int().min() and values.int().max() < -least
+    assert scale.dtype == torch.float32 and scale.shape == (len(values), -(-cols // blocks.size))
+    return values.float() * scale.repeat_interleave(blocks.size, 1)[:, :cols]
 
 
 def bits_of(weight: Tensor) -> str:
@@ -199,7 +209,9 @@ def test_compressed_tensors_packed(seed, bits, zeros, order):
     if order == "order":
         tensors[f"{M}.weight_g_idx"] = torch.from_numpy(which).to(torch.int32)
     config = compressed(type="int", num_bits=bits, group_size=None if order == "channel" else group)
-    equal(Weights(tensors, config).decode(), (stored - (zero[:, which] if zeros == "asym" else half)) * wide(scale)[:, which])
+    weights = Weights(tensors, config)
+    equal(weights.decode(), (stored - (zero[:, which] if zeros == "asym" else half)) * wide(scale)[:, which])
+    assert (weights.sources[f"{M}.weight"].blocks is not None) == (zeros == "sym" and order != "order")
 
 
 def test_compressed_tensors_packs_of_two_widths():
@@ -336,7 +348,10 @@ def test_gptq_asymmetric(seed, bits, version, order):
 def test_gptq_symmetric_zero_points_say_their_version_themselves(bits, stored, said):
     tensors, expected = gptq(np.random.default_rng(0), bits, np.full((3, 32), 1 << (bits - 1)), stored, False)
     config = {"quant_method": "gptq", "bits": bits, "group_size": 32, "sym": True}
-    equal(Weights(tensors, config | ({"checkpoint_format": said} if said else {})).decode(), expected)
+    weights = Weights(tensors, config | ({"checkpoint_format": said} if said else {}))
+    equal(weights.decode(), expected)
+    source = weights.sources[f"{M}.weight"]
+    assert source.blocks.read(*map(weights.part, source.parts)) is not None
 
 
 # bitsandbytes

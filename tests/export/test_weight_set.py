@@ -20,7 +20,8 @@ from latentrt.export.lowering.onnxruntime.lowering import stored_weights
 from latentrt.export.models import registry
 from latentrt.export.models.base import Weight
 from latentrt.export.models.deepseek_v2.weights import checkpoint_tensors, weights
-from latentrt.export.quantization import BFloat16, Float32, Fp8, Int8
+from latentrt.export.quantization import BFloat16, Float32, Fp8, Int4, Int8
+from latentrt.export.quantization.int8 import linear_block
 from tests import checkpoints
 
 
@@ -88,7 +89,7 @@ def test_float32_is_exact(tmp_path, opened, small_checkpoint):
 
 def test_places_are_aligned_and_true(tmp_path, opened):
     """Reading raw bytes at offset and size, as ONNX Runtime maps them, gives the tensor that safetensors reads."""
-    for weight_format in (Float32(), Int8(), Int8(expert_block_size=16)):
+    for weight_format in (Float32(), Int8(), Int8(expert_block_size=16), Int4(16)):
         located, tensors = written(tmp_path, opened, weight_format)
         for name, where in located.items():
             assert where.offset % 64 == 0, name
@@ -215,7 +216,7 @@ def test_encoding_is_the_definition_to_the_bit(dtype, size):
         values[..., 1, :] = 0
         outputs_first = values.transpose(-1, -2) if role == "absorbed" else values
         experts = len(shape) == 3 and role != "absorbed"
-        block = shape[-1] if experts else Int8().linear_block(outputs_first.shape[-1])
+        block = shape[-1] if experts else linear_block(outputs_first.shape[-1], 128)
         assert same_bytes(Int8().encode(weight, values), plain_int8(outputs_first, block)), role
         if role != "absorbed":
             assert same_bytes(Fp8().encode(weight, values), plain_fp8(values)), role
@@ -244,7 +245,7 @@ def test_finished_shards_are_not_written_again(tmp_path, opened):
 def test_planned_bytes_are_true(tmp_path, opened):
     """The size of every file, and what progress adds up to."""
     everything = stored_weights(weights(opened.config))
-    for weight_format in (Float32(), BFloat16(), Fp8(), Int8(block_size=16)):
+    for weight_format in (Float32(), BFloat16(), Fp8(), Int8(block_size=16), Int4(16)):
         folder, told = tmp_path / weight_format.key, {}
         folder.mkdir()
         weight_set.write(

@@ -55,7 +55,7 @@ def experts_inputs(dtype=torch.float32) -> dict:
         "x": torch.randn(3, 8, generator=g).to(dtype), "topk_ids": torch.tensor([[0, 3], [2, 1], [-1, -1]], dtype=torch.int32),
         "topk_weights": torch.rand(3, 2, generator=g), "gate_up_proj": torch.randn(4, 10, 8, generator=g).to(dtype),
         "down_proj": torch.randn(4, 8, 5, generator=g).to(dtype), "gate_up_scale": None, "down_scale": None,
-        "first_expert": 0, "gate_up_layout": "concatenated",
+        "first_expert": 0, "gate_up_layout": "concatenated", "packed": 1,
     }  # fmt: skip
 
 
@@ -104,6 +104,10 @@ def refuses(name: str, changes: dict, *words: str) -> None:
     ("moe_experts", {"gate_up_scale": torch.zeros(4, 10, 3)}, ["gate_up_scale", "(4, 10, 3)", "8 inputs", "multiple"]),
     ("moe_experts", {"down_scale": torch.zeros(4, 8, 2)}, ["down_scale", "(4, 8, 2)", "5 inputs", "multiple"]),
     ("moe_experts", {"down_scale": torch.zeros(4, 8, 0)}, ["down_scale", "(4, 8, 0)", "5 inputs", "multiple"]),
+    ("moe_experts", {"packed": 3}, ["packed", "3", "1, 2"]),
+    ("moe_experts", {"packed": 2}, ["gate_up_proj", "(4, 10, 8)", "axis 2", "hidden_size", "8"]),
+    ("moe_experts", {"packed": 2, "gate_up_proj": torch.zeros(4, 12, 4), "down_proj": torch.zeros(4, 8, 3)},
+     ["packed", "uint8", "float32"]),
 ])  # fmt: skip
 def test_refused_by_name(name, changes, words):
     refuses(name, changes, *words)
@@ -233,4 +237,4 @@ def test_onnx_schema(contract):
     optional = onnx.defs.OpSchema.FormalParameterOption.Optional
     assert [i.option == optional for i in schema.inputs] == [s.optional for s in contract.inputs]
     assert set(schema.attributes) == {a.name for a in contract.attributes}
-    assert all(a.required for a in schema.attributes.values())
+    assert {n for n, a in schema.attributes.items() if a.required} == {a.name for a in contract.attributes if a.default is None}

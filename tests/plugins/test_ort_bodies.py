@@ -218,7 +218,25 @@ def test_moe_experts_between_other_nodes(block):
     torch.testing.assert_close(found, expected, rtol=2e-2 if block else 1e-5, atol=0.3 if block else 1e-4)
 
 
-@pytest.mark.parametrize("quantized", [False, True])
+@SETTINGS
+@given(st.integers(1, 9), st.sampled_from([0, 16, 32]), st.integers(0, 99))
+def test_moe_experts_of_four_bits(tokens, block, seed):
+    """Random bytes, each two elements, and scales of both signs: float32 sums, in blocks too."""
+    g = torch.Generator().manual_seed(seed)
+    tensors, scales = experts_inputs(g, tokens, 5, 2, hidden=64, inner=32), []
+    for k in (3, 4):
+        inputs = tensors[k].shape[2]
+        blocks = (inputs // block,) if block else ()
+        octets = (5, 64, inputs // 2)
+        tensors[k] = torch.randint(0, 256, octets, generator=g).to(torch.uint8)
+        scales.append(torch.randn(*octets[:2], *blocks, generator=g) / 20)
+    expected = experts_op.moe_experts(*tensors, *scales, 0, "interleaved", 2)
+    attributes = {"first_expert": 0, "gate_up_layout": "interleaved", "packed": 2}
+    (found,) = run(experts_op.CONTRACT, [*tensors, *scales], attributes)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-4 * max(1.0, float(expected.abs().max())))
+
+
+@pytest.mark.parametrize("quantized", [0, 1, 2], ids=["float", "8 bits", "4 bits"])
 def test_moe_experts_computes_chosen_experts_only(quantized):
     """Experts that no row chose are full of NaN; a padding row chooses none."""
     g = torch.Generator().manual_seed(7)
@@ -231,12 +249,13 @@ def test_moe_experts_computes_chosen_experts_only(quantized):
         for k in (3, 4):
             scales[k - 3] = torch.rand(tensors[k].shape[:2], generator=g) / 200
             scales[k - 3][poisoned] = float("nan")
-            tensors[k] = torch.randint(1, 256, tensors[k].shape, generator=g).to(torch.uint8)
+            octets = (*tensors[k].shape[:2], tensors[k].shape[2] // quantized)
+            tensors[k] = torch.randint(1, 256, octets, generator=g).to(torch.uint8)
     else:
         tensors[3][poisoned], tensors[4][poisoned] = float("nan"), float("nan")
-    attributes = {"first_expert": 0, "gate_up_layout": "interleaved"}
+    attributes = {"first_expert": 0, "gate_up_layout": "interleaved", "packed": max(1, quantized)}
     (found,) = run(experts_op.CONTRACT, [*tensors, *scales], attributes)
-    expected = experts_op.moe_experts(*tensors, *scales, 0, "interleaved")
+    expected = experts_op.moe_experts(*tensors, *scales, *attributes.values())
     torch.testing.assert_close(found[:2], expected[:2], rtol=1e-5, atol=1e-4)
 
 

@@ -99,6 +99,17 @@ INT8_FAST = replace(
     routed_logits=Tolerance(None, "as exact logits"),
     greedy=Tolerance(None, "greedy text parts at the first near tie; reported only"),
 )
+_INT4 = {
+    "weights": Tolerance(
+        0.5, "the scale that is best for a block may clip its largest elements, code -10 to -8 or 10 to 7: 20 or 30 %, more "
+        "where one outlier stands among many small ones; measured 0.2"
+    ),
+    "kl_mean": Tolerance(0.05, "4-bit weights: measured 6e-3 nats on the example; the project's promise"),
+    "top1": Tolerance(0.9, "the project's promise; near ties of the best two tokens fall the other way; measured 0.94", ">="),
+    "perplexity": Tolerance(0.05, "mean KL of 0.05 nats bounds the change of log-perplexity to about 5 %; measured 0.24 %"),
+}  # fmt: skip
+INT4_EXACT = replace(INT8_EXACT, name="int4, exact", **_INT4)
+INT4_FAST = replace(INT8_FAST, name="int4, fast", **_INT4)
 _ROUNDED = {
     "exact_logits": Tolerance(None, "a routing flip moves single logits by units; the distribution is judged"),
     "routed_logits": Tolerance(None, "as exact logits"),
@@ -144,8 +155,9 @@ _FLOAT16_CACHE = {
 
 def find(precision: str, accuracy: str, cache_format: str) -> Tolerances:
     """The row for a target's precision, accuracy and cache format. Raises KeyError that lists the choices."""
-    rows = {"fp32": FP32, "int8 exact": INT8_EXACT, "int8 fast": INT8_FAST, "bf16": BF16, "fp8": FP8}
-    key = f"{precision} {accuracy}" if precision == "int8" else precision
+    rows = {"fp32": FP32, "int8 exact": INT8_EXACT, "int8 fast": INT8_FAST, "int4 exact": INT4_EXACT,
+            "int4 fast": INT4_FAST, "bf16": BF16, "fp8": FP8}  # fmt: skip
+    key = f"{precision} {accuracy}" if precision in ("int8", "int4") else precision
     if key not in rows:
         raise KeyError(f"no tolerances for precision {key!r}, known: {', '.join(rows)}")
     row, caches = rows[key], ("bfloat16",) if key in ("bf16", "fp8") else ("float32", "float16")

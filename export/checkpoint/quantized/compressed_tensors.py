@@ -10,7 +10,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from latentrt.export.checkpoint.base import Part, Source, StoredTensor
+from latentrt.export.checkpoint.base import Blocks, Part, Source, StoredTensor
 from latentrt.export.checkpoint.quantized import headers, scaled
 from latentrt.export.checkpoint.quantized.packing import unpack
 from latentrt.export.checkpoint.quantized.scaled import Area
@@ -137,7 +137,9 @@ def _words(tensors: Mapping[str, StoredTensor], module: str, schemes: list[tuple
     decode = partial(_decode_words, module, bits, shape, covered, given)
     asymmetric = ", zero points" if "weight_zero_point" in given else ""
     storage = f"compressed-tensors pack-quantized, {bits} bits, {scaled.words(covered, shape)}{asymmetric}"
-    return Source(shape, tuple(parts), decode, None, storage)
+    plain = covered.rows == 1 and set(given) <= {"weight_shape"}
+    blocks = Blocks(covered.cols, bits, partial(_read_blocks, module, bits, shape, given)) if plain else None
+    return Source(shape, tuple(parts), decode, None, storage, blocks=blocks)
 
 
 def _layout(
@@ -193,6 +195,14 @@ def _decode_words(
     if zero is not None:
         scaled.subtract(values, zero, covered)
     return scaled.multiply(values, scale, covered)
+
+
+def _read_blocks(
+    module: str, bits: int, shape: tuple[int, int], given: list[str], packed: Tensor, scale: Tensor, *more: Tensor
+) -> tuple[Tensor, Tensor]:
+    _check_shape(module, shape, dict(zip(given, more, strict=True)).get("weight_shape"))
+    scale = headers.finite(f"{module}.weight_scale", scale).reshape(shape[0], -1)
+    return unpack(packed, bits).sub(1 << (bits - 1)).view(torch.int8), scale
 
 
 def _check_shape(module: str, shape: tuple[int, int], stored: Tensor | None) -> None:

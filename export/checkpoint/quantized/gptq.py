@@ -12,7 +12,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from latentrt.export.checkpoint.base import Part, Source, StoredTensor
+from latentrt.export.checkpoint.base import Blocks, Part, Source, StoredTensor
 from latentrt.export.checkpoint.quantized import awq, headers, scaled
 from latentrt.export.checkpoint.quantized.packing import unpack
 from latentrt.export.checkpoint.quantized.scaled import Area
@@ -60,7 +60,8 @@ def _source(tensors: Mapping[str, StoredTensor], module: str, config: dict, vers
         headers.check(tensors, f"{module}.g_idx", ("I32",))
     decode = partial(_decode, module, bits, group, version, config.get("sym"))
     storage = f"GPTQ, {bits} bits, groups of {group}"
-    return Source((out, cols), tuple(Part(f"{module}.{suffix}") for suffix in suffixes), decode, None, storage)
+    blocks = Blocks(group, bits, partial(_read_blocks, module, bits, group, version, config.get("sym")))
+    return Source((out, cols), tuple(Part(f"{module}.{suffix}") for suffix in suffixes), decode, None, storage, blocks=blocks)
 
 
 def _bits(tensors: Mapping[str, StoredTensor], module: str, out: int, config: dict) -> int:
@@ -85,11 +86,26 @@ def _decode(
     zeros = _zeros(module, bits, version, sym, qzeros, scales.shape[0]).t().to(torch.float32)
     values = unpack(qweight.t(), bits).to(torch.float32)  # [out, in]
     covered = Area(1, group)
-    if g_idx is not None and not torch.equal(g_idx.long(), torch.arange(len(g_idx)) // group):
+    if not _in_order(group, g_idx):
         order = headers.indices(f"{module}.g_idx", g_idx, scales.shape[1])
         scales, zeros, covered = scales[:, order], zeros[:, order], Area(1, 1)
     scaled.subtract(values, zeros, covered)
     return scaled.multiply(values, scales, covered)
+
+
+def _in_order(group: int, g_idx: Tensor | None) -> bool:
+    return g_idx is None or torch.equal(g_idx.long(), torch.arange(len(g_idx)) // group)
+
+
+def _read_blocks(
+    module: str, bits: int, group: int, version: int | None, sym: bool | None,
+    qweight: Tensor, qzeros: Tensor, scales: Tensor, g_idx: Tensor | None = None,
+) -> tuple[Tensor, Tensor] | None:  # fmt: skip
+    """Symmetric weights with groups in order: all zero points are the middle one."""
+    scales, middle = headers.finite(f"{module}.scales", scales).t(), 1 << (bits - 1)
+    if not _in_order(group, g_idx) or (_zeros(module, bits, version, sym, qzeros, scales.shape[0]) != middle).any():
+        return None
+    return unpack(qweight.t(), bits).sub(middle).view(torch.int8), scales.contiguous()
 
 
 def _zeros(module: str, bits: int, version: int | None, sym: bool | None, words: Tensor, out: int) -> Tensor:

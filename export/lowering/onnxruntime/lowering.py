@@ -1,7 +1,7 @@
 """CPU lowering: the step graph for ONNX Runtime, with function bodies for the custom ops and weights as external data.
 
-fp32 keeps the graph's own products. int8 turns linears into MatMulNBits, absorbed products into one MatMulNBits a head,
-and experts into QMoE. At accuracy "exact" all sums are float32; "fast" lets products quantize activations to int8.
+fp32 keeps the graph's own products. int8 and int4 turn linears into MatMulNBits, absorbed products into one MatMulNBits a
+head, and experts into QMoE. At accuracy "exact" all sums are float32; "fast" lets products quantize activations to int8.
 """
 
 from collections.abc import Mapping
@@ -17,15 +17,15 @@ from latentrt.export.errors import BuildError
 from latentrt.export.lowering.base import Lowered, LoweredEngine, Lowering, Stage
 from latentrt.export.models.base import Config, Weight
 from latentrt.export.options import AUTO, TargetSpec
-from latentrt.export.quantization import Float32, Int8, WeightFormat
+from latentrt.export.quantization import Float32, Int4, Int8, WeightFormat
 from latentrt.export.weight_set import StoredWeight
 from latentrt.plugins.moe_experts.op import CONTRACT as MOE_EXPERTS
 from latentrt.plugins.onnx_function import MICROSOFT, bodies
 
-PRECISIONS = ("fp32", "int8")
+PRECISIONS = ("fp32", "int8", "int4")
 ACCURACIES = ("exact", "fast")
 CACHE_FORMATS = ("float32", "float16")
-_ACCURACY_LEVEL = {"exact": 0, "fast": 4}  # of MatMulNBits: 0 float32 activations, 4 int8
+_ACCURACY_LEVEL = {"exact": 0, "fast": 4}  # of MatMulNBits and 4-bit QMoE: 0 float32 activations, 4 int8
 _DTYPES = {torch.float32: ir.DataType.FLOAT, torch.uint8: ir.DataType.UINT8}
 
 
@@ -54,7 +54,7 @@ class OnnxruntimeLowering(Lowering):
 
     def __init__(self, spec: TargetSpec):
         super().__init__(replace(spec, weights=""))
-        accuracy = spec.accuracy if spec.precision == "int8" else "exact"
+        accuracy = spec.accuracy if spec.precision in ("int8", "int4") else "exact"
         self.choices = CpuOptions(spec.precision, accuracy, self.cache_format)
         self.choices.check()
 
@@ -90,11 +90,22 @@ class OnnxruntimeLowering(Lowering):
 
 
 def weight_format(weights: list[Weight], options: CpuOptions) -> WeightFormat:
-    """The weight format of a precision. Block-wise experts have int8 activations only, so "exact" has none."""
+    """The weight format of a precision. Block-wise 8-bit experts have int8 activations only, so "exact" has none.
+
+    int4's blocks fit those of a checkpoint's own integers, so that these can be kept. Raises BuildError where experts have
+    sizes that int4 does not take.
+    """
     if options.precision == "fp32":
         return Float32()
     inputs = {weight.shape[-1] for weight in weights if weight.role in ("gate_up", "down")}
     blocks = [b for b in (128, 64, 32, 16) if all(n % b == 0 for n in inputs)]
+    if options.precision == "int4":
+        kept = {w.stored[0] for w in weights if w.stored and w.stored[1] <= 4 and w.stored[0] < w.shape[-1]}
+        fitting = [b for b in blocks if b <= Int4().block_size and all(size % b == 0 for size in kept)]
+        fitting = fitting or [b for b in blocks if b <= Int4().block_size]
+        if not fitting:
+            raise BuildError(f"precision int4 takes experts whose inputs are multiples of 16, found {sorted(inputs)}; use int8")
+        return Int4(fitting[0])
     return Int8(expert_block_size=blocks[0] if options.accuracy == "fast" and blocks else 0)
 
 
@@ -107,7 +118,7 @@ def _interleaved(weight: Weight) -> Weight:
     def make(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
         return torch.stack([gate, up], 1).flatten(0, 1)[None]
 
-    return Weight(weight.name, weight.shape, weight.role, weight.sources, make)
+    return replace(weight, make=make)
 
 
 def lower(
@@ -126,6 +137,8 @@ def lower(
     graph.sort()
     proto = ir.to_proto(model)
     proto.functions.extend(bodies(proto))
+    for node in (n for function in proto.functions for n in function.node if n.op_type == "QMoE"):
+        node.attribute.append(onnx.helper.make_attribute("accuracy_level", _ACCURACY_LEVEL[options.accuracy]))
     return proto
 
 
@@ -164,11 +177,12 @@ class _CpuRewriter:
         assert gemm.op_type == "Gemm" and gemm.attributes.get_int("transB", 0) == 1, gemm
         bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
         inputs = [gemm.inputs[0], self._initializer(weight.name), self._initializer(weight.name + ".scale")]
-        self._swap(gemm, [self._mat_mul_nbits(inputs + ([None, None, bias] if bias else []), *weight.shape)])
+        self._swap(gemm, [self._mat_mul_nbits(weight, inputs + ([None, None, bias] if bias else []), *weight.shape)])
 
-    def _mat_mul_nbits(self, inputs: list, outputs: int, width: int) -> ir.Node:
+    def _mat_mul_nbits(self, weight: Weight, inputs: list, outputs: int, width: int) -> ir.Node:
+        bits, octets = self.format.bits_of(weight), self.located[weight.name].shape[-1]  # [..., out, blocks, bytes of a block]
         attributes = {
-            "K": width, "N": outputs, "bits": 8, "block_size": self.format.linear_block(width),
+            "K": width, "N": outputs, "bits": bits, "block_size": octets * 8 // bits,
             "accuracy_level": _ACCURACY_LEVEL[self.options.accuracy],
         }  # fmt: skip
         return ir.node("MatMulNBits", inputs, attributes, domain=MICROSOFT)
@@ -179,7 +193,7 @@ class _CpuRewriter:
         split = ir.node("Split", [matmul.inputs[0]], {"axis": 0, "num_outputs": heads}, num_outputs=heads)
         products = [
             self._mat_mul_nbits(
-                [rows, self._initializer(weight.name, h), self._initializer(weight.name + ".scale", h)], outputs, width
+                weight, [rows, self._initializer(weight.name, h), self._initializer(weight.name + ".scale", h)], outputs, width
             )
             for h, rows in enumerate(split.outputs)
         ]
@@ -193,6 +207,7 @@ class _CpuRewriter:
         node = users[0].node
         node.attributes["gate_up_layout"] = ir.AttrString("gate_up_layout", "interleaved")
         if quantized:
+            node.attributes["packed"] = ir.AttrInt64("packed", 8 // self.format.bits_of(weight))
             names = [s.name for s in MOE_EXPERTS.inputs]
             node.resize_inputs(len(names))
             scale = names.index("gate_up_scale" if weight.role == "gate_up" else "down_scale")

@@ -30,7 +30,8 @@ def _maker(contract: OpContract, function: Callable) -> Callable[[Node], Callabl
     aliased = [names.index(i) for _, i in contract.aliases]
 
     def make(node: Node) -> Callable:
-        attributes = {a.name: node.attributes[a.name] for a in contract.attributes}
+        given = {a.name: node.attributes.get(a.name, a.default) for a in contract.attributes}
+        attributes = {a.name: given[a.name] for a in contract.attributes if given[a.name] != a.default}
         missing = (None,) * (len(names) - len(node.inputs))
 
         def call(*tensors):
