@@ -40,8 +40,8 @@ SHAPE = dict(
 class Engine:
     """One of our bundles, at a fixed context: every call repeats the same step over the same cache."""
 
-    def __init__(self, bundle: Path, batch: int, context: int, new: int):
-        self.backend = backends.load(Bundle(bundle), cache_tokens=batch * (context + new + 64))
+    def __init__(self, bundle: Path, batch: int, context: int, new: int, **options):
+        self.backend = backends.load(Bundle(bundle), cache_tokens=batch * (context + new + 64), **options)
         cache = LatentCache(self.backend.num_pages, self.backend.target.cache.page_size)
         for b in range(batch):
             cache.reserve(b, context + new)

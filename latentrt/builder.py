@@ -247,7 +247,7 @@ class _Builder:
 
     def _engine(self, engine: LoweredEngine) -> EngineFiles:
         """The record of an engine; its files are moved into the bundle."""
-        files = {"graph": engine.graph, "onnx": engine.onnx, "network": engine.network}
+        files = {"graph": engine.graph, "onnx": engine.onnx, "network": engine.network, "native": engine.native}
         moved: dict[str, FileRef | None] = {name: file and self.writer.move(file) for name, file in files.items()}
         return EngineFiles(**moved, profiles=engine.profiles)
 

@@ -25,12 +25,14 @@ Stage = Callable[[str], AbstractContextManager[Callable[[float], None]]]
 class LoweredEngine:
     """What a backend loads (`graph`), the model that it was built from (`onnx`) and its layers (`network`).
 
+    native: the same as `graph` with own kernels for the CPU, which a backend may load instead.
     profiles: name -> input -> "min", "opt" and "max" shape.
     """
 
     graph: Path
     onnx: Path | None = None
     network: Path | None = None
+    native: Path | None = None
     profiles: Profiles = field(default_factory=dict)
 
 

@@ -25,6 +25,8 @@ class BackendOptions:
     plugins/step_graph.py, for steps that are not of one token a sequence. capture: decode steps as CUDA graphs.
     custom_ops: "auto", "triton" or "reference", a matter of backend torch. mapped, a matter of backend onnxruntime: weights
     stay in the bundle's files instead of being copied into the layout that its kernels like best. Little memory, slow steps.
+    kernels, another: "auto" takes our own, whose weights are always mapped, where they can be compiled; "native" insists on
+    them; "onnxruntime" does without.
     """
 
     cache_tokens: int | None = None
@@ -34,12 +36,15 @@ class BackendOptions:
     capture: bool = True
     custom_ops: str = AUTO
     mapped: bool = False
+    kernels: str = AUTO
 
     def __post_init__(self):
         if self.cache_tokens is not None and self.cache_tokens < 1:
             raise RequestError(f"cache_tokens is {self.cache_tokens}, accepted: 1 or more")
         if self.threads < 0:
             raise RequestError(f"threads is {self.threads}, accepted: 0 (all cores) or more")
+        if self.kernels not in (accepted := (AUTO, "native", "onnxruntime")):
+            raise RequestError(f"kernels is {self.kernels!r}, accepted: {', '.join(accepted)}")
         if self.device != AUTO and not re.fullmatch(r"cpu|cuda(:\d+)?", self.device):
             raise RequestError(f"device is {self.device!r}, accepted: auto, cpu, cuda, cuda:1 and so on")
         if self.prefill not in (AUTO, *FORMS):

@@ -1,16 +1,23 @@
-"""ONNX Runtime on the CPU. Caches are bound as input and output of one buffer, so that a step writes them in place."""
+"""ONNX Runtime on the CPU. Caches are bound as input and output of one buffer, so that a step writes them in place.
+
+A bundle's graph comes twice: for ONNX Runtime alone, and with our own kernels (`latentrt.plugins.cpu`), which is taken where
+their library can be compiled. Their weights stay mapped from the bundle's files. $LATENTRT_CPU_KERNELS is the option
+`kernels` where nobody gives it.
+"""
 
 import os
+import sys
 
 import numpy as np
 import onnxruntime as ort
 
+from latentrt.plugins.cpu import compile as native
 from latentrt.plugins.step_graph import DECODE_FORM, LOGITS, StepBatch, caches
-from latentrt.runtime.backends.base import Backend, BackendOptions, StepResult, pages_for
+from latentrt.runtime.backends.base import AUTO, Backend, BackendOptions, StepResult, pages_for
 from latentrt.runtime.backends.forms import chooser
 from latentrt.runtime.bundle.manifest import Target
 from latentrt.runtime.bundle.reader import Bundle
-from latentrt.runtime.errors import BundleError
+from latentrt.runtime.errors import BundleError, RequestError
 
 
 class OnnxRuntimeBackend(Backend):
@@ -20,7 +27,7 @@ class OnnxRuntimeBackend(Backend):
         self.name, self.target = name, target
         chooser(f"{bundle.path}: target {name}", target, {}, options.prefill)
         self.num_pages = pages_for(target, options.cache_tokens)
-        self._session = _session(bundle, target, options.threads or len(os.sched_getaffinity(0)), options.mapped)
+        self.native, self._session = _session(bundle, target, options)
         spec = target.cache
         shape = (self.num_pages, spec.page_size, spec.width)
         self.caches = [np.zeros(shape, np.dtype(spec.dtype)) for _ in range(spec.layers)]
@@ -42,24 +49,53 @@ class OnnxRuntimeBackend(Backend):
         self._session, self._bound, self.caches = None, [], []
 
 
-def _session(bundle: Bundle, target: Target, threads: int, mapped: bool) -> ort.InferenceSession:
+def _session(bundle: Bundle, target: Target, options: BackendOptions) -> tuple[bool, ort.InferenceSession]:
+    """Whether own kernels are in it, and the session."""
     if _release(target.backend_version) > _release(ort.__version__):
         raise BundleError(
             f"{bundle.path}: built with onnxruntime {target.backend_version}, installed is {ort.__version__}; "
             f"pip install onnxruntime=={target.backend_version}"
         )
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = threads
-    options.enable_mem_pattern = False  # patterns are kept per shape, and every ragged step has its own
-    options.log_severity_level = 3
-    if mapped:
-        options.add_session_config_entry("session.disable_prepacking", "1")
-        options.enable_cpu_mem_arena = False  # gives nothing back
-    path = bundle.file(target.engines[DECODE_FORM].graph)
+    files = target.engines[DECODE_FORM]
+    if options.kernels == "native" and not files.native:
+        raise RequestError(f"kernels is 'native', but {bundle.path} has no graph for them: only int8 at accuracy fast has")
+    library = _own_kernels(options) if files.native else None
+    path = bundle.file(files.native if library else files.graph)
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        session = ort.InferenceSession(str(path), _options(options, library), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has no common base class for its errors
         raise BundleError(f"{path}: onnxruntime {ort.__version__} cannot load it: {error}") from error
+    return library is not None, session
+
+
+def _options(given: BackendOptions, library: str | None = None) -> ort.SessionOptions:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads = given.threads or len(os.sched_getaffinity(0))
+    options.enable_mem_pattern = False  # patterns are kept per shape, and every ragged step has its own
+    options.log_severity_level = 3
+    if library:
+        options.register_custom_ops_library(library)
+    if library or given.mapped:
+        options.add_session_config_entry("session.disable_prepacking", "1")
+    if given.mapped:
+        options.enable_cpu_mem_arena = False  # gives nothing back
+    return options
+
+
+def _own_kernels(given: BackendOptions) -> str | None:
+    """Path of the library of own kernels; None where it is not wanted, or (one line says why) not to be had."""
+    wanted = given.kernels if given.kernels != AUTO else os.environ.get("LATENTRT_CPU_KERNELS", AUTO)
+    if wanted == "onnxruntime":
+        return None
+    try:
+        library = str(native.library())
+        _options(given, library)
+        return library
+    except Exception as error:  # no compiler; or this ONNX Runtime refuses the library, an exception of its own
+        if wanted == "native":
+            raise RequestError(f"kernels is 'native', but {error}") from error
+        print(f"latentrt: no own CPU kernels, ONNX Runtime's are slower: {error}", file=sys.stderr)
+        return None
 
 
 def _release(version: str) -> tuple[int, ...]:

@@ -116,11 +116,12 @@ class EngineFiles(_Record):
     graph: FileRef  # an ONNX graph, or a plan
     onnx: FileRef | None = None  # the model that a plan was built from: standard ops and the custom ones
     network: FileRef | None = None  # its layers as the engine builder saw them: name, type, output types, plugin
+    native: FileRef | None = None  # the ONNX graph with the ops of plugins/cpu, which need a compiler where it runs
     profiles: dict[str, dict[str, ShapeRange]] = {}  # name -> input -> shapes
 
     def refs(self) -> Iterator[FileRef]:
         """Its files."""
-        yield from (ref for ref in (self.graph, self.onnx, self.network) if ref)
+        yield from (ref for ref in (self.graph, self.onnx, self.network, self.native) if ref)
 
 
 class Target(_Record):

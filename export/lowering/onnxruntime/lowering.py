@@ -15,6 +15,7 @@ import torch
 
 from latentrt.export.errors import BuildError
 from latentrt.export.lowering.base import Lowered, LoweredEngine, Lowering, Stage
+from latentrt.export.lowering.onnxruntime.native import with_own_kernels
 from latentrt.export.models.base import Config, Weight
 from latentrt.export.options import AUTO, TargetSpec
 from latentrt.export.quantization import Float32, Int4, Int8, WeightFormat
@@ -25,6 +26,7 @@ from latentrt.plugins.onnx_function import MICROSOFT, bodies
 PRECISIONS = ("fp32", "int8", "int4")
 ACCURACIES = ("exact", "fast")
 CACHE_FORMATS = ("float32", "float16")
+OWN_KERNELS = 1  # version of what the graph with own kernels asks of them: another one makes bundles out of date
 _ACCURACY_LEVEL = {"exact": 0, "fast": 4}  # of MatMulNBits and 4-bit QMoE: 0 float32 activations, 4 int8
 _DTYPES = {torch.float32: ir.DataType.FLOAT, torch.uint8: ir.DataType.UINT8}
 
@@ -66,6 +68,9 @@ class OnnxruntimeLowering(Lowering):
     def cache_format(self) -> str:
         return "float32" if self.spec.cache_format == AUTO else self.spec.cache_format
 
+    def tools(self) -> dict:
+        return super().tools() | {"own_kernels": OWN_KERNELS}
+
     def options(self) -> dict[str, str | int | float | bool]:
         return {"accuracy": self.choices.accuracy}
 
@@ -86,7 +91,11 @@ class OnnxruntimeLowering(Lowering):
             proto = lower(model, weights, located, self.weight_format(weights), self.choices)
             graph = scratch / "graph.onnx"
             graph.write_bytes(proto.SerializeToString())
-        return Lowered({form: LoweredEngine(graph)}, inputs, outputs, self.limits(config))
+            native = None
+            if self.choices.precision != "fp32" and (own := with_own_kernels(proto)):
+                native = scratch / "native.onnx"
+                native.write_bytes(own.SerializeToString())
+        return Lowered({form: LoweredEngine(graph, native=native)}, inputs, outputs, self.limits(config))
 
 
 def weight_format(weights: list[Weight], options: CpuOptions) -> WeightFormat:

@@ -122,7 +122,7 @@ class TensorrtLowering(Lowering):
 def engine_files(folder: Path, shapes: Profiles) -> LoweredEngine:
     """Where one engine's files are to be written, in a new folder."""
     folder.mkdir()
-    return LoweredEngine(folder / "engine.plan", folder / "network.onnx", folder / "network.json", shapes)
+    return LoweredEngine(folder / "engine.plan", folder / "network.onnx", folder / "network.json", profiles=shapes)
 
 
 def build_job(module: str, capability: int, engine: LoweredEngine, streamed: bool = False) -> BuildJob:

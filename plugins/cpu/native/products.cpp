@@ -1,0 +1,168 @@
+#include "products.hpp"
+
+#include <algorithm>
+#include <cstring>
+
+using ort::Call;
+using ort::require;
+using ort::Tensor;
+
+namespace {
+
+// The matrix of q [..., outputs, blocks, block * bits / 8] and scale [..., outputs, blocks] for `inputs` inputs.
+Matrix matrix(const Tensor& q, const Tensor& scale, int bits, int64_t inputs) {
+  require(bits == 8 || bits == 4, "bits must be 8 or 4");
+  require(q.dims.size() >= 3 && q.dims.size() == scale.dims.size() + 1, "weights must have one axis more than scales");
+  require(std::equal(scale.dims.begin(), scale.dims.end(), q.dims.begin()), "weights and scales do not fit together");
+  const size_t n = q.dims.size();
+  const int64_t block = q.dims[n - 1] * 8 / bits, blocks = q.dims[n - 2];
+  require(block % 4 == 0 && block > 0 && blocks == (inputs + block - 1) / block, "blocks of weights do not fit the inputs");
+  return Matrix{q.as<uint8_t>(), scale.as<float>(), q.dims[n - 3], int(blocks), int(block), bits};
+}
+
+// One of several matrices that lie one after the other.
+Matrix part(Matrix m, int64_t index) {
+  m.q += index * m.outputs * m.row_bytes();
+  m.scale += index * m.outputs * m.blocks;
+  return m;
+}
+
+}  // namespace
+
+void Linear::compute(const Call& call) const {
+  const Tensor x = call.input(0), bias = call.input(3);
+  require(!x.dims.empty(), "x must have an axis");
+  const int64_t inputs = x.dims.back(), rows = inputs ? x.size() / inputs : 0;
+  const Matrix w = matrix(call.input(1), call.input(2), bits, inputs);
+  require(!bias || bias.size() == w.outputs, "bias does not fit the weights");
+  std::vector<int64_t> dims = x.dims;
+  dims.back() = w.outputs;
+  float* y = call.output(0, dims).as<float>();
+  if (!rows) return;
+  const Kernels& kernels = kernels_for(w.block);
+  static thread_local Quantized memory;
+  const Row* quantized = memory.rows(call, kernels, x.as<float>(), rows, inputs, w, int(inputs));
+  call.parallel(chunks(w.outputs), [&](size_t c) {
+    const int64_t first = int64_t(c) * CHUNK, n = std::min<int64_t>(CHUNK, w.outputs - first);
+    const float* out = chunk(kernels, quantized, int(rows), w, first);
+    for (int64_t r = 0; r < rows; ++r, out += CHUNK) {
+      float* to = y + r * w.outputs + first;
+      for (int64_t i = 0; i < n; ++i) to[i] = bias ? out[i] + bias.as<float>()[first + i] : out[i];
+    }
+  });
+}
+
+void HeadLinear::compute(const Call& call) const {
+  const Tensor x = call.input(0), q = call.input(1);
+  require(x.dims.size() == 3 && q.dims.size() == 4 && q.dims[0] == x.dims[1], "heads of x and of the weights differ");
+  const int64_t tokens = x.dims[0], heads = x.dims[1], inputs = x.dims[2];
+  const Matrix all = matrix(q, call.input(2), bits, inputs);
+  float* y = call.output(0, {tokens, heads, all.outputs}).as<float>();
+  if (!tokens || !heads) return;
+  const Kernels& kernels = kernels_for(all.block);
+  static thread_local Quantized memory;
+  static thread_local ort::Scratch sorted;
+  const Row* rows = memory.rows(call, kernels, x.as<float>(), tokens * heads, inputs, all, int(inputs));
+  Row* by_head = sorted.of<Row>(tokens * heads);
+  for (int64_t t = 0; t < tokens; ++t)
+    for (int64_t h = 0; h < heads; ++h) by_head[h * tokens + t] = rows[t * heads + h];
+  const int64_t each = chunks(all.outputs);
+  call.parallel(heads * each, [&](size_t i) {
+    const int64_t h = int64_t(i) / each, first = int64_t(i) % each * CHUNK, n = std::min<int64_t>(CHUNK, all.outputs - first);
+    const float* out = chunk(kernels, by_head + h * tokens, int(tokens), part(all, h), first);
+    for (int64_t t = 0; t < tokens; ++t, out += CHUNK)
+      std::memcpy(y + (t * heads + h) * all.outputs + first, out, n * sizeof(float));
+  });
+}
+
+namespace {
+
+// Which tokens go to which expert, sorted by expert, then by token.
+struct Groups {
+  std::vector<int64_t> experts;                // those with tokens, in order
+  std::vector<int64_t> start;                  // of each of them in `tokens`; one more at the end
+  std::vector<int64_t> tokens;
+  std::vector<float> weights;
+
+  void sort(const int32_t* ids, const float* given, int64_t count, int64_t top_k, int64_t first, int64_t experts_here) {
+    std::vector<int64_t>& at = counts_;
+    at.assign(experts_here + 1, 0);
+    for (int64_t i = 0; i < count * top_k; ++i)
+      if (ids[i] >= first && ids[i] < first + experts_here) ++at[ids[i] - first + 1];
+    experts.clear();
+    start.assign(1, 0);
+    for (int64_t e = 0; e < experts_here; ++e) {
+      if (at[e + 1]) experts.push_back(e), start.push_back(start.back() + at[e + 1]);
+      at[e + 1] += at[e];
+    }
+    tokens.resize(start.back());
+    weights.resize(start.back());
+    for (int64_t i = 0; i < count * top_k; ++i)
+      if (ids[i] >= first && ids[i] < first + experts_here) {
+        const int64_t place = at[ids[i] - first]++;
+        tokens[place] = i / top_k;
+        weights[place] = given[i];
+      }
+  }
+
+ private:
+  std::vector<int64_t> counts_;
+};
+
+// Weights [experts, outputs, inputs * bits / 8] as matrices with blocks, of which scale [experts, outputs, blocks] tells.
+Matrix experts_matrix(const Tensor& q, const Tensor& scale, int bits, int64_t inputs) {
+  require(q.dims.size() == 3 && scale.dims.size() == 3 && scale.dims[2] > 0, "experts need scales per block");
+  require(q.dims[2] * 8 / bits == inputs && inputs % scale.dims[2] == 0, "experts do not fit their inputs");
+  const int64_t blocks = scale.dims[2];
+  return matrix(Tensor{q.data, {q.dims[0], q.dims[1], blocks, q.dims[2] / blocks}}, scale, bits, inputs);
+}
+
+}  // namespace
+
+void Experts::compute(const Call& call) const {
+  const Tensor x = call.input(0), ids = call.input(1), given = call.input(2), down_q = call.input(4);
+  require(x.dims.size() == 2 && ids.dims.size() == 2 && ids.dims[0] == x.dims[0] && given.dims == ids.dims,
+          "x and the choice of experts do not fit together");
+  const int64_t count = x.dims[0], hidden = x.dims[1];
+  const Matrix gate_up = experts_matrix(call.input(3), call.input(5), bits, hidden);
+  const int64_t inner_size = gate_up.outputs / 2;
+  const Matrix down = experts_matrix(down_q, call.input(6), bits, inner_size);
+  require(down.outputs == hidden, "down_proj does not give back what x has");
+  float* y = call.output(0, {count, hidden}).as<float>();
+
+  static thread_local Groups groups;
+  groups.sort(ids.as<int32_t>(), given.as<float>(), count, ids.dims[1], first_expert, down_q.dims[0]);
+  const Groups& chosen = groups;  // a thread's own name would be another thread's other object inside parallel
+  const int64_t pairs = int64_t(chosen.tokens.size()), active = int64_t(chosen.experts.size());
+
+  const Kernels& kernels = kernels_for(gate_up.block);
+  const Kernels& kernels_down = kernels_for(down.block);
+  static thread_local Quantized memory, memory_inner;
+  static thread_local ort::Scratch sorted, inner_memory;
+  const Row* rows = memory.rows(call, kernels, x.as<float>(), count, hidden, gate_up, int(hidden));
+  Row* by_expert = sorted.of<Row>(pairs);
+  for (int64_t p = 0; p < pairs; ++p) by_expert[p] = rows[chosen.tokens[p]];
+
+  float* inner = inner_memory.of<float>(pairs * inner_size);
+  const int64_t each = chunks(gate_up.outputs);
+  call.parallel(active * each, [&](size_t i) {
+    const int64_t e = int64_t(i) / each, first = int64_t(i) % each * CHUNK, from = chosen.start[e];
+    const int n = int(chosen.start[e + 1] - from), outputs = int(std::min<int64_t>(CHUNK, gate_up.outputs - first));
+    const float* out = chunk(kernels, by_expert + from, n, part(gate_up, chosen.experts[e]), first);
+    kernels.silu_pairs(out, n, outputs / 2, inner + from * inner_size + first / 2, inner_size);
+  });
+
+  const Row* inner_rows = memory_inner.rows(call, kernels_down, inner, pairs, inner_size, down, int(inner_size));
+  call.parallel(chunks(hidden), [&](size_t c) {
+    const int64_t first = int64_t(c) * CHUNK, n = std::min<int64_t>(CHUNK, hidden - first);
+    for (int64_t t = 0; t < count; ++t) std::fill_n(y + t * hidden + first, n, 0.0f);
+    for (int64_t e = 0; e < active; ++e) {
+      const int64_t from = chosen.start[e], to = chosen.start[e + 1];
+      const float* out = chunk(kernels_down, inner_rows + from, int(to - from), part(down, chosen.experts[e]), first);
+      for (int64_t p = from; p < to; ++p, out += CHUNK) {
+        float* sum = y + chosen.tokens[p] * hidden + first;
+        for (int64_t i = 0; i < n; ++i) sum[i] += chosen.weights[p] * out[i];
+      }
+    }
+  });
+}

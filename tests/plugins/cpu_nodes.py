@@ -1,0 +1,147 @@
+"""Models of one node with its weights inside, for ONNX Runtime's kernels and for our own; and digests of what ours compute.
+
+    python -m tests.plugins.cpu_nodes THREADS
+
+prints the digest of one result per line. Tests compare lines between processes with other $LATENTRT_CPU_ISA or THREADS.
+"""
+
+import hashlib
+import sys
+
+import numpy as np
+import onnx
+import onnxruntime as ort
+from onnx import helper, numpy_helper
+
+from latentrt.export.lowering.onnxruntime import native
+from latentrt.plugins.contract import DOMAIN
+from latentrt.plugins.cpu import compile
+from latentrt.plugins.onnx_function import MICROSOFT, bodies
+
+OPSETS = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1), helper.make_opsetid(MICROSOFT, 1)]
+ISAS = ("scalar", "avx2", "avxvnni", "avx512")
+
+
+def model(nodes, inputs: dict, weights: dict, outputs: list[str], free: dict | None = None) -> onnx.ModelProto:
+    """`inputs` and `weights` are arrays; `free` says which axes of an input have names instead of sizes."""
+    values = [
+        helper.make_tensor_value_info(
+            name, helper.np_dtype_to_tensor_dtype(x.dtype),
+            [(free or {}).get(name, {}).get(k, n) for k, n in enumerate(x.shape)],
+        )
+        for name, x in inputs.items()
+    ]  # fmt: skip
+    made = helper.make_graph(
+        nodes, "one", values, [helper.make_empty_tensor_value_info(o) for o in outputs],
+        [numpy_helper.from_array(w, name) for name, w in weights.items()],
+    )  # fmt: skip
+    found = helper.make_model(made, opset_imports=OPSETS, ir_version=11)
+    found.functions.extend(bodies(found))
+    return found
+
+
+def session(found: onnx.ModelProto, own: bool, threads: int = 1) -> ort.InferenceSession:
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    copy = onnx.ModelProto.FromString(found.SerializeToString())
+    if own:
+        assert native.replace(copy) and not copy.functions
+        options.register_custom_ops_library(str(compile.library()))
+    return ort.InferenceSession(copy.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def run(found: onnx.ModelProto, inputs: dict, own: bool = True, threads: int = 1) -> list[np.ndarray]:
+    return session(found, own, threads).run(None, inputs)
+
+
+def quantized(rng, *shape: int, block: int, bits: int = 8) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Random weights [..., outputs, inputs]: stored [..., outputs, blocks, block * bits / 8], their scales, the real ones."""
+    *outer, inputs = shape
+    blocks = -(-inputs // block)
+    q = rng.integers(1, 1 << bits, (*outer, blocks, block), dtype=np.uint8)
+    q.reshape(*outer, blocks * block)[..., inputs:] = 1 << (bits - 1)
+    scale = (rng.random((*outer, blocks), dtype=np.float32) + 0.1) / (1 << bits)
+    real = ((q.astype(np.float64) - (1 << (bits - 1))) * scale[..., None]).reshape(*outer, -1)[..., :inputs]
+    stored = q if bits == 8 else q[..., 0::2] | (q[..., 1::2] << 4)
+    return stored, scale, real
+
+
+def rounded(x: np.ndarray, block: int) -> np.ndarray:
+    """Rows of x as our products see them: int8 with one scale a row and block, in float64."""
+    inputs = x.shape[-1]
+    blocks = -(-inputs // block)
+    padded = np.pad(x, [(0, 0)] * (x.ndim - 1) + [(0, -inputs % block)]).reshape(*x.shape[:-1], blocks, block)
+    largest = np.abs(padded).max(-1, keepdims=True).astype(np.float32)
+    factor = np.where(largest > 1e-35, np.float32(127) / np.maximum(largest, np.float32(1e-38)), 0).astype(np.float32)
+    q = np.rint(padded.astype(np.float32) * factor).astype(np.float64)
+    return (q * (largest / np.float32(127))).reshape(*x.shape[:-1], blocks * block)[..., :inputs]
+
+
+def linear(rng, rows: int, inputs: int, outputs: int, block: int, bits: int = 8, bias: bool = False):
+    """(model, inputs, real weights, bias) of a MatMulNBits with int8 activations."""
+    q, scale, real = quantized(rng, outputs, inputs, block=block, bits=bits)
+    x = rng.standard_normal((rows, inputs), dtype=np.float32)
+    weights = {"w": q, "s": scale} | ({"b": rng.standard_normal(outputs, dtype=np.float32)} if bias else {})
+    names = ["x", "w", "s", *(["", "", "b"] if bias else [])]
+    node = helper.make_node("MatMulNBits", names, ["y"], domain=MICROSOFT, K=inputs, N=outputs, bits=bits, block_size=block,
+                            accuracy_level=4)  # fmt: skip
+    return model([node], {"x": x}, weights, ["y"], {"x": {0: "T"}}), {"x": x}, real, weights.get("b", 0)
+
+
+def experts(rng, tokens: int, count: int, top_k: int, hidden: int, inner: int, block: int, first: int = 0,
+            bits: int = 8):  # fmt: skip
+    """(model, inputs, real weights) of MoeExperts with scales per block; -1 in some rows."""
+    gate_up, gate_up_scale, real_gate_up = quantized(rng, count, 2 * inner, hidden, block=block, bits=bits)
+    down, down_scale, real_down = quantized(rng, count, hidden, inner, block=block, bits=bits)
+    total = count + first + 1
+    ids = rng.permuted(np.tile(np.arange(total, dtype=np.int32), (tokens, 1)), axis=1)[:, :top_k].copy()
+    weights = rng.random((tokens, top_k), dtype=np.float32)
+    padding = rng.random(tokens) < 0.2
+    ids[padding], weights[padding] = -1, 0
+    inputs = {"x": rng.standard_normal((tokens, hidden), dtype=np.float32), "ids": ids, "weights": weights}
+    stored = {
+        "gate_up": gate_up.reshape(count, 2 * inner, -1), "down": down.reshape(count, hidden, -1),
+        "gate_up_scale": gate_up_scale, "down_scale": down_scale,
+    }  # fmt: skip
+    node = helper.make_node("MoeExperts", [*inputs, *stored], ["y"], domain=DOMAIN, first_expert=first,
+                            gate_up_layout="interleaved", packed=8 // bits)  # fmt: skip
+    free = {name: {0: "T"} for name in inputs}
+    return model([node], inputs, stored, ["y"], free), inputs, (real_gate_up, real_down)
+
+
+def attention(rng, sequences, page_size: int, heads: int, rank: int, rope: int, padding: int = 0, half: bool = False):
+    """(model, inputs, attributes): shuffled pages, NaN in cells that are not cached."""
+    rows = sum(new for _, new in sequences)
+    counts = [-(-(past + new) // page_size) for past, new in sequences]
+    free = list(1 + rng.permutation(sum(counts)))
+    cache = np.full((sum(counts) + 2, page_size, rank + rope), np.nan, np.float32)
+    table = np.full((len(sequences), max(counts) + 1), sum(counts) + 1, np.int32)
+    for b, (past, _) in enumerate(sequences):
+        table[b, : counts[b]] = [free.pop() for _ in range(counts[b])]
+        for p in range(past):
+            cache[table[b, p // page_size], p % page_size] = rng.standard_normal(rank + rope)
+    shapes = {"q_latent": (heads, rank), "q_pe": (heads, rope), "latent": (rank,), "k_pe": (rope,)}
+    inputs = {name: rng.standard_normal((rows + padding, *shape), dtype=np.float32) for name, shape in shapes.items()}
+    inputs |= {
+        "cache": cache.astype(np.float16 if half else np.float32), "block_table": table,
+        "cached_lengths": np.array([past for past, _ in sequences], np.int32),
+        "query_starts": np.cumsum([0, *(new for _, new in sequences)]).astype(np.int32),
+        "num_tokens": np.array([rows], np.int32),
+    }  # fmt: skip
+    attributes = {"softmax_scale": 0.2, "cache_format": "float16" if half else "float32"}
+    node = helper.make_node("MlaAttention", list(inputs), ["attended", "cache_out"], domain=DOMAIN, **attributes)
+    dynamic = {name: {0: "T"} for name in shapes} | {"cache": {0: "P"}, "block_table": {0: "B", 1: "M"}}
+    return model([node], inputs, {}, ["attended", "cache_out"], dynamic), inputs, attributes
+
+
+def main(threads: int) -> None:
+    rng = np.random.default_rng(0)
+    cases = [linear(rng, rows, 300, 70, block, bits)[:2] for rows in (1, 7) for block in (128, 64) for bits in (8, 4)]
+    cases += [experts(rng, tokens, 5, 3, 256, 128, 64)[:2] for tokens in (1, 9)]
+    cases += [attention(rng, [(600, 1), (0, 3)], 64, 16, 64, 32)[:2], attention(rng, [(300, 40)], 64, 16, 64, 32)[:2]]
+    for found, inputs in cases:
+        print(hashlib.sha256(run(found, inputs, threads=threads)[0].tobytes()).hexdigest())
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]))
