@@ -134,7 +134,8 @@ class _Recorder(TorchDispatchMode):
 
     def _call(self, contract: OpContract, args: tuple, kwargs: dict) -> OpCall:
         names = [spec.name for spec in (*contract.inputs, *contract.attributes)]
-        given = dict(zip(names, args, strict=False)) | kwargs
+        defaults = {a.name: a.default for a in contract.attributes}
+        given = defaults | dict(zip(names, args, strict=False)) | kwargs
         tensors = {spec.name: given[spec.name] for spec in contract.inputs if given.get(spec.name) is not None}
         return OpCall(
             contract, {name: tuple(t.shape) for name, t in tensors.items()},
