@@ -27,6 +27,9 @@ def build(
 ) -> int:
     """Builds an engine bundle for one or more targets from a DeepSeek-V2-family checkpoint."""
     with interrupt.leaves_at_once():
+        from latentrt.export.checkpoint import folder
+
+        folder.find(checkpoint)  # what is no checkpoint is refused before the imports that take seconds
         from latentrt import builder
         from latentrt.commands import console
         from latentrt.export.options import BuildOptions
