@@ -10,8 +10,6 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
 from threading import Condition, Event
 
-import torch
-
 LIMIT = 1 << 30  # bytes held at a time: two tasks of a large tensor that is decoded to float32, or dozens of an expert's
 
 
@@ -110,6 +108,8 @@ def cores() -> int:
 @contextmanager
 def one_torch_thread() -> Iterator[None]:
     """PyTorch computes in the calling thread alone; so do threads that begin inside."""
+    import torch
+
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     try:

@@ -1,11 +1,14 @@
 """The words of this room: stored tensors, and the weights that are made of them."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 @dataclass(frozen=True)
@@ -74,12 +77,12 @@ class QuantizedFormat(Protocol):
         """Whether these tensors' names and types are those of the format, whatever a config says."""
 
     def sources(
-        self, tensors: Mapping[str, StoredTensor], config: dict, read: Callable[[str], Tensor]
+        self, tensors: Mapping[str, StoredTensor], config: dict, read: Callable[[str], Any]
     ) -> tuple[dict[str, Source], set[str]]:
         """Weights made of quantized tensors, by the name of the plain checkpoint's tensor, and all stored names that the
         format explains: those parts, and what plays no role for weights (input scales, shapes). `config` is the
         checkpoint's quantization_config ({} where there is none). Tensors that it does not explain are plain ones.
-        `read` gives a stored tensor by its name; only bitsandbytes asks, for the few bytes that say a weight's shape.
+        `read` gives a stored tensor as an array; only bitsandbytes asks, for the few bytes that say a weight's shape.
 
         Raises CheckpointError naming the tensor or field, what was found, what is accepted.
         """

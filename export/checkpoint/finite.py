@@ -1,21 +1,25 @@
 """Whether a tensor's elements are all finite, in one cheap pass."""
 
-from pathlib import Path
+from __future__ import annotations
 
-import torch
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from latentrt.export.errors import CheckpointError
 
+if TYPE_CHECKING:
+    from torch import Tensor
 
-def finite_or_refuse(tensor: torch.Tensor, file: Path, name: str) -> torch.Tensor:
+
+def finite_or_refuse(tensor: Tensor, file: Path, name: str) -> Tensor:
     """The tensor itself. Raises CheckpointError naming file, tensor and the first element that is not finite.
 
     A sum with NaN or infinity in it is never finite, and reads the memory once, thirty times as fast as torch.isfinite.
     A sum of finite elements may overflow, so only then every element is looked at.
     """
-    if not tensor.is_floating_point() or (tensor.itemsize > 1 and torch.isfinite(tensor.sum())):
+    if not tensor.is_floating_point() or (tensor.itemsize > 1 and tensor.sum().isfinite()):
         return tensor
-    finite = torch.isfinite(tensor.float() if tensor.itemsize == 1 else tensor)
+    finite = (tensor.float() if tensor.itemsize == 1 else tensor).isfinite()
     if not finite.all():
         index = tuple((~finite).nonzero()[0].tolist())
         raise CheckpointError(

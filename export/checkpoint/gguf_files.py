@@ -4,23 +4,27 @@ The gguf package parses headers and dequantizes blocks. Only one tensor's bytes 
 that hold all experts of a layer only one expert's. Nothing stays mapped.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache, partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import numpy as np
-import torch
 from gguf import GGMLQuantizationType
-from torch import Tensor
 
 from latentrt.export.checkpoint import gguf_config, gguf_tokenizer
 from latentrt.export.checkpoint.base import Blocks, Part, Source, StoredTensor
+from latentrt.export.checkpoint.quantized.packing import signed
 from latentrt.export.errors import CheckpointError
 
-PLAIN = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+if TYPE_CHECKING:
+    from torch import Tensor
+
+PLAIN = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}  # torch's words
 WHOLE = {
     "token_embd.weight": "model.embed_tokens.weight",
     "output_norm.weight": "model.norm.weight",
@@ -52,6 +56,8 @@ IGNORED = ("rope_freqs.weight", "attn_rot_embd.weight")  # tables that follow fr
 
 def _blocks(values: Callable[[Tensor], Tensor], size: int, octets: Tensor) -> tuple[Tensor, Tensor]:
     """uint8 [out, bytes of a row], in blocks of `size`: a float16 scale, and what `values` makes int8 of."""
+    import torch
+
     blocks = octets.unflatten(-1, (-1, size))
     scale = blocks[..., :2].contiguous().view(torch.float16)[..., 0].float()
     return values(blocks[..., 2:]).flatten(-2), scale
@@ -59,11 +65,13 @@ def _blocks(values: Callable[[Tensor], Tensor], size: int, octets: Tensor) -> tu
 
 def _four_bits(stored: Tensor) -> Tensor:
     """The low halves of a block's bytes are its first inputs."""
-    return torch.cat([stored & 15, stored >> 4], -1).view(torch.int8).sub_(8)
+    import torch
+
+    return signed(torch.cat([stored & 15, stored >> 4], -1)).sub_(8)
 
 
 def _eight_bits(stored: Tensor) -> Tensor:
-    return stored.contiguous().view(torch.int8)
+    return signed(stored.contiguous())
 
 
 BLOCKS = {
@@ -95,6 +103,8 @@ class GgufFiles:
 
     def read(self, part: Part) -> Tensor:
         """uint8 [..., bytes of a row]: the blocks of a tensor, or of a piece of it."""
+        import torch
+
         place = self._places[part.name]
         shape, row = place.shape, place.row_bytes
         first, shape = (0, shape) if part.index is None else (part.index * int(np.prod(shape[1:-1])), shape[1:])
@@ -186,7 +196,7 @@ class _Place:
     row_bytes: int
 
     @classmethod
-    def of(cls, file: Path, tensor: gguf.ReaderTensor) -> "_Place":
+    def of(cls, file: Path, tensor: gguf.ReaderTensor) -> _Place:
         shape = tuple(int(n) for n in reversed(tensor.shape.tolist()))
         if not shape or 0 in shape:
             raise CheckpointError(f"{file}: tensor {tensor.name} has shape {list(shape)}, expected positive sizes")
@@ -279,12 +289,16 @@ def _decoder(name: str, kind: GGMLQuantizationType) -> Callable[[Tensor], Tensor
 
 
 def _decode(kind: GGMLQuantizationType, octets: Tensor) -> Tensor:
+    import torch
+
     if kind.name in PLAIN:
-        return octets.view(PLAIN[kind.name])
+        return octets.view(getattr(torch, PLAIN[kind.name]))
     return torch.from_numpy(gguf.quants.dequantize(octets.numpy(), kind))
 
 
 def _join(decoders: tuple[Callable[[Tensor], Tensor], ...], key: Tensor, value: Tensor) -> Tensor:
     """[H, kv_lora_rank, nope] and [H, v, kv_lora_rank] -> [H * (nope + v), kv_lora_rank]"""
+    import torch
+
     key, value = (decode(part) for decode, part in zip(decoders, (key, value), strict=True))
     return torch.cat([key.transpose(1, 2), value], 1).flatten(0, 1)

@@ -1,18 +1,22 @@
 """LoRA adapters beside a checkpoint's weights, merged while tensors are read: weight + scaling * B @ A, as PEFT computes it."""
 
+from __future__ import annotations
+
 import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from latentrt.export.checkpoint.base import Part, Source, StoredTensor
 from latentrt.export.checkpoint.folder import ADAPTER, ADAPTER_CONFIG, read_json
 from latentrt.export.checkpoint.names import canonical
 from latentrt.export.checkpoint.safetensors_files import SafetensorsFiles
 from latentrt.export.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _MATRIX = re.compile(r"(.*)\.lora_([AB])(?:\.default)?(?:\.weight)?")
 _MERGE = "merge it with PEFT's merge_and_unload, save, and give that folder; or take the adapter's files out of this one"

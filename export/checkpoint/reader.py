@@ -3,15 +3,16 @@
 Nothing is unpickled and no remote code runs. Memory holds one tensor at a time.
 """
 
+from __future__ import annotations
+
 import hashlib
+import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Protocol
-
-import torch
+from typing import TYPE_CHECKING, Protocol
 
 from latentrt.export.checkpoint import check, folder, lora, names, quantized
 from latentrt.export.checkpoint.base import Part, RowScaled, Source, StoredTensor
@@ -23,6 +24,9 @@ from latentrt.export.checkpoint.safetensors_files import SafetensorsFiles
 from latentrt.export.errors import CheckpointError
 from latentrt.export.models import registry
 from latentrt.export.models.base import Config, Weight
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _SHOWN = 20  # findings in a message
 _NO_GROUPS = (
@@ -40,7 +44,7 @@ class Container(Protocol):
 
     tensors: dict[str, StoredTensor]
 
-    def read(self, part: Part) -> torch.Tensor: ...
+    def read(self, part: Part) -> Tensor: ...
 
     def release(self) -> None: ...
 
@@ -126,7 +130,7 @@ class Checkpoint:
         description = quantized.description(self.path, self.raw)
         found, sources, explained = quantized.find(tensors, description), {}, set()
         if found:
-            sources, explained = found.sources(tensors, description, lambda name: opened.read(Part(self._stored[name])))
+            sources, explained = found.sources(tensors, description, lambda name: opened.small(self._stored[name]))
             self.storage = next(iter(sources.values())).storage
         elif description:
             method = description.get("quant_method", "no quant_method")
@@ -203,15 +207,15 @@ class Checkpoint:
             return self._containers[lora.PREFIX], Part(part.name.removeprefix(lora.PREFIX), part.index, part.rows)
         return self._containers[""], Part(self._stored.get(part.name, part.name), part.index, part.rows)
 
-    def read(self, name: str) -> torch.Tensor:
+    def read(self, name: str) -> Tensor:
         """The tensor `name`: in its stored type, or float32 where it is decoded. CheckpointError if it is not finite."""
         source = self.tensors[name]
         return finite_or_refuse(source.decode(*self._parts(source.parts)), self.file(source), name)
 
-    def pieces(self, name: str, elements: int) -> Iterator[torch.Tensor]:
+    def pieces(self, name: str, elements: int) -> Iterator[Tensor]:
         """The tensor `name` in runs of rows with about so many elements: decoded one by one where the format allows it."""
         source = self.tensors[name]
-        rows, width = source.shape[0], source.shape[0] and torch.Size(source.shape[1:]).numel()
+        rows, width = source.shape[0], source.shape[0] and math.prod(source.shape[1:])
         step = max(1, elements // max(1, width))
         if not source.by_rows or rows <= step:
             yield from self.read(name).split(step)
@@ -230,7 +234,7 @@ class Checkpoint:
             finite_or_refuse(tensor, self.file(source), name)
         return found
 
-    def read_blocks(self, name: str) -> tuple[torch.Tensor, torch.Tensor] | None:
+    def read_blocks(self, name: str) -> tuple[Tensor, Tensor] | None:
         """The tensor `name` as its `Source.blocks` gives it, which must be there: values and scales, or None."""
         source = self.tensors[name]
         found = source.blocks.read(*self._parts(source.parts))
@@ -238,7 +242,7 @@ class Checkpoint:
             finite_or_refuse(found[1], self.file(source), name)
         return found
 
-    def _parts(self, parts: Iterable[Part]) -> list[torch.Tensor]:
+    def _parts(self, parts: Iterable[Part]) -> list[Tensor]:
         return [container.read(part) for container, part in map(self._container, parts)]
 
     def release(self) -> None:

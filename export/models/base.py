@@ -1,15 +1,15 @@
 """What a model family gives to the rooms that know none: its config, its weights, and the modules that are traced."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar, Protocol
+from typing import TYPE_CHECKING, Any, ClassVar, Protocol
 
-import torch
-from torch import Tensor, nn
+if TYPE_CHECKING:
+    from torch import Tensor, nn
 
-from latentrt.plugins import cache_formats
-
-Read = Callable[[str], Tensor]
+Read = Callable[[str], "Tensor"]
 Note = Callable[[str], None]  # takes words for the user
 
 
@@ -41,6 +41,8 @@ class Weight:
 
     def read(self, read: Read) -> Tensor:
         """The whole tensor, perhaps the very one that `read` gave. Prefer `slabs` where memory matters."""
+        import torch
+
         slabs = list(self.slabs(read))
         return slabs[0] if len(slabs) == 1 else torch.cat(slabs)
 
@@ -95,4 +97,6 @@ def weight_name(parameter: str) -> str:
 
 def page_shape(config: Config, cache_format: str, page_size: int) -> tuple[int, int]:
     """A page of one layer's latent cache: (page_size, width)."""
+    from latentrt.plugins import cache_formats
+
     return page_size, cache_formats.get(cache_format).width(config.kv_lora_rank, config.qk_rope_head_dim)

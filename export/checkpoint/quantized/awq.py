@@ -1,15 +1,18 @@
 """AWQ as AutoAWQ's "gemm" version stores it: 4-bit integers, eight output columns to an int32 word, with zero points."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from functools import partial
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from latentrt.export.checkpoint.base import Part, Source, StoredTensor
 from latentrt.export.checkpoint.quantized import headers, scaled
 from latentrt.export.checkpoint.quantized.packing import unpack
 from latentrt.export.checkpoint.quantized.scaled import Area
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BITS, PER_WORD = 4, 8
 PLACE = [0, 4, 1, 5, 2, 6, 3, 7]  # the nibble of a word that holds output column 0, 1, ... of eight
@@ -21,7 +24,7 @@ def claims(tensors: Mapping[str, StoredTensor]) -> bool:
 
 
 def sources(
-    tensors: Mapping[str, StoredTensor], config: dict, read: Callable[[str], Tensor]
+    tensors: Mapping[str, StoredTensor], config: dict, read: Callable[[str], Any]
 ) -> tuple[dict[str, Source], set[str]]:
     _check(config)
     group = config.get("group_size", config.get("q_group_size"))
@@ -60,9 +63,9 @@ def _source(tensors: Mapping[str, StoredTensor], module: str, group_size: object
 def _decode(module: str, group: int, qweight: Tensor, qzeros: Tensor, scales: Tensor) -> Tensor:
     """[in, out / 8], [groups, out / 8], [groups, out] -> (q - zero) * scale, [out, in]"""
     scales = headers.finite(f"{module}.scales", scales)
-    values = _columns(qweight).t().contiguous().to(torch.float32)  # [out, in]
+    values = _columns(qweight).t().contiguous().float()  # [out, in]
     covered = Area(1, group)
-    scaled.subtract(values, _columns(qzeros).t().to(torch.float32), covered)
+    scaled.subtract(values, _columns(qzeros).t().float(), covered)
     return scaled.multiply(values, scales.t(), covered)
 
 

@@ -3,20 +3,23 @@
 A 4-bit weight is a row of bytes, high nibble first; its shape, block sizes and type are JSON inside a small tensor.
 """
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable, Mapping
 from functools import partial
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from latentrt.export.checkpoint.base import Part, RowScaled, Source, StoredTensor
 from latentrt.export.checkpoint.quantized import headers
-from latentrt.export.checkpoint.quantized.packing import look_up, spread
+from latentrt.export.checkpoint.quantized.packing import look_up, rounded, spread
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 STATE = "quant_state.bitsandbytes__"
 KINDS = ("nf4", "fp4")
-DTYPES = {"bfloat16": torch.bfloat16, "float16": torch.float16, "float32": torch.float32}
+DTYPES = ("bfloat16", "float16", "float32")
 PER_127 = 7.874015718698502e-3  # 1 / 127 as the tool writes it
 
 
@@ -25,7 +28,7 @@ def claims(tensors: Mapping[str, StoredTensor]) -> bool:
 
 
 def sources(
-    tensors: Mapping[str, StoredTensor], config: dict, read: Callable[[str], Tensor]
+    tensors: Mapping[str, StoredTensor], config: dict, read: Callable[[str], Any]
 ) -> tuple[dict[str, Source], set[str]]:
     found: dict[str, Source] = {}
     explained = headers.without_role(tensors)
@@ -44,7 +47,7 @@ def sources(
     return found, explained | {part.name for source in found.values() for part in source.parts}
 
 
-def _four_bits(tensors: Mapping[str, StoredTensor], weight: str, kind: str, packed_state: Tensor) -> Source:
+def _four_bits(tensors: Mapping[str, StoredTensor], weight: str, kind: str, packed_state: Any) -> Source:
     if kind not in KINDS:
         headers.refuse(f"{weight}.{STATE}{kind}", f"type {kind}", ", ".join(KINDS))
     state = _state(f"{weight}.{STATE}{kind}", packed_state)
@@ -67,7 +70,7 @@ def _four_bits(tensors: Mapping[str, StoredTensor], weight: str, kind: str, pack
     return Source(shape, parts, partial(_decode, weight, state), None, storage)
 
 
-def _state(name: str, packed: Tensor) -> dict:
+def _state(name: str, packed: Any) -> dict:
     """The JSON of a quant_state, checked."""
     try:
         state = json.loads(bytes(packed.tolist()).decode("utf-8"))
@@ -95,7 +98,7 @@ def _decode(
     table = headers.finite(f"{weight}.quant_map", table)
     values = look_up(table, packed.flatten(), low_first=False)[: out * cols]
     values *= spread(absmax, state["blocksize"], 0, len(values))
-    return values.to(DTYPES[state["dtype"]]).to(torch.float32).reshape(out, cols)
+    return rounded(values, state["dtype"]).reshape(out, cols)
 
 
 def _int8(tensors: Mapping[str, StoredTensor], module: str) -> Source:
@@ -112,7 +115,7 @@ def _int8(tensors: Mapping[str, StoredTensor], module: str) -> Source:
 
 def _decode_int8(module: str, weight: Tensor, scb: Tensor, weight_format: Tensor | None = None) -> Tensor:
     _check_order(module, weight_format)
-    return weight.to(torch.float32).mul_(headers.finite(f"{module}.SCB", scb)[:, None]).mul_(PER_127)
+    return weight.float().mul_(headers.finite(f"{module}.SCB", scb)[:, None]).mul_(PER_127)
 
 
 def _rows_int8(module: str, weight: Tensor, scb: Tensor, weight_format: Tensor | None = None) -> RowScaled:

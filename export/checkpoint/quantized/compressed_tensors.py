@@ -3,17 +3,20 @@
 What a module is follows from its tensors; the config gives what their shapes leave open: bits, group and block sizes.
 """
 
+from __future__ import annotations
+
 import re
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from latentrt.export.checkpoint.base import Blocks, Part, Source, StoredTensor
 from latentrt.export.checkpoint.quantized import headers, scaled
-from latentrt.export.checkpoint.quantized.packing import unpack
+from latentrt.export.checkpoint.quantized.packing import signed, unpack
 from latentrt.export.checkpoint.quantized.scaled import Area
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BITS = (2, 4, 8)  # 3, 5, 6 and 7 were packed in two ways by different releases, which nothing in the file tells apart
 FORMATS = ("int-quantized", "float-quantized", "naive-quantized", "pack-quantized", "nvfp4-pack-quantized",
@@ -28,7 +31,7 @@ def claims(tensors: Mapping[str, StoredTensor]) -> bool:
 
 
 def sources(
-    tensors: Mapping[str, StoredTensor], config: dict, read: Callable[[str], Tensor]
+    tensors: Mapping[str, StoredTensor], config: dict, read: Callable[[str], Any]
 ) -> tuple[dict[str, Source], set[str]]:
     _check(tensors, config)
     found: dict[str, Source] = {}
@@ -184,11 +187,11 @@ def _decode_words(
     extra = dict(zip(given, more, strict=True))
     _check_shape(module, shape, extra.get("weight_shape"))
     scale = headers.finite(f"{module}.weight_scale", scale).reshape(covered.grid(shape))
-    values = unpack(packed, bits).to(torch.float32).sub_(1 << (bits - 1))
+    values = unpack(packed, bits).float().sub_(1 << (bits - 1))
     zero = None
     if "weight_zero_point" in extra:  # [rows / 8, groups] of words -> [rows, groups]
         words = extra["weight_zero_point"].t()
-        zero = unpack(words, bits).t()[: scale.shape[0]].to(torch.float32) - (1 << (bits - 1))
+        zero = unpack(words, bits).t()[: scale.shape[0]].float() - (1 << (bits - 1))
     order = _group_of_column(module, extra.get("weight_g_idx"), scale.shape[1])
     if order is not None:
         scale, zero, covered = scale[:, order], None if zero is None else zero[:, order], Area(covered.rows, 1)
@@ -202,7 +205,7 @@ def _read_blocks(
 ) -> tuple[Tensor, Tensor]:
     _check_shape(module, shape, dict(zip(given, more, strict=True)).get("weight_shape"))
     scale = headers.finite(f"{module}.weight_scale", scale).reshape(shape[0], -1)
-    return unpack(packed, bits).sub(1 << (bits - 1)).view(torch.int8), scale
+    return signed(unpack(packed, bits).sub(1 << (bits - 1))), scale
 
 
 def _check_shape(module: str, shape: tuple[int, int], stored: Tensor | None) -> None:

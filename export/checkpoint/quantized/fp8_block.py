@@ -5,16 +5,19 @@ per tensor or row (weight_scale), as older tools of the same quant_method "fp8" 
 tensor, as transformers 5 may save them.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from functools import partial
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from latentrt.export.checkpoint.base import Part, Source, StoredTensor
 from latentrt.export.checkpoint.quantized import headers, scaled
 from latentrt.export.checkpoint.quantized.packing import widen
 from latentrt.export.checkpoint.quantized.scaled import Area
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 INV = "weight_scale_inv"
 SCALES = (*headers.FLOATS, "F8_E8M0")
@@ -29,7 +32,7 @@ def claims(tensors: Mapping[str, StoredTensor]) -> bool:
 
 
 def sources(
-    tensors: Mapping[str, StoredTensor], config: dict, read: Callable[[str], Tensor]
+    tensors: Mapping[str, StoredTensor], config: dict, read: Callable[[str], Any]
 ) -> tuple[dict[str, Source], set[str]]:
     block = _block(config)
     found: dict[str, Source] = {}
@@ -91,6 +94,7 @@ def _experts(tensors: Mapping[str, StoredTensor], name: str, block: tuple[int, i
 
 def _decode_piece(scale_name: str, area: Area, skipped: int, weight: Tensor, scale: Tensor) -> Tensor:
     """A piece that begins `skipped` rows into its first block."""
-    whole = torch.zeros(skipped + len(weight), weight.shape[1])
-    whole[skipped:] = widen(weight)
+    values = widen(weight)
+    whole = values.new_zeros(skipped + len(weight), weight.shape[1])
+    whole[skipped:] = values
     return scaled.multiply(whole, scaled.wide_scale(scale_name, scale), area)[skipped:]

@@ -6,16 +6,19 @@ Files exist that name one version and store the other. Symmetric weights have al
 stored words themselves say which one it is.
 """
 
+from __future__ import annotations
+
 from collections.abc import Callable, Mapping
 from functools import partial
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from latentrt.export.checkpoint.base import Blocks, Part, Source, StoredTensor
 from latentrt.export.checkpoint.quantized import awq, headers, scaled
-from latentrt.export.checkpoint.quantized.packing import unpack
+from latentrt.export.checkpoint.quantized.packing import is_in_order, signed, unpack
 from latentrt.export.checkpoint.quantized.scaled import Area
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 BITS = (2, 3, 4, 8)
 ONES = {2: 0x55555555, 4: 0x11111111, 8: 0x01010101}  # a one in every value of a word
@@ -27,7 +30,7 @@ def claims(tensors: Mapping[str, StoredTensor]) -> bool:
 
 
 def sources(
-    tensors: Mapping[str, StoredTensor], config: dict, read: Callable[[str], Tensor]
+    tensors: Mapping[str, StoredTensor], config: dict, read: Callable[[str], Any]
 ) -> tuple[dict[str, Source], set[str]]:
     version = _version(config)
     found = {f"{m}.weight": _source(tensors, m, config, version) for m in headers.modules(tensors, "qweight")}
@@ -83,8 +86,8 @@ def _decode(
 ) -> Tensor:  # fmt: skip
     """[in * bits / 32, out], [groups, out * bits / 32], [groups, out], [in] -> (q - zero) * scale, [out, in]"""
     scales = headers.finite(f"{module}.scales", scales).t()  # [out, groups]
-    zeros = _zeros(module, bits, version, sym, qzeros, scales.shape[0]).t().to(torch.float32)
-    values = unpack(qweight.t(), bits).to(torch.float32)  # [out, in]
+    zeros = _zeros(module, bits, version, sym, qzeros, scales.shape[0]).t().float()
+    values = unpack(qweight.t(), bits).float()  # [out, in]
     covered = Area(1, group)
     if not _in_order(group, g_idx):
         order = headers.indices(f"{module}.g_idx", g_idx, scales.shape[1])
@@ -94,7 +97,7 @@ def _decode(
 
 
 def _in_order(group: int, g_idx: Tensor | None) -> bool:
-    return g_idx is None or torch.equal(g_idx.long(), torch.arange(len(g_idx)) // group)
+    return g_idx is None or is_in_order(g_idx, group)
 
 
 def _read_blocks(
@@ -105,7 +108,7 @@ def _read_blocks(
     scales, middle = headers.finite(f"{module}.scales", scales).t(), 1 << (bits - 1)
     if not _in_order(group, g_idx) or (_zeros(module, bits, version, sym, qzeros, scales.shape[0]) != middle).any():
         return None
-    return unpack(qweight.t(), bits).sub(middle).view(torch.int8), scales.contiguous()
+    return signed(unpack(qweight.t(), bits).sub(middle)), scales.contiguous()
 
 
 def _zeros(module: str, bits: int, version: int | None, sym: bool | None, words: Tensor, out: int) -> Tensor:
@@ -114,7 +117,7 @@ def _zeros(module: str, bits: int, version: int | None, sym: bool | None, words:
     if sym is True or (sym is None and version is None):
         for value in (middle - 1, middle):
             if (stored == value).all():
-                return torch.full_like(stored, middle)
+                return stored.new_full(stored.shape, middle)
     if version is None:
         headers.refuse(
             f"{module}.qzeros", "zero points of asymmetric weights, and no word on their version", "a config",
@@ -124,4 +127,4 @@ def _zeros(module: str, bits: int, version: int | None, sym: bool | None, words:
         return stored
     if bits not in ONES:
         headers.refuse(f"{module}.qzeros", f"asymmetric {bits}-bit weights of version 1", "version 2 (gptq_v2), or symmetric")
-    return unpack((words.long() + ONES[bits]).to(torch.int32), bits)[:, :out]
+    return unpack((words.long() + ONES[bits]).int(), bits)[:, :out]

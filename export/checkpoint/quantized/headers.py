@@ -1,13 +1,15 @@
 """What the formats check about tensors: from headers before anything is read, and about scales once they are."""
 
-from collections.abc import Iterable, Mapping
-from typing import NoReturn
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, NoReturn
 
 from latentrt.export.checkpoint.base import StoredTensor
 from latentrt.export.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 FLOATS = ("F32", "BF16", "F16")
 SAVE_AGAIN = "start from the unquantized checkpoint, or save this one again in a format that docs/checkpoints.md lists"
@@ -60,8 +62,8 @@ def matrix(tensors: Mapping[str, StoredTensor], name: str, dtypes: Iterable[str]
 
 def finite(name: str, scale: Tensor) -> Tensor:
     """`scale` in float32, all elements finite."""
-    wide = scale.to(torch.float32)
-    bad = ~torch.isfinite(wide)
+    wide = scale.float()
+    bad = ~wide.isfinite()
     if bad.any():
         index = bad.nonzero()[0].tolist()
         raise CheckpointError(

@@ -4,8 +4,7 @@ What a module is follows from its tensors; the config only says what would be wr
 """
 
 from collections.abc import Callable, Mapping
-
-from torch import Tensor
+from typing import Any
 
 from latentrt.export.checkpoint.base import Source, StoredTensor
 from latentrt.export.checkpoint.quantized import headers, scaled
@@ -22,7 +21,7 @@ def claims(tensors: Mapping[str, StoredTensor]) -> bool:
 
 
 def sources(
-    tensors: Mapping[str, StoredTensor], config: dict, read: Callable[[str], Tensor]
+    tensors: Mapping[str, StoredTensor], config: dict, read: Callable[[str], Any]
 ) -> tuple[dict[str, Source], set[str]]:
     _check(config)
     scaled_inputs = headers.modules(tensors, "pre_quant_scale")

@@ -1,15 +1,18 @@
 """Weights that are stored values times scales, whatever one scale covers: a tensor, a row, a group of a row, or a block."""
 
+from __future__ import annotations
+
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING
 
 from latentrt.export.checkpoint.base import Part, RowScaled, Source, StoredTensor
 from latentrt.export.checkpoint.quantized import headers
-from latentrt.export.checkpoint.quantized.packing import e2m1, e8m0, spread, widen
+from latentrt.export.checkpoint.quantized.packing import e2m1, e8m0, is_octets, rounded, spread, widen
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 VALUES = ("F8_E4M3", "I8")
 NVFP4_GROUP, MXFP4_GROUP = 16, 32
@@ -53,12 +56,12 @@ def area(
 
 def multiply(values: Tensor, scale: Tensor, covered: Area) -> Tensor:
     """values [out, in] * scale, in place."""
-    return _apply(torch.Tensor.mul_, values, scale, covered)
+    return _apply(lambda v, s: v.mul_(s), values, scale, covered)
 
 
 def subtract(values: Tensor, zero: Tensor, covered: Area) -> Tensor:
     """values [out, in] - zero, in place; zero points lie as scales do."""
-    return _apply(torch.Tensor.sub_, values, zero, covered)
+    return _apply(lambda v, z: v.sub_(z), values, zero, covered)
 
 
 def _apply(operation, values: Tensor, other: Tensor, covered: Area) -> Tensor:
@@ -113,7 +116,7 @@ def words(covered: Area, shape: tuple[int, int]) -> str:
 
 def wide_scale(name: str, scale: Tensor) -> Tensor:
     """float32; bytes are E8M0 exponents."""
-    return headers.finite(name, e8m0(scale) if scale.dtype == torch.uint8 else scale)
+    return headers.finite(name, e8m0(scale) if is_octets(scale) else scale)
 
 
 def _decode(scale_name: str, covered: Area, weight: Tensor, scale: Tensor, zero: Tensor | None = None) -> Tensor:
@@ -156,4 +159,4 @@ def _decode_fp4(module: str, covered: Area, divide: bool, packed: Tensor, scale:
         scale = headers.finite(f"{module}: scale of a group", scale / whole if divide else scale * whole)
     values = e2m1(packed)
     weight = multiply(values if divide else values.add_(0.0), scale, covered)  # -0 + 0 = 0
-    return weight.to(torch.bfloat16).float() if divide and tensor_scale is not None else weight
+    return rounded(weight, "bfloat16") if divide and tensor_scale is not None else weight

@@ -1,9 +1,20 @@
-"""The DeepSeek-V2 family as a record."""
+"""The DeepSeek-V2 family as a record. Its modules are imported when one is made: a config is read without torch."""
+
+from collections.abc import Callable
+from importlib import import_module
 
 from latentrt.export.models.base import Family
 from latentrt.export.models.deepseek_v2.config import DeepseekV2Config, parse, restore
-from latentrt.export.models.deepseek_v2.model import DecoderLayer, DeepseekV2Step, Embed, Head
 from latentrt.export.models.deepseek_v2.weights import checkpoint_tensors, originals, weights
+
+
+def _made_by(name: str) -> Callable:
+    """The class `name` of model.py."""
+
+    def make(*args, **kwargs):
+        return getattr(import_module("latentrt.export.models.deepseek_v2.model"), name)(*args, **kwargs)
+
+    return make
 
 
 def _counts(c: DeepseekV2Config) -> dict[str, int]:
@@ -33,9 +44,9 @@ FAMILY = Family(
     checkpoint_tensors=checkpoint_tensors,
     originals=originals,
     angles=lambda c: dict.fromkeys(("cos", "sin"), c.qk_rope_head_dim // 2),
-    embed=Embed,
-    layer=DecoderLayer,
+    embed=_made_by("Embed"),
+    layer=_made_by("DecoderLayer"),
     layer_kind=DeepseekV2Config.is_moe_layer,
-    head=Head,
-    step=DeepseekV2Step,
+    head=_made_by("Head"),
+    step=_made_by("DeepseekV2Step"),
 )

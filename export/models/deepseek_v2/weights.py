@@ -1,12 +1,15 @@
 """The weights of DeepSeek-V2's step graph: names, shapes, roles, and the checkpoint tensors that each is made of."""
 
-from collections.abc import Iterable, Iterator
+from __future__ import annotations
 
-import torch
-from torch import Tensor
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
 
 from latentrt.export.models.base import Weight
 from latentrt.export.models.deepseek_v2.config import DeepseekV2Config
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 def weights(c: DeepseekV2Config) -> list[Weight]:
@@ -48,7 +51,7 @@ def originals(found: Iterable[tuple[Weight, Tensor]]) -> Iterator[tuple[str, Ten
             if w_uk is None:
                 w_uk = value  # [H, nope, kv_lora_rank]; w_uv [H, kv_lora_rank, v] comes next
                 continue
-            yield weight.sources[0][0], torch.cat([w_uk, value.transpose(1, 2)], 1).flatten(0, 1).contiguous()
+            yield weight.sources[0][0], _stacked(w_uk, value.transpose(1, 2), 1).flatten(0, 1).contiguous()
             w_uk = None
         elif weight.role == "gate_up":
             for expert, (gate, up) in enumerate(weight.sources):
@@ -59,6 +62,12 @@ def originals(found: Iterable[tuple[Weight, Tensor]]) -> Iterator[tuple[str, Ten
                 yield down, value[expert].contiguous()
         else:
             yield weight.name, value.contiguous()
+
+
+def _stacked(first: Tensor, second: Tensor, dim: int = 0) -> Tensor:
+    import torch
+
+    return torch.cat([first, second], dim)
 
 
 def _norm(prefix: str, size: int) -> Weight:
@@ -130,7 +139,7 @@ def _moe(c: DeepseekV2Config, prefix: str) -> list[Weight]:
         Weight(
             f"{prefix}.experts.gate_up_proj", (experts, 2 * inner, hidden), "gate_up",
             tuple((f"{e}.gate_proj.weight", f"{e}.up_proj.weight") for e in expert),
-            lambda gate, up: torch.cat([gate, up])[None],
+            lambda gate, up: _stacked(gate, up)[None],
         ),
         Weight(
             f"{prefix}.experts.down_proj", (experts, hidden, inner), "down",
