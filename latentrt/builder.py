@@ -8,22 +8,23 @@ from datetime import UTC, datetime
 from functools import cached_property
 from pathlib import Path
 
-from latentrt import __version__
+from latentrt import __version__, preflight
 from latentrt.export import calibration as calibrations
 from latentrt.export import graph as step_graphs
 from latentrt.export import lowering as lowerings
 from latentrt.export import text as texts
 from latentrt.export import weight_set
-from latentrt.export.calibration import Samples
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.errors import BuildError
 from latentrt.export.lowering.base import Lowered, LoweredEngine, Lowering, described
 from latentrt.export.models import registry
 from latentrt.export.options import BuildOptions
 from latentrt.export.progress import Report
+from latentrt.export.samples import Samples
 from latentrt.export.text import BakedText
 from latentrt.export.weight_set import StoredWeight
 from latentrt.identity import CheckpointDigests
+from latentrt.preflight import Order
 from latentrt.runtime import smoke_test
 from latentrt.runtime.bundle import writer
 from latentrt.runtime.bundle.manifest import (
@@ -37,7 +38,7 @@ from latentrt.runtime.bundle.manifest import (
     Text,
     WeightSet,
 )
-from latentrt.runtime.bundle.writer import BundleWriter, finished_bytes, holds, previous_manifest
+from latentrt.runtime.bundle.writer import BundleWriter, finished_bytes, holds
 
 
 def build(checkpoint: Path | str, out: Path | str, options: BuildOptions = BuildOptions(), quiet: bool = True) -> dict:
@@ -46,37 +47,30 @@ def build(checkpoint: Path | str, out: Path | str, options: BuildOptions = Build
     Every target is committed as it is finished. Raises BuildError, ConfigError, CheckpointError or BundleError; what was
     committed before stays as it was. After an interruption the same call resumes after the last finished shard.
     """
-    chosen = [lowerings.find(spec) for spec in options.specs()]
+    return run(preflight.check(checkpoint, out, options), quiet)
+
+
+def run(order: Order, quiet: bool = True) -> dict:
+    """`build` of what has been checked."""
+    out, opened, previous, force = order.out, order.checkpoint, order.previous, order.options.force
+    chosen = [lowerings.find(spec) for spec in order.specs]
+    for lowering in chosen:
+        lowering.check(opened.config)
     with Report(quiet) as report:
-        with report.stage("read checkpoint headers", shown=False):
-            opened = Checkpoint(checkpoint)
-            opened.check()
-            for note in opened.notes:
-                report.note(note)
-            texts.check(opened.path)
-            _check_context(opened, options.max_context)
-            for lowering in chosen:
-                lowering.check(opened.config)
-            samples = calibrations.read_samples(options.calibration, opened) if options.calibration else None
-            previous = previous_manifest(Path(out), discard_unreadable=options.force)
-        inputs = _Inputs(opened, CheckpointDigests(opened, previous, report), samples)
-        pending = [x for x in chosen if options.force or not _is_current(Path(out), previous, inputs, x)]
+        for note in opened.notes:
+            report.note(note)
+        inputs = _Inputs(opened, CheckpointDigests(opened, previous, report), order.samples)
+        pending = [x for x in chosen if force or not _is_current(out, previous, inputs, x)]
         if not pending:  # nothing is written, so that a bundle on a read-only disk is as good as any
             return _summary(out, previous, chosen, pending, report)
-        if not options.force:
+        if not force:
             _check_replace(out, previous, inputs.digests, pending, opened.config)
-        writer.check_folder(Path(out), _needed_bytes(Path(out), opened, pending, previous))
-        with writer.open_writer(Path(out), discard_unreadable=options.force) as opened_writer:
-            builder = _Builder(opened_writer, inputs, report, reread=options.force)
+        writer.check_folder(out, _needed_bytes(out, opened, pending, previous))
+        with writer.open_writer(out, discard_unreadable=force) as opened_writer:
+            builder = _Builder(opened_writer, inputs, report, reread=force)
             for lowering in pending:
                 builder.add(lowering)
             return _summary(out, opened_writer.previous, chosen, pending, report)
-
-
-def _check_context(checkpoint: Checkpoint, max_context: int | None) -> None:
-    longest = checkpoint.config.max_position_embeddings
-    if max_context is not None and not 1 <= max_context <= longest:
-        raise BuildError(f"max_context is {max_context}, accepted: 1 to {longest} (max_position_embeddings)")
 
 
 def _check_replace(out: Path, previous: Manifest | None, digests: CheckpointDigests, pending: list[Lowering], config) -> None:

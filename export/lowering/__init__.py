@@ -8,13 +8,19 @@ if TYPE_CHECKING:
     from latentrt.export.options import TargetSpec
 
 _LOWERINGS = {
-    "onnxruntime": "onnxruntime.lowering:OnnxruntimeLowering",
-    "tensorrt": "tensorrt.lowering:TensorrtLowering",
-    "tensorrt_rtx": "tensorrt.lowering:TensorrtLowering",
+    "onnxruntime": ("onnxruntime", "OnnxruntimeLowering"),
+    "tensorrt": ("tensorrt", "TensorrtLowering"),
+    "tensorrt_rtx": ("tensorrt", "TensorrtLowering"),
 }
+
+
+def check(spec: "TargetSpec") -> None:
+    """Raises BuildError for what cannot be had, as `find` does, without the imports that take seconds."""
+    folder, _ = _LOWERINGS[spec.target.backend]
+    import_module(f"latentrt.export.lowering.{folder}.choices").resolve(spec)
 
 
 def find(spec: "TargetSpec") -> "Lowering":
     """The lowering for a target. Raises BuildError for what cannot be had."""
-    module, name = _LOWERINGS[spec.target.backend].split(":")
-    return getattr(import_module(f"latentrt.export.lowering.{module}"), name)(spec)
+    folder, name = _LOWERINGS[spec.target.backend]
+    return getattr(import_module(f"latentrt.export.lowering.{folder}.lowering"), name)(spec)

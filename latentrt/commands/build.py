@@ -27,19 +27,20 @@ def build(
 ) -> int:
     """Builds an engine bundle for one or more targets from a DeepSeek-V2-family checkpoint."""
     with interrupt.leaves_at_once():
-        from latentrt.export.checkpoint import folder
-
-        folder.find(checkpoint)  # what is no checkpoint is refused before the imports that take seconds
-        from latentrt import builder
-        from latentrt.commands import console
+        from latentrt import preflight
         from latentrt.export.options import BuildOptions
 
-    options = BuildOptions(
-        target, precision, accuracy, cache_format, max_context, weights, activations, calibration, prefill, force
-    )
+        options = BuildOptions(
+            target, precision, accuracy, cache_format, max_context, weights, activations, calibration, prefill, force
+        )
+        order = preflight.check(checkpoint, out, options)  # what is refused is refused before the imports that take seconds
+        from latentrt import builder
+
     try:
-        summary = builder.build(checkpoint, out, options, quiet=as_json)
+        summary = builder.run(order, quiet=as_json)
     except KeyboardInterrupt:
+        from latentrt.commands import console
+
         console.note("interrupted; run the same command to resume")
         return interrupt.STATUS
     if as_json:

@@ -9,13 +9,14 @@ import pytest
 import torch
 
 from latentrt.export import calibration
-from latentrt.export.calibration import Samples, activation_scales, read_samples
+from latentrt.export.calibration import activation_scales
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.errors import BuildError, CheckpointError
 from latentrt.export.lowering.tensorrt import gpu_kernels
 from latentrt.export.lowering.tensorrt import package as tensorrt_package
 from latentrt.export.models.deepseek_v2.model import DecoderLayer
 from latentrt.export.models.deepseek_v2.weights import weights
+from latentrt.export.samples import Samples, read_samples
 from latentrt.runtime.bundle.reader import Bundle
 from tests import checkpoints
 from tests.builds import build

@@ -107,7 +107,7 @@ def test_every_weight_of_a_model(tmp_path, kind, whole_kv):
         if kind in ("Q4_0", "Q8_0") and weight.ndim == 2 and not name.endswith(("mlp.gate.weight", "kv_b_proj.weight")):
             assert (blocks := files.sources()[0][name].blocks) and (blocks.size, blocks.bits) == (32, int(kind[1]))
         if kind in gguf_files.PLAIN and found[name].ndim == 2 and not name.endswith("mlp.gate.weight"):
-            assert found[name].dtype == gguf_files.PLAIN[kind]
+            assert found[name].dtype == getattr(torch, gguf_files.PLAIN[kind])
 
 
 READABLE = [k for k in Type if k.name not in gguf_files.PLAIN and gguf_files._dequantizes(k)]

@@ -5,7 +5,7 @@ head, and experts into QMoE. At accuracy "exact" all sums are float32; "fast" le
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -15,36 +15,19 @@ import torch
 
 from latentrt.export.errors import BuildError
 from latentrt.export.lowering.base import Lowered, LoweredEngine, Lowering, Stage
+from latentrt.export.lowering.onnxruntime import choices
+from latentrt.export.lowering.onnxruntime.choices import CpuOptions
 from latentrt.export.lowering.onnxruntime.native import with_own_kernels
 from latentrt.export.models.base import Config, Weight
-from latentrt.export.options import AUTO, TargetSpec
+from latentrt.export.options import TargetSpec
 from latentrt.export.quantization import Float32, Int4, Int8, WeightFormat
 from latentrt.export.weight_set import StoredWeight
 from latentrt.plugins.moe_experts.op import CONTRACT as MOE_EXPERTS
 from latentrt.plugins.onnx_function import MICROSOFT, bodies
 
-PRECISIONS = ("fp32", "int8", "int4")
-ACCURACIES = ("exact", "fast")
-CACHE_FORMATS = ("float32", "float16")
 OWN_KERNELS = 1  # version of what the graph with own kernels asks of them: another one makes bundles out of date
 _ACCURACY_LEVEL = {"exact": 0, "fast": 4}  # of MatMulNBits and 4-bit QMoE: 0 float32 activations, 4 int8
 _DTYPES = {torch.float32: ir.DataType.FLOAT, torch.uint8: ir.DataType.UINT8}
-
-
-@dataclass(frozen=True)
-class CpuOptions:
-    """What can be chosen for the cpu target."""
-
-    precision: str = "int8"
-    accuracy: str = "fast"
-    cache_format: str = "float32"
-
-    def check(self) -> None:
-        """Raises BuildError that lists the choices."""
-        for name, choices in (("precision", PRECISIONS), ("accuracy", ACCURACIES), ("cache_format", CACHE_FORMATS)):
-            value = getattr(self, name)
-            if value not in choices:
-                raise BuildError(f"{name} is {value!r}, accepted for target cpu: {', '.join(choices)}")
 
 
 class OnnxruntimeLowering(Lowering):
@@ -56,9 +39,7 @@ class OnnxruntimeLowering(Lowering):
 
     def __init__(self, spec: TargetSpec):
         super().__init__(replace(spec, weights=""))
-        accuracy = spec.accuracy if spec.precision in ("int8", "int4") else "exact"
-        self.choices = CpuOptions(spec.precision, accuracy, self.cache_format)
-        self.choices.check()
+        self.choices = choices.resolve(spec)
 
     @property
     def backend_version(self) -> str:
@@ -66,7 +47,7 @@ class OnnxruntimeLowering(Lowering):
 
     @property
     def cache_format(self) -> str:
-        return "float32" if self.spec.cache_format == AUTO else self.spec.cache_format
+        return self.choices.cache_format
 
     def tools(self) -> dict:
         return super().tools() | {"own_kernels": OWN_KERNELS}

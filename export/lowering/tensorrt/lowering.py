@@ -14,13 +14,12 @@ import onnx_ir as ir
 import torch
 
 from latentrt.export import targets
-from latentrt.export.errors import BuildError
 from latentrt.export.lowering.base import Lowered, LoweredEngine, Lowering, Profiles, Stage, described
-from latentrt.export.lowering.tensorrt import fp8_graph, gpu_kernels
+from latentrt.export.lowering.tensorrt import choices, fp8_graph, gpu_kernels
 from latentrt.export.lowering.tensorrt import package as tensorrt_package
 from latentrt.export.lowering.tensorrt.build import BuildJob
 from latentrt.export.models.base import Config, Weight
-from latentrt.export.options import AUTO, TargetSpec
+from latentrt.export.options import TargetSpec
 from latentrt.export.quantization import BFloat16, Fp8, WeightFormat
 from latentrt.export.tracing import Shapes
 from latentrt.export.weight_set import StoredWeight
@@ -38,7 +37,6 @@ from latentrt.plugins.step_graph import (
     size,
 )  # fmt: skip
 
-CACHE_FORMATS = ("bfloat16",)
 _LAYER_BYTES = 6 << 20  # of a plan, without weights: TensorRT-RTX 1.7 makes 3.4 MB of a layer of V2-Lite
 PROFILES = {ABSORBED: ("decode", "prefill"), EXPANDED: ("prefill",)}
 _MAX_ELEMENTS = 2**31 - 1  # of one network input: TensorRT counts its elements in int32 where it makes kernels of its own
@@ -53,22 +51,16 @@ class TensorrtLowering(Lowering):
 
     def __init__(self, spec: TargetSpec):
         super().__init__(replace(spec, accuracy=""))  # a matter of int8
-        if self.cache_format not in CACHE_FORMATS:
-            accepted = f"accepted for target {spec.target.name}: auto, {', '.join(CACHE_FORMATS)}"
-            raise BuildError(f"cache_format is {spec.cache_format!r}, {accepted}")
-        self.module = spec.target.backend
-        self.capability = targets.capability(spec.target)
-        self._version = tensorrt_package.require(self.module, spec.target.name)
-        if self.module == "tensorrt":
-            tensorrt_package.require_gpu(spec.target.name, self.capability)
+        self.choices = choices.resolve(spec)
+        self.module, self.capability = spec.target.backend, targets.capability(spec.target)
 
     @property
     def backend_version(self) -> str:
-        return self._version
+        return self.choices.version
 
     @property
     def cache_format(self) -> str:
-        return "bfloat16" if self.spec.cache_format == AUTO else self.spec.cache_format
+        return self.choices.cache_format
 
     def tools(self) -> dict:
         return super().tools() | gpu_kernels.identity()

@@ -1,5 +1,7 @@
 """Which TensorRT package a target needs, whether it is here, and the child process that builds with it."""
 
+from __future__ import annotations
+
 import json
 import os
 import subprocess
@@ -11,10 +13,13 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import latentrt
 from latentrt.export.errors import BuildError
-from latentrt.export.lowering.tensorrt.build import BuildJob
+
+if TYPE_CHECKING:
+    from latentrt.export.lowering.tensorrt.build import BuildJob
 
 ROOT = Path(latentrt.__file__).parents[1]  # from where the child finds the package, in a checkout or installed
 _LOG_TAIL = 4000  # characters of the child's messages that an error shows

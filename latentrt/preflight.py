@@ -1,0 +1,51 @@
+"""What a build is asked for, checked by its options, the checkpoint's headers and small files.
+
+No torch, no ONNX: what is refused is refused in less than a second, before the imports that a build needs.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from latentrt.export import lowering as lowerings
+from latentrt.export import samples
+from latentrt.export import text as texts
+from latentrt.export.checkpoint import Checkpoint
+from latentrt.export.errors import BuildError
+from latentrt.export.options import BuildOptions, TargetSpec
+from latentrt.export.samples import Samples
+from latentrt.runtime.bundle import writer
+from latentrt.runtime.bundle.manifest import Manifest
+
+
+@dataclass(frozen=True)
+class Order:
+    """A build that may begin. `previous` is the manifest in force at `out`."""
+
+    checkpoint: Checkpoint
+    out: Path
+    options: BuildOptions
+    specs: list[TargetSpec]
+    samples: Samples | None
+    previous: Manifest | None
+
+
+def check(checkpoint: Path | str, out: Path | str, options: BuildOptions = BuildOptions()) -> Order:
+    """Opens the checkpoint. Raises BuildError, ConfigError, CheckpointError or BundleError."""
+    out, specs = Path(out), options.specs()
+    for spec in specs:
+        lowerings.check(spec)
+    opened = Checkpoint(checkpoint)
+    opened.check()
+    texts.check(opened.path)
+    _check_context(opened, options.max_context)
+    previous = writer.previous_manifest(out, discard_unreadable=options.force)
+    if previous is None or options.force:  # else it may be up to date, and nothing is written
+        writer.check_folder(out)
+    read = samples.read_samples(options.calibration, opened) if options.calibration else None
+    return Order(opened, out, options, specs, read, previous)
+
+
+def _check_context(checkpoint: Checkpoint, max_context: int | None) -> None:
+    longest = checkpoint.config.max_position_embeddings
+    if max_context is not None and not 1 <= max_context <= longest:
+        raise BuildError(f"max_context is {max_context}, accepted: 1 to {longest} (max_position_embeddings)")
