@@ -2,20 +2,35 @@
 
 import json
 import shutil
+import subprocess
+import sys
 from collections import namedtuple
 from pathlib import Path
 
 import pytest
+import torch
 
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.errors import BuildError
 from latentrt.runtime.bundle import writer
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.errors import BundleError
-from tests import checkpoints
+from tests import checkpoints, gguf_writing
 from tests.builds import build
 
 pytestmark = pytest.mark.usefixtures("fast_trace")
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = """
+import contextlib, io, json, sys
+from latentrt.cli import main
+for arguments in json.load(sys.stdin):
+    said = io.StringIO()
+    with contextlib.redirect_stderr(said):
+        status = main(["build", *arguments])
+    slow = [name for name in ("torch", "onnx", "onnx_ir", "onnxruntime", "transformers", "triton") if name in sys.modules]
+    print(json.dumps([status, said.getvalue(), slow]))
+"""
 
 
 @pytest.fixture
@@ -79,3 +94,61 @@ def test_notes_are_told_once(tiny_checkpoint, tiny_bundle, tmp_path):
     (checkpoint / "consolidated.safetensors").write_bytes((checkpoint / "model.safetensors").read_bytes())
     notes = build(checkpoint, tiny_bundle, "cpu", "fp32")["notes"]
     assert len(notes) == 1 and "consolidated.safetensors not read" in json.dumps(notes)
+
+
+def no_o_proj(tensors: dict) -> None:
+    del tensors["model.layers.1.self_attn.o_proj.weight"]
+
+
+def wrong_scales(tensors: dict) -> None:
+    name = "model.layers.1.self_attn.o_proj.weight"
+    tensors[name], tensors[f"{name}_scale_inv"] = tensors[name].to(torch.float8_e4m3fn), torch.ones(3, 3)
+
+
+def truncate(folder: Path) -> None:
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+
+
+def other_gguf(folder: Path) -> None:
+    shutil.rmtree(folder)
+    folder.mkdir()
+    gguf_writing.write(folder / "m.gguf", {}, {}, "llama")
+
+
+BAD_CHECKPOINTS = [  # what is done to a good one; words of the refusal
+    (lambda c: checkpoints.edit_tensors(c, no_o_proj), ["missing tensor model.layers.1.self_attn.o_proj.weight"]),
+    (lambda c: checkpoints.edit_tensors(c, wrong_scales), ["o_proj.weight_scale_inv", "shape [3, 3]", "accepted"]),
+    (lambda c: checkpoints.edit_config(c, kv_lora_rank=32), ["config.json says kv_lora_rank 32, the tensors have 64"]),
+    (lambda c: checkpoints.edit_config(c, topk_method="noaux_tc"), ["config.json: topk_method is 'noaux_tc'"]),
+    (lambda c: checkpoints.edit_config(c, model_type="llama"), ["model_type is 'llama', accepted: 'deepseek_v2'"]),
+    (truncate, ["model.safetensors: not a whole safetensors file", "download it again"]),
+    (other_gguf, ["m.gguf: general.architecture is 'llama'; accepted: 'deepseek2'"]),
+    (lambda c: (c / "tokenizer.json").write_text("{}"), ["tokenizer.json: tokenizers", "cannot read it"]),
+    (lambda c: (c / "generation_config.json").write_text('{"top_p": 2}'), ["generation_config.json: top_p is 2, accepted"]),
+]
+BAD_OPTIONS = [
+    (["--max-context", "9999999"], ["max_context is 9999999, accepted: 1 to 256 (max_position_embeddings)"]),
+    (["--target", "sm70"], ["unknown target 'sm70', accepted: cpu, sm80"]),
+    (["--precision", "fp8"], ["precision 'fp8' is not to be had on cpu; accepted: auto, int8, int4, fp32"]),
+    (["--accuracy", "best"], ["accuracy is 'best', accepted: fast, exact"]),
+    (["--cache-format", "bfloat16"], ["cache_format is 'bfloat16', accepted for target cpu: float32, float16"]),
+    (["--target", "sm89", "--cache-format", "float16"], ["accepted for target sm89: auto, bfloat16"]),
+    (["--target", "sm89", "--activations", "static"], ["there are no sample tokens; give them with --calibration FILE"]),
+    (["--out", "build.py"], ["build.py: is a file; give a folder for the bundle"]),
+    (["--out", "docs"], ["docs: holds", "which is no part of a bundle; give another folder"]),
+]
+
+
+def test_what_headers_and_options_tell_is_refused_before_the_slow_imports(tiny_checkpoint, tmp_path):
+    """In a process of its own, where nothing is imported yet: what has been refused so far needed no torch."""
+    calls = [[str(tiny_checkpoint), "--out", str(tmp_path / "b"), *options] for options, _ in BAD_OPTIONS]
+    for number, (spoil, _) in enumerate(BAD_CHECKPOINTS):
+        spoil(shutil.copytree(tiny_checkpoint, folder := tmp_path / f"c{number}"))
+        calls.append([str(folder), "--out", str(tmp_path / "b")])
+    command = [sys.executable, "-c", COMMANDS]
+    child = subprocess.run(command, cwd=ROOT, input=json.dumps(calls), capture_output=True, text=True, check=True)
+    answers = map(json.loads, child.stdout.splitlines())
+    for call, (_, words), (status, said, slow) in zip(calls, BAD_OPTIONS + BAD_CHECKPOINTS, answers, strict=True):
+        assert (status, slow) == (2, []) and all(word in said for word in words), (call, status, said, slow)
+    assert not (tmp_path / "b").exists()
