@@ -36,11 +36,12 @@ def check(checkpoint: Path | str, out: Path | str, options: BuildOptions = Build
         lowerings.check(spec)
     opened = Checkpoint(checkpoint)
     opened.check()
-    texts.check(opened.path)
     _check_context(opened, options.max_context)
     previous = writer.previous_manifest(out, discard_unreadable=options.force)
     if previous is None or options.force:  # else it may be up to date, and nothing is written
         writer.check_folder(out)
+    with opened.text_folder() as folder:
+        texts.check(folder)
     read = samples.read_samples(options.calibration, opened) if options.calibration else None
     return Order(opened, out, options, specs, read, previous)
 

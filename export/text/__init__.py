@@ -4,7 +4,6 @@
 """
 
 from latentrt.export.text.bake import BakedText, EndToken, bake
-from latentrt.export.text.files import check
-from latentrt.export.text.tokenizer import load, source
+from latentrt.export.text.tokenizer import check, load, source
 
 __all__ = ["BakedText", "EndToken", "bake", "check", "load", "source"]

@@ -24,6 +24,14 @@ if TYPE_CHECKING:
 _PROBES = 50  # words
 
 
+def check(folder: Path) -> None:
+    """What is told without transformers: `files.check`, and whether a SentencePiece model is one. Raises CheckpointError."""
+    files.check(folder)
+    vocabulary = source(folder)
+    if vocabulary and vocabulary.suffix == ".model":
+        _check_model(vocabulary)
+
+
 def source(folder: Path) -> Path | None:
     """The file that holds the vocabulary; None where there is no tokenizer."""
     candidates = [folder / files.TOKENIZER, folder / "tokenizer.model", *sorted(folder.glob("*.model")), folder / "vocab.json"]
