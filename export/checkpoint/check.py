@@ -17,11 +17,14 @@ def findings(checkpoint: "Checkpoint") -> list[str]:
     missing = [name for name in expected if name not in tensors]
     found = [f"missing tensor {name}, expected shape {list(expected[name])}" for name in missing]
     for name, source in tensors.items():
-        where, dtype = f"{checkpoint.file(source).name}: tensor {name}", checkpoint.plain_types.get(name)
+        dtype = checkpoint.plain_types.get(name)
         if source.shape != tuple(expected[name]):
-            found.append(f"{where} has shape {list(source.shape)}, expected {list(expected[name])}")
+            wrong = f"shape {list(source.shape)}, expected {list(expected[name])}"
         elif dtype not in (None, *DTYPES):
-            found.append(f"{where} has dtype {dtype} and no scale, accepted: {', '.join(DTYPES)}")
+            wrong = f"dtype {dtype} and no scale, accepted: {', '.join(DTYPES)}"
+        else:
+            continue
+        found.append(f"{checkpoint.file(source).name}: tensor {name} has {wrong}")
     return _causes(checkpoint, missing) + found if found else []
 
 

@@ -176,7 +176,8 @@ def _weight_map(file: Path) -> dict[str, str]:
         raise CheckpointError(f"{file}: no readable weight_map ({error!r})") from None
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{file}: weight_map is {weight_map!r}, expected file names by tensor name")
-    bad = [f for f in weight_map.values() if not isinstance(f, str) or Path(f).name != f or not f.endswith(".safetensors")]
+    bad = [f for f in weight_map.values() if not isinstance(f, str)]
+    bad = bad or [f for f in set(weight_map.values()) if Path(f).name != f or not f.endswith(".safetensors")]
     if bad:
         raise CheckpointError(f"{file}: weight_map names {bad[0]!r}; accepted: *.safetensors beside the index")
     return weight_map
