@@ -152,14 +152,14 @@ class LlamaCpp(Side):
         """Depth tokens in all sequences: computed the first time, copied later."""
         if not depth:
             return
-        if (flash, depth) not in self.filled:
+        if (flash, batch, depth) not in self.filled:
             for start in range(0, depth, 2048):
                 self.decode(tokens(1, depth)[:, start : start + 2048], start)
             size = self.api.llama_state_seq_get_size(self.context, 0)
-            self.filled[flash, depth] = (ctypes.c_uint8 * size)()
-            if not self.api.llama_state_seq_get_data(self.context, self.filled[flash, depth], size, 0):
+            self.filled[flash, batch, depth] = (ctypes.c_uint8 * size)()
+            if not self.api.llama_state_seq_get_data(self.context, self.filled[flash, batch, depth], size, 0):
                 raise RuntimeError("the cache of a sequence cannot be saved")
-        state = self.filled[flash, depth]
+        state = self.filled[flash, batch, depth]
         for b in range(batch):
             if not self.api.llama_state_seq_set_data(self.context, state, len(state), b):
                 raise RuntimeError(f"the cache of a sequence cannot be copied, {depth} tokens")
