@@ -4,12 +4,17 @@
     python -m benchmarks.cpu --work /tmp/v2lite --model v2-lite          # V2-Lite's 27 layers, int4 beside Q4_0
 
 --work keeps random stand-ins, bundles, GGUF files and llama.cpp (PyPI's source package llama-cpp-python compiled for this
-machine, 5 to 10 minutes, in a virtual environment of its own) for the next run. V2-Lite goes without a bf16 checkpoint of 31 GB: its
-random tensors are written as a Q8_0 GGUF file, from which the bundles are built; below 35 GB of disk. Its int8 and Q8_0 take turns
-in memory only on machines with 48 GB. Every side is a process of its own with the same number of threads; a call repeats the same
-step over the same cache. Weights are random, as only shapes matter for time. A side that cannot run a case has "-" in the table and a
-reason in the JSON. ik_llama.cpp (--sides ik:q4_0) needs `ik-llama-cpp-python` in WORK/llama/ikvenv and runs V2-Lite only: it takes
-a null q_lora_rank at 26 and 27 layers. Other work on the machine makes all numbers noise: look at the load average in the JSON.
+machine, about 10 minutes on two cores, in a virtual environment of its own) for the next run. V2-Lite goes without a bf16
+checkpoint of 31 GB: its random tensors are written as a Q8_0 GGUF file of 17 GB, from which the bundles are built.
+
+Every side is a process of its own with the same number of threads; a call repeats the same step over the same cache; sides take
+turns, with a pause in between, because idle threads of some engines spin for a while. Weights are random, as only shapes matter
+for time. Q4_0 and Q8_0 files are pure: head and embedding too, where `llama-quantize` would give the head Q6_K, while our int4
+keeps some matrices at 8 bits; so compare "KL" before speed. A side that cannot run a case has "-" and a reason in the JSON.
+
+ik_llama.cpp (--sides ik:q4_0): ik-llama-cpp-python 0.1.5 did not compile from its source package (it asks Git for a commit); with
+that package in WORK/llama/ikvenv the side is tried, with V2-Lite only: it takes a null q_lora_rank at 26 and 27 layers. The side
+never ran. Other work on the machine makes all numbers noise: look at the load average in the JSON.
 """
 
 import json
@@ -60,6 +65,7 @@ SIDES = {  # engine, file or folder under --work
     "ik:q4_0": ("ik_llama.cpp", "Q4_0.gguf"), "bf16": ("transformers", "ckpt"),
 }  # fmt: skip
 DEFAULT = {"small": "fp32,int8,int4,llama:q8_0,llama:q4_0,bf16", "v2-lite": "int4,llama:q4_0"}
+PAUSE = 0.5  # seconds before each turn: what an engine's idle threads spin, at most
 STEPS = 3  # decode steps in a row, after one that is not timed, each time that it is a side's turn
 
 
@@ -224,11 +230,17 @@ def alternate(workers: dict[str, Worker], case: tuple[int, int, int], rounds: in
             found[name] = {"reason": str(error)}
     for number in range(rounds + (new > 1)):  # the first prompt is not counted
         for name, worker in workers.items():
-            if "reason" not in found[name]:
+            if "reason" in found[name]:
+                continue
+            time.sleep(PAUSE)
+            try:
                 seconds = worker.ask(do="steps", count=STEPS + 1 if new == 1 else 1)["seconds"]
-                found[name]["all"] += seconds[1:] if new == 1 else seconds if number else []
+            except (RuntimeError, BrokenPipeError) as error:
+                found[name]["reason"] = str(error)
+                continue
+            found[name]["all"] += seconds[1:] if new == 1 else seconds if number else []
     for row in found.values():
-        if row.get("all"):
+        if row.get("all") and "reason" not in row:
             row["seconds"] = statistics.median(row["all"])
     return found
 
@@ -273,7 +285,8 @@ def main(
     stand_in = StandIn(model, work)
     stand_in.make(names)
     record = {
-        "command": f"python -m benchmarks.cpu {' '.join(sys.argv[1:])}", "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "command": f"python -m benchmarks.cpu {' '.join(sys.argv[1:])}",
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{processor()}, {cores()} cores", "llama.cpp": LLAMA, "load_average": os.getloadavg(),
         "config": stand_in.raw, "bandwidth": bandwidth(), "reasons": {}, "loading": {}, "results": {},
     }  # fmt: skip

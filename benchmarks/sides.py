@@ -2,10 +2,11 @@
 
     python benchmarks/sides.py SIDE MODEL THREADS
 
-answers one line of JSON for each line of JSON that it reads: {"do": "case", "batch", "depth", "new"} gets ready, {"do": "steps",
-"count"} gives the seconds of each step, {"do": "memory"} bytes, {"do": "logits", "tokens", "out"} writes float32 logits of all
-positions as .npy. A step computes `new` tokens of each of `batch` sequences that have `depth` tokens in the cache, with logits for
-the last ones; the next step does the same again. The first line, unasked, tells what loading took. Needs NumPy and the engine alone.
+answers one line of JSON for each line of JSON that it reads: {"do": "case", "batch", "depth", "new"} gets ready, {"do":
+"steps", "count"} gives the seconds of each step, {"do": "memory"} bytes, {"do": "logits", "tokens", "out"} writes float32
+logits of all positions as .npy. A step computes `new` tokens of each of `batch` sequences that have `depth` tokens in the
+cache, with logits for the last ones; the next step does the same again. The first line, unasked, tells what loading took. Needs
+NumPy and the engine alone.
 """
 
 import ctypes
@@ -88,7 +89,7 @@ class Ours(Side):
 class LlamaCpp(Side):
     """A GGUF file through llama-cpp-python's ctypes. A case takes flash attention or not, whichever is faster in one step.
 
-    Sequences have streams of their own in the cache; its depth is computed once, and copied to the other sequences.
+    Sequences have streams of their own in the cache; its depth is computed once, and copied into the other sequences.
     """
 
     flash = (1, 0)  # LLAMA_FLASH_ATTN_TYPE_ENABLED, DISABLED
@@ -195,7 +196,7 @@ class LlamaCpp(Side):
 
 
 class IkLlamaCpp(LlamaCpp):
-    """ik_llama.cpp through ik-llama-cpp-python, with what its authors advise for this family on a CPU: MLA 3, weights repacked."""
+    """ik_llama.cpp through ik-llama-cpp-python, MLA 3, weights repacked. Never ran yet."""
 
     flash = (1,)
 
