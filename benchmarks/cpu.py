@@ -12,9 +12,9 @@ turns, with a pause in between, because idle threads of some engines spin for a 
 for time. Q4_0 and Q8_0 files are pure: head and embedding too, where `llama-quantize` would give the head Q6_K, while our int4
 keeps some matrices at 8 bits; so compare "KL" before speed. A side that cannot run a case has "-" and a reason in the JSON.
 
-ik_llama.cpp (--sides ik:q4_0): ik-llama-cpp-python 0.1.5 did not compile from its source package (it asks Git for a commit); with
-that package in WORK/llama/ikvenv the side is tried, with V2-Lite only: it takes a null q_lora_rank at 26 and 27 layers. The side
-never ran. Other work on the machine makes all numbers noise: look at the load average in the JSON.
+ik_llama.cpp (--sides ik:q4_0): ik-llama-cpp-python 0.1.5 did not compile from its source package (it asks Git for a commit).
+With that package in WORK/llama/ikvenv the side is tried, with V2-Lite only: it takes a null q_lora_rank at 26 and 27 layers.
+The side never ran. Other work on the machine makes all numbers noise: look at the load average in the JSON.
 """
 
 import json
