@@ -86,15 +86,15 @@ def write(path: Path, members: Shapes, dtype: str, progress=lambda size: None) -
     with path.open("wb", buffering=0) as stream:
         stream.write(struct.pack("<Q", len(text)) + text)
         for number, (name, shape) in enumerate(members.items()):
-            for piece in _pieces(name, shape, kind, number * STRIDE % POOL):
+            for piece in pieces(name, shape, kind, number):
                 _write_all(stream, piece)
                 progress(len(piece))
 
 
-def _pieces(name: str, shape: tuple[int, ...], kind: torch.dtype, start: int) -> Iterator[memoryview]:
-    """The tensor's bytes: the pool of its spread, from `start` on and round."""
+def pieces(name: str, shape: tuple[int, ...], kind: torch.dtype, number: int) -> Iterator[memoryview]:
+    """The bytes of the file's tensor `number`: the pool of its spread, from a place of its own on and round."""
     pool, left = _pool(*_center_and_spread(name, shape), kind), _elements(shape) * kind.itemsize
-    begin = start * kind.itemsize
+    begin = number * STRIDE % POOL * kind.itemsize
     while left:
         piece = pool[begin : begin + left]
         yield piece
