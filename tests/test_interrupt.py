@@ -14,7 +14,8 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize(("command", "package"), [
-    ("build.py", "typer"), ("build.py examples/tiny-deepseek-v2 --out B", "torch"), ("-m latentrt generate B --prompt x", "numpy"),
+    ("build.py", "typer"), ("build.py examples/tiny-deepseek-v2 --out B", "torch"),
+    ("-m latentrt generate B --prompt x", "numpy"),
     ("-m latentrt info B", "rich"), ("-m latentrt validate B --reference C", "torch"),
 ])  # fmt: skip
 def test_during_imports(command, package):
