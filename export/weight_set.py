@@ -192,8 +192,8 @@ class _Shard:
 
     def _rows(self, weight: Weight, index: int) -> Iterable[torch.Tensor]:
         if weight.make is None:
-            return self.checkpoint.pieces(weight.sources[index][0], _SLAB_BYTES // 4)
-        return _pieces(weight.slab(self.checkpoint.read, index))
+            return self.checkpoint.pieces(weight.sources[index][0], _SLAB_BYTES // 4, self.format.rows_together)
+        return _pieces(weight.slab(self.checkpoint.read, index), self.format.rows_together)
 
     def _taken_over(self, weight: Weight, index: int) -> list[torch.Tensor] | None:
         """The slab of the checkpoint's own values and scales per row, where the format computes with just these."""
@@ -227,9 +227,10 @@ def _fill(path: Path, job: _Shard) -> None:
     job.progress(job.size - sum(p.end - p.begin for p in job.plan))  # header and gaps
 
 
-def _pieces(slab: torch.Tensor) -> Iterable[torch.Tensor]:
-    """The slab, cut along axis 0 where it is large."""
-    return slab.split(max(1, _SLAB_BYTES // max(1, slab[0].numel() * 4)))
+def _pieces(slab: torch.Tensor, multiple: int) -> Iterable[torch.Tensor]:
+    """The slab, cut along axis 0 into multiples of `multiple` where it is large."""
+    step = max(1, _SLAB_BYTES // max(1, slab[0].numel() * 4))
+    return slab.split(-(-step // multiple) * multiple)
 
 
 def _write_at(descriptor: int, tensor: torch.Tensor, position: int) -> int:

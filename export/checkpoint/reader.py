@@ -212,11 +212,14 @@ class Checkpoint:
         source = self.tensors[name]
         return finite_or_refuse(source.decode(*self._parts(source.parts)), self.file(source), name)
 
-    def pieces(self, name: str, elements: int) -> Iterator[Tensor]:
-        """The tensor `name` in runs of rows with about so many elements: decoded one by one where the format allows it."""
+    def pieces(self, name: str, elements: int, multiple: int = 1) -> Iterator[Tensor]:
+        """The tensor `name` in runs of rows with about so many elements: decoded one by one where the format allows it.
+
+        A run has a multiple of `multiple` rows, but for the last.
+        """
         source = self.tensors[name]
         rows, width = source.shape[0], source.shape[0] and math.prod(source.shape[1:])
-        step = max(1, elements // max(1, width))
+        step = -(-max(1, elements // max(1, width)) // multiple) * multiple
         if not source.by_rows or rows <= step:
             yield from self.read(name).split(step)
             return

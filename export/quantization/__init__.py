@@ -8,8 +8,9 @@ from latentrt.export.quantization.float32 import Float32
 from latentrt.export.quantization.fp8 import Fp8
 from latentrt.export.quantization.int4 import Int4
 from latentrt.export.quantization.int8 import Int8
+from latentrt.export.quantization.panels import Panels
 
-__all__ = ["BFloat16", "Float32", "Fp8", "Int4", "Int8", "StoredTensor", "WeightFormat", "restore"]
+__all__ = ["BFloat16", "Float32", "Fp8", "Int4", "Int8", "Panels", "StoredTensor", "WeightFormat", "restore"]
 
 FORMATS: dict[str, type[WeightFormat]] = {f.name: f for f in (Float32, BFloat16, Fp8, Int8, Int4)}
 
@@ -20,6 +21,8 @@ def restore(description: Mapping) -> WeightFormat:
     if name not in FORMATS:
         raise ValueError(f"unknown weight format {name!r}, accepted: {', '.join(FORMATS)}")
     found = FORMATS[name].restored(description)
+    if description["layout"] == Panels.layout:
+        found = Panels(found)
     if found.description() != dict(description):
         raise ValueError(f"weight format {name} is described as {dict(description)}, here it is {found.description()}")
     return found

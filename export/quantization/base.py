@@ -31,6 +31,8 @@ class WeightFormat(ABC):
 
     name: str
     key: str
+    layout: str = "rows"  # of quantized weights: outputs one after the other, or what panels.py says
+    rows_together: int = 1  # outputs that are encoded together: `encode` takes a multiple of it but for the last ones
     plain: str
     quantized: str | None = None
     scale: str | None = None
@@ -51,7 +53,7 @@ class WeightFormat(ABC):
 
     def description(self) -> dict:
         """What a bundle's manifest says of the format (runtime/bundle/manifest.py, WeightFormat)."""
-        names = ("name", "plain", "quantized", "scale", "zero_point")
+        names = ("name", "layout", "plain", "quantized", "scale", "zero_point")
         return {name: getattr(self, name) for name in names} | {"blocks": dict(self.blocks), "bits": dict(self.bits)}
 
     @classmethod

@@ -76,6 +76,7 @@ class WeightFormat(_Record):
     """
 
     name: str
+    layout: Literal["rows", "panels16"] = "rows"  # of quantized weights; export/quantization/panels.py says how they lie
     plain: str
     quantized: str | None = None
     scale: str | None = None

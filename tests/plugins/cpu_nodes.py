@@ -22,8 +22,8 @@ OPSETS = [helper.make_opsetid("", 23), helper.make_opsetid(DOMAIN, 1), helper.ma
 ISAS = ("scalar", "avx2", "avxvnni", "avx512")
 
 
-def model(nodes, inputs: dict, weights: dict, outputs: list[str], free: dict | None = None) -> onnx.ModelProto:
-    """`inputs` and `weights` are arrays; `free` says which axes of an input have names instead of sizes."""
+def model(nodes, inputs: dict, weights: dict, outputs: list[str], free: dict | None = None, between=()) -> onnx.ModelProto:
+    """`inputs` and `weights` are arrays; `free` says which axes of an input have names instead of sizes. `between`: shapes."""
     values = [
         helper.make_tensor_value_info(
             name, helper.np_dtype_to_tensor_dtype(x.dtype),
@@ -33,7 +33,7 @@ def model(nodes, inputs: dict, weights: dict, outputs: list[str], free: dict | N
     ]  # fmt: skip
     made = helper.make_graph(
         nodes, "one", values, [helper.make_empty_tensor_value_info(o) for o in outputs],
-        [numpy_helper.from_array(w, name) for name, w in weights.items()],
+        [numpy_helper.from_array(w, name) for name, w in weights.items()], value_info=between,
     )  # fmt: skip
     found = helper.make_model(made, opset_imports=OPSETS, ir_version=11)
     found.functions.extend(bodies(found))
@@ -77,15 +77,50 @@ def rounded(x: np.ndarray, block: int) -> np.ndarray:
     return (q * (largest / np.float32(127))).reshape(*x.shape[:-1], blocks * block)[..., :inputs]
 
 
+def panels(name: str, rows: np.ndarray, axis: int) -> tuple[np.ndarray, list[onnx.NodeProto], dict]:
+    """Weights or scales by rows, with outputs at `axis`, as panels of 16; the nodes that make `<name>` of `<name>.panels`.
+
+    With an axis before the outputs, inputs are one axis in the end, as experts have them.
+    """
+    outputs, weights = rows.shape[axis], rows.dtype == np.uint8
+    panels = -(-outputs // 16)
+    filled = np.zeros((*rows.shape[:axis], panels * 16, *rows.shape[axis + 1 :]), rows.dtype)
+    filled[(slice(None),) * axis + (slice(outputs),)] = rows
+    turned = filled.reshape(*rows.shape[:axis], panels, 16, rows.shape[axis + 1], *([-1, 4] if weights else []))
+    lanes = turned.ndim - (2 if weights else 1)
+    stored = np.moveaxis(turned, axis + 1, lanes)
+    order = [k for k in range(stored.ndim) if k != lanes]
+    order.insert(axis + 1, lanes)
+    steps = [("Transpose", [], {"perm": order}), ("Reshape", ["filled"], {}), ("Slice", ["begin", "end", "axis"], {})]
+    made = [
+        helper.make_node(op, [f"{name}.{k or 'panels'}", *(f"{name}.{x}" for x in rest)],
+                         [f"{name}.{k + 1}" if k < 2 else name], **given)
+        for k, (op, rest, given) in enumerate(steps)
+    ]  # fmt: skip
+    shape = (*filled.shape[: axis + 1], -1) if axis else filled.shape
+    numbers = {"filled": shape, "begin": [0], "end": [outputs], "axis": [axis]}
+    return stored, made, {f"{name}.{k}": np.array(v, np.int64) for k, v in numbers.items()}
+
+
+def in_panels(weights: dict[str, np.ndarray], axis: int) -> tuple[list[onnx.NodeProto], dict[str, np.ndarray]]:
+    """Nodes and initializers that give these weights and scales by rows."""
+    nodes, stored = [], {}
+    for name, rows in weights.items():
+        found, made, numbers = panels(name, rows, axis)
+        nodes, stored = nodes + made, stored | {f"{name}.panels": np.ascontiguousarray(found)} | numbers
+    return nodes, stored
+
+
 def linear(rng, rows: int, inputs: int, outputs: int, block: int, bits: int = 8, bias: bool = False):
     """(model, inputs, real weights, bias) of a MatMulNBits with int8 activations."""
     q, scale, real = quantized(rng, outputs, inputs, block=block, bits=bits)
     x = rng.standard_normal((rows, inputs), dtype=np.float32)
-    weights = {"w": q, "s": scale} | ({"b": rng.standard_normal(outputs, dtype=np.float32)} if bias else {})
+    nodes, weights = in_panels({"w": q, "s": scale}, 0)
+    weights |= {"b": rng.standard_normal(outputs, dtype=np.float32)} if bias else {}
     names = ["x", "w", "s", *(["", "", "b"] if bias else [])]
     node = helper.make_node("MatMulNBits", names, ["y"], domain=MICROSOFT, K=inputs, N=outputs, bits=bits, block_size=block,
                             accuracy_level=4)  # fmt: skip
-    return model([node], {"x": x}, weights, ["y"], {"x": {0: "T"}}), {"x": x}, real, weights.get("b", 0)
+    return model([*nodes, node], {"x": x}, weights, ["y"], {"x": {0: "T"}}), {"x": x}, real, weights.get("b", 0)
 
 
 def experts(rng, tokens: int, count: int, top_k: int, hidden: int, inner: int, block: int, first: int = 0,
@@ -99,14 +134,16 @@ def experts(rng, tokens: int, count: int, top_k: int, hidden: int, inner: int, b
     padding = rng.random(tokens) < 0.2
     ids[padding], weights[padding] = -1, 0
     inputs = {"x": rng.standard_normal((tokens, hidden), dtype=np.float32), "ids": ids, "weights": weights}
-    stored = {
-        "gate_up": gate_up.reshape(count, 2 * inner, -1), "down": down.reshape(count, hidden, -1),
-        "gate_up_scale": gate_up_scale, "down_scale": down_scale,
-    }  # fmt: skip
-    node = helper.make_node("MoeExperts", [*inputs, *stored], ["y"], domain=DOMAIN, first_expert=first,
+    weights = {"gate_up": gate_up, "down": down, "gate_up_scale": gate_up_scale, "down_scale": down_scale}
+    nodes, stored = in_panels(weights, 1)
+    node = helper.make_node("MoeExperts", [*inputs, *weights], ["y"], domain=DOMAIN, first_expert=first,
                             gate_up_layout="interleaved", packed=8 // bits)  # fmt: skip
     free = {name: {0: "T"} for name in inputs}
-    return model([node], inputs, stored, ["y"], free), inputs, (real_gate_up, real_down)
+    between = [
+        helper.make_tensor_value_info(k, helper.np_dtype_to_tensor_dtype(w.dtype), w.reshape(*w.shape[:2], -1).shape)
+        for k, w in weights.items()
+    ]
+    return model([*nodes, node], inputs, stored, ["y"], free, between), inputs, (real_gate_up, real_down)
 
 
 def attention(rng, sequences, page_size: int, heads: int, rank: int, rope: int, padding: int = 0, half: bool = False):

@@ -24,26 +24,27 @@ static bool product() {
   const int blocks[] = {16, 32, 64, 128}, bits = between(0, 1) ? 8 : 4;
   const int block = blocks[between(0, 3)], inputs = between(1, 300), outputs = between(1, 90), rows = between(1, 20);
   const int count = (inputs + block - 1) / block, padded = count * block;
-  Exact<uint8_t> q(size_t(outputs) * padded * bits / 8);
-  Exact<float> scale(size_t(outputs) * count), x(size_t(rows) * inputs), row_scale(rows * count);
+  const int filled = (outputs + PANEL - 1) / PANEL * PANEL;
+  Exact<uint8_t> q(size_t(filled) * padded * bits / 8);
+  Exact<float> scale(size_t(filled) * count), x(size_t(rows) * inputs), row_scale(rows * count);
   Exact<int8_t> row_q(rows * padded);
   Exact<int32_t> row_sum(rows * count);
   Exact<Row> found(rows);
-  for (int i = 0; i < outputs * padded * bits / 8; ++i) *(q + i) = uint8_t(random_bits());
-  for (int i = 0; i < outputs * count; ++i) *(scale + i) = float(between(1, 1000)) / 1e5f;
+  for (int i = 0; i < filled * padded * bits / 8; ++i) *(q + i) = uint8_t(random_bits());
+  for (int i = 0; i < filled * count; ++i) *(scale + i) = float(between(1, 1000)) / 1e5f;
   for (int i = 0; i < rows * inputs; ++i) *(x + i) = float(between(-1000, 1000)) / 100;
   const Matrix w{q + 0, scale + 0, outputs, count, block, bits};
-  const Kernels& kernels = kernels_for(block);
+  const Kernels& kernels = ::kernels();
   for (int r = 0; r < rows; ++r) {
     *(found + r) = Row{row_q + r * padded, row_scale + r * count, row_sum + r * count};
-    kernels.quantize(x + r * inputs, inputs, count, block, row_q + r * padded, row_scale + r * count, row_sum + r * count);
+    kernels.quantize(x + r * inputs, inputs, count, block, bits, row_q + r * padded, row_scale + r * count, row_sum + r * count);
   }
   bool equal = true;
-  Exact<float> all(rows * CHUNK), one(CHUNK), scratch(scratch_bytes(w) / sizeof(float));
+  Exact<float> all(rows * CHUNK), one(CHUNK);
   for (int first = 0; first < outputs; first += CHUNK) {
-    kernels.product(found + 0, rows, w, first, all + 0, scratch + 0);
+    kernels.product(found + 0, rows, w, first, all + 0);
     for (int r = 0; r < rows; ++r) {
-      kernels.product(found + r, 1, w, first, one + 0, scratch + 0);
+      kernels.product(found + r, 1, w, first, one + 0);
       const int n = outputs - first < CHUNK ? outputs - first : CHUNK;
       equal &= !memcmp(one + 0, all + r * CHUNK, n * sizeof(float));
     }
@@ -65,7 +66,7 @@ static bool attend() {
   const Keys keys{half ? static_cast<void*>(small + 0) : cache + 0, table + 0, page_size, width, rank, half};
   Partial result{values + 0, {}, {}};
   const int from = split * SPLIT, to = tokens < from + SPLIT ? tokens : from + SPLIT;
-  kernels_for(64).attend(q + 0, keys, from, to, result, scratch + 0);
+  kernels().attend(q + 0, keys, from, to, result, scratch + 0);
   bool finite = true;
   for (int h = 0; h < QUERIES; ++h) finite &= std::isfinite(result.total[h]) && result.total[h] >= 1;
   for (int i = 0; i < QUERIES * rank; ++i) finite &= std::isfinite(*(values + i));
@@ -74,6 +75,6 @@ static bool attend() {
 
 int main() {
   for (int i = 0; i < 150; ++i)
-    if (!product() || !attend()) return std::printf("%s: case %d is wrong\n", kernels_for(128).name, i), 1;
-  std::printf("%s: fine\n", kernels_for(128).name);
+    if (!product() || !attend()) return std::printf("%s: case %d is wrong\n", kernels().name, i), 1;
+  std::printf("%s: fine\n", kernels().name);
 }

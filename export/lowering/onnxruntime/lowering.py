@@ -1,10 +1,11 @@
 """CPU lowering: the step graph for ONNX Runtime, with function bodies for the custom ops and weights as external data.
 
 fp32 keeps the graph's own products. int8 and int4 turn linears into MatMulNBits, absorbed products into one MatMulNBits a
-head, and experts into QMoE. At accuracy "exact" all sums are float32; "fast" lets products quantize activations to int8.
+head, and experts into QMoE. At accuracy "exact" all sums are float32; "fast" lets products quantize activations to int8. What
+is fast has weights in panels for own kernels (native.py); ONNX Runtime's get them back in rows when a session begins.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -20,12 +21,12 @@ from latentrt.export.lowering.onnxruntime.choices import CpuOptions
 from latentrt.export.lowering.onnxruntime.native import with_own_kernels
 from latentrt.export.models.base import Config, Weight
 from latentrt.export.options import TargetSpec
-from latentrt.export.quantization import Float32, Int4, Int8, WeightFormat
+from latentrt.export.quantization import Float32, Int4, Int8, Panels, WeightFormat
 from latentrt.export.weight_set import StoredWeight
 from latentrt.plugins.moe_experts.op import CONTRACT as MOE_EXPERTS
 from latentrt.plugins.onnx_function import MICROSOFT, bodies
 
-OWN_KERNELS = 1  # version of what the graph with own kernels asks of them: another one makes bundles out of date
+OWN_KERNELS = 2  # version of what the graph with own kernels asks of them: another one makes bundles out of date
 _ACCURACY_LEVEL = {"exact": 0, "fast": 4}  # of MatMulNBits and 4-bit QMoE: 0 float32 activations, 4 int8
 _DTYPES = {torch.float32: ir.DataType.FLOAT, torch.uint8: ir.DataType.UINT8}
 
@@ -95,8 +96,15 @@ def weight_format(weights: list[Weight], options: CpuOptions) -> WeightFormat:
         fitting = fitting or [b for b in blocks if b <= Int4().block_size]
         if not fitting:
             raise BuildError(f"precision int4 takes experts whose inputs are multiples of 16, found {sorted(inputs)}; use int8")
-        return Int4(fitting[0])
-    return Int8(expert_block_size=blocks[0] if options.accuracy == "fast" and blocks else 0)
+        return _fast(Int4(fitting[0]), options)
+    if options.accuracy == "exact" or not blocks:
+        return Int8()
+    return _fast(Int8(expert_block_size=blocks[0]), options)
+
+
+def _fast(rows: WeightFormat, options: CpuOptions) -> WeightFormat:
+    """In the order in which own kernels read it, if they will: ONNX Runtime's products alone are exact."""
+    return Panels(rows) if options.accuracy == "fast" else rows
 
 
 def stored_weights(weights: list[Weight]) -> list[Weight]:
@@ -137,6 +145,7 @@ class _CpuRewriter:
 
     def __init__(self, graph: ir.Graph, located, weight_format: WeightFormat, options: CpuOptions):
         self.graph, self.located, self.format, self.options = graph, located, weight_format, options
+        self.rows = weight_format.rows if isinstance(weight_format, Panels) else weight_format
 
     def replace(self, weight: Weight, value: ir.Value) -> None:
         quantized = self.format.is_quantized(weight)
@@ -163,14 +172,51 @@ class _CpuRewriter:
         self.graph.register_initializer(value)
         return value
 
+    def _quantized(self, weight: Weight, index: int | None = None) -> list[ir.Value]:
+        """Values and scales of a quantized weight by rows, or of its slice `index` along axis 0."""
+        values, scale = (self._initializer(weight.name + suffix, index) for suffix in ("", ".scale"))
+        if self.rows is self.format:
+            return [values, scale]
+        shapes = [s.shape[index is not None :] for s in self.rows.stored(weight)]
+        axis = len(shapes[1]) - 2  # of outputs
+        return [self._in_rows(values, shapes[0], axis, -2), self._in_rows(scale, shapes[1], axis, -1)]
+
+    def _in_rows(self, stored: ir.Value, shape: tuple[int, ...], axis: int, lanes: int) -> ir.Value:
+        """Panels, whose outputs lie at axes `axis` and `lanes` -> rows of `shape`, by nodes that a session folds at once."""
+        found, lanes = list(stored.shape), lanes + len(stored.shape)
+        order = [*range(axis + 1), lanes, *(k for k in range(axis + 1, len(found)) if k != lanes)]
+        filled = (*shape[:axis], found[axis] * found[lanes], *shape[axis + 1 :])
+        value = self._node("Transpose", [stored], f"{stored.name}.turned", [found[k] for k in order], {"perm": order})
+        value = self._node("Reshape", [value, self._constant(filled)], f"{stored.name}.filled", filled)
+        if filled != shape:
+            ends = [self._constant([n]) for n in (0, shape[axis], axis)]
+            value = self._node("Slice", [value, *ends], f"{stored.name}.rows", shape)
+        return value
+
+    def _node(self, op_type: str, inputs: list, name: str, shape, attributes: dict | None = None) -> ir.Value:
+        """The output of a new node, which has the type of its first input."""
+        node = ir.node(op_type, inputs, attributes or {}, name=name)
+        value, value.name, value.shape, value.type = node.outputs[0], name, ir.Shape(shape), ir.TensorType(inputs[0].dtype)
+        self.graph.append(node)
+        return value
+
+    def _constant(self, numbers: Sequence[int]) -> ir.Value:
+        name = f"int64.{'.'.join(map(str, numbers))}"
+        if name not in self.graph.initializers:
+            tensor = ir.tensor(list(numbers), dtype=ir.DataType.INT64, name=name)
+            self.graph.register_initializer(
+                ir.Value(name=name, shape=tensor.shape, type=ir.TensorType(ir.DataType.INT64), const_value=tensor)
+            )
+        return self.graph.initializers[name]
+
     def _linear(self, weight: Weight, gemm: ir.Node) -> None:
         assert gemm.op_type == "Gemm" and gemm.attributes.get_int("transB", 0) == 1, gemm
         bias = gemm.inputs[2] if len(gemm.inputs) > 2 else None
-        inputs = [gemm.inputs[0], self._initializer(weight.name), self._initializer(weight.name + ".scale")]
+        inputs = [gemm.inputs[0], *self._quantized(weight)]
         self._swap(gemm, [self._mat_mul_nbits(weight, inputs + ([None, None, bias] if bias else []), *weight.shape)])
 
     def _mat_mul_nbits(self, weight: Weight, inputs: list, outputs: int, width: int) -> ir.Node:
-        bits, octets = self.format.bits_of(weight), self.located[weight.name].shape[-1]  # [..., out, blocks, bytes of a block]
+        bits, octets = self.format.bits_of(weight), inputs[1].shape[-1]  # [out, blocks, bytes of a block]
         attributes = {
             "K": width, "N": outputs, "bits": bits, "block_size": octets * 8 // bits,
             "accuracy_level": _ACCURACY_LEVEL[self.options.accuracy],
@@ -182,9 +228,7 @@ class _CpuRewriter:
         heads, width, outputs = weight.shape
         split = ir.node("Split", [matmul.inputs[0]], {"axis": 0, "num_outputs": heads}, num_outputs=heads)
         products = [
-            self._mat_mul_nbits(
-                weight, [rows, self._initializer(weight.name, h), self._initializer(weight.name + ".scale", h)], outputs, width
-            )
+            self._mat_mul_nbits(weight, [rows, *self._quantized(weight, h)], outputs, width)
             for h, rows in enumerate(split.outputs)
         ]
         concat = ir.node("Concat", [p.outputs[0] for p in products], {"axis": 0})
@@ -193,7 +237,8 @@ class _CpuRewriter:
         self._swap(matmul, [split, *products, concat])
 
     def _experts(self, weight: Weight, value: ir.Value, users: list, quantized: bool) -> None:
-        value.replace_all_uses_with(self._initializer(weight.name))
+        stored, *scales = self._quantized(weight) if quantized else [self._initializer(weight.name)]
+        value.replace_all_uses_with(stored)
         node = users[0].node
         node.attributes["gate_up_layout"] = ir.AttrString("gate_up_layout", "interleaved")
         if quantized:
@@ -201,7 +246,7 @@ class _CpuRewriter:
             names = [s.name for s in MOE_EXPERTS.inputs]
             node.resize_inputs(len(names))
             scale = names.index("gate_up_scale" if weight.role == "gate_up" else "down_scale")
-            node.replace_input_with(scale, self._initializer(weight.name + ".scale"))
+            node.replace_input_with(scale, scales[0])
 
     def _swap(self, old: ir.Node, new: list[ir.Node]) -> None:
         """Puts nodes in the place of one; the last one's output takes over the old one's name, shape and users."""

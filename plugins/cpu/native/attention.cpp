@@ -110,7 +110,7 @@ void Attention::compute(const Call& call) const {
   if (updated != cache.data) std::memcpy(updated, cache.data, cache.size() * (half ? 2 : 4));
   std::fill_n(attended, s.rows * s.heads * s.rank, 0.0f);
   const std::vector<NewRow> rows = new_rows(call, s);
-  const Kernels& kernels = kernels_for(64);
+  const Kernels& kernels = ::kernels();
   append(rows, s, latent.as<float>(), k_pe.as<float>(), updated, half, kernels);
 
   const size_t one = QUERIES * s.rank;

@@ -62,11 +62,18 @@ static const Kernels* usable(const char* name) {
   return strcmp(name, "scalar") ? nullptr : &scalar::kernels;
 }
 
-const Kernels& kernels_for(int block) {
-  static const char* wanted = std::getenv("LATENTRT_CPU_ISA");
-  if (wanted)
-    if (const Kernels* found = usable(wanted); found && block % found->bytes == 0) return *found;
+static const Kernels& chosen() {
+  const char* wanted = std::getenv("LATENTRT_CPU_ISA");
+  if (wanted) {
+    const Kernels* found = usable(wanted);
+    return found ? *found : scalar::kernels;
+  }
   for (const char* name : {"avx512", "avxvnni", "avx2"})
-    if (const Kernels* found = usable(name); !wanted && found && block % found->bytes == 0) return *found;
+    if (const Kernels* found = usable(name)) return *found;
   return scalar::kernels;
+}
+
+const Kernels& kernels() {
+  static const Kernels& found = chosen();
+  return found;
 }

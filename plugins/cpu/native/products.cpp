@@ -9,21 +9,25 @@ using ort::Tensor;
 
 namespace {
 
-// The matrix of q [..., outputs, blocks, block * bits / 8] and scale [..., outputs, blocks] for `inputs` inputs.
-Matrix matrix(const Tensor& q, const Tensor& scale, int bits, int64_t inputs) {
+// The matrix of q [..., panels, blocks, bytes of a block / 4, PANEL, 4] and scale [..., panels, blocks, PANEL].
+Matrix matrix(const Tensor& q, const Tensor& scale, int bits, int64_t inputs, int64_t outputs) {
   require(bits == 8 || bits == 4, "bits must be 8 or 4");
-  require(q.dims.size() >= 3 && q.dims.size() == scale.dims.size() + 1, "weights must have one axis more than scales");
-  require(std::equal(scale.dims.begin(), scale.dims.end(), q.dims.begin()), "weights and scales do not fit together");
-  const size_t n = q.dims.size();
-  const int64_t block = q.dims[n - 1] * 8 / bits, blocks = q.dims[n - 2];
-  require(block % 4 == 0 && block > 0 && blocks == (inputs + block - 1) / block, "blocks of weights do not fit the inputs");
-  return Matrix{q.as<uint8_t>(), scale.as<float>(), q.dims[n - 3], int(blocks), int(block), bits};
+  const size_t n = q.dims.size(), outer = n - 5;
+  require(n >= 5 && q.dims[n - 2] == PANEL && q.dims[n - 1] == 4, "weights must lie in panels of 16 outputs");
+  std::vector<int64_t> expected(q.dims.begin(), q.dims.begin() + outer + 2);
+  expected.push_back(PANEL);
+  require(scale.dims == expected, "weights and scales do not fit together");
+  const int64_t block = q.dims[n - 3] * 4 * 8 / bits, blocks = q.dims[outer + 1];
+  require(block % 8 == 0 && block > 0 && blocks == (inputs + block - 1) / block, "blocks of weights do not fit the inputs");
+  const Matrix found{q.as<uint8_t>(), scale.as<float>(), outputs, int(blocks), int(block), bits};
+  require(outputs > 0 && found.panels() == q.dims[outer], "panels of weights do not fit the outputs");
+  return found;
 }
 
 // One of several matrices that lie one after the other.
 Matrix part(Matrix m, int64_t index) {
-  m.q += index * m.outputs * m.row_bytes();
-  m.scale += index * m.outputs * m.blocks;
+  m.q += index * m.panels() * PANEL * m.row_bytes();
+  m.scale += index * m.panels() * PANEL * m.blocks;
   return m;
 }
 
@@ -33,13 +37,13 @@ void Linear::compute(const Call& call) const {
   const Tensor x = call.input(0), bias = call.input(3);
   require(!x.dims.empty(), "x must have an axis");
   const int64_t inputs = x.dims.back(), rows = inputs ? x.size() / inputs : 0;
-  const Matrix w = matrix(call.input(1), call.input(2), bits, inputs);
+  const Matrix w = matrix(call.input(1), call.input(2), bits, inputs, outputs);
   require(!bias || bias.size() == w.outputs, "bias does not fit the weights");
   std::vector<int64_t> dims = x.dims;
   dims.back() = w.outputs;
   float* y = call.output(0, dims).as<float>();
   if (!rows) return;
-  const Kernels& kernels = kernels_for(w.block);
+  const Kernels& kernels = ::kernels();
   static thread_local Quantized memory;
   const Row* quantized = memory.rows(call, kernels, x.as<float>(), rows, inputs, w, int(inputs));
   call.parallel(chunks(w.outputs), [&](size_t c) {
@@ -54,12 +58,12 @@ void Linear::compute(const Call& call) const {
 
 void HeadLinear::compute(const Call& call) const {
   const Tensor x = call.input(0), q = call.input(1);
-  require(x.dims.size() == 3 && q.dims.size() == 4 && q.dims[0] == x.dims[1], "heads of x and of the weights differ");
+  require(x.dims.size() == 3 && q.dims.size() == 6 && q.dims[0] == x.dims[1], "heads of x and of the weights differ");
   const int64_t tokens = x.dims[0], heads = x.dims[1], inputs = x.dims[2];
-  const Matrix all = matrix(q, call.input(2), bits, inputs);
+  const Matrix all = matrix(q, call.input(2), bits, inputs, outputs);
   float* y = call.output(0, {tokens, heads, all.outputs}).as<float>();
   if (!tokens || !heads) return;
-  const Kernels& kernels = kernels_for(all.block);
+  const Kernels& kernels = ::kernels();
   static thread_local Quantized memory;
   static thread_local ort::Scratch sorted;
   const Row* rows = memory.rows(call, kernels, x.as<float>(), tokens * heads, inputs, all, int(inputs));
@@ -109,14 +113,6 @@ struct Groups {
   std::vector<int64_t> counts_;
 };
 
-// Weights [experts, outputs, inputs * bits / 8] as matrices with blocks, of which scale [experts, outputs, blocks] tells.
-Matrix experts_matrix(const Tensor& q, const Tensor& scale, int bits, int64_t inputs) {
-  require(q.dims.size() == 3 && scale.dims.size() == 3 && scale.dims[2] > 0, "experts need scales per block");
-  require(q.dims[2] * 8 / bits == inputs && inputs % scale.dims[2] == 0, "experts do not fit their inputs");
-  const int64_t blocks = scale.dims[2];
-  return matrix(Tensor{q.data, {q.dims[0], q.dims[1], blocks, q.dims[2] / blocks}}, scale, bits, inputs);
-}
-
 }  // namespace
 
 void Experts::compute(const Call& call) const {
@@ -124,10 +120,10 @@ void Experts::compute(const Call& call) const {
   require(x.dims.size() == 2 && ids.dims.size() == 2 && ids.dims[0] == x.dims[0] && given.dims == ids.dims,
           "x and the choice of experts do not fit together");
   const int64_t count = x.dims[0], hidden = x.dims[1];
-  const Matrix gate_up = experts_matrix(call.input(3), call.input(5), bits, hidden);
-  const int64_t inner_size = gate_up.outputs / 2;
-  const Matrix down = experts_matrix(down_q, call.input(6), bits, inner_size);
-  require(down.outputs == hidden, "down_proj does not give back what x has");
+  require(down_q.dims.size() == 6 && call.input(3).dims.size() == 6, "experts must lie in panels");
+  const int64_t inner_size = down_q.dims[2] * down_q.dims[3] * 4 * 8 / bits;  // blocks of experts are full
+  const Matrix gate_up = matrix(call.input(3), call.input(5), bits, hidden, 2 * inner_size);
+  const Matrix down = matrix(down_q, call.input(6), bits, inner_size, hidden);
   float* y = call.output(0, {count, hidden}).as<float>();
 
   static thread_local Groups groups;
@@ -135,8 +131,7 @@ void Experts::compute(const Call& call) const {
   const Groups& chosen = groups;  // a thread's own name would be another thread's other object inside parallel
   const int64_t pairs = int64_t(chosen.tokens.size()), active = int64_t(chosen.experts.size());
 
-  const Kernels& kernels = kernels_for(gate_up.block);
-  const Kernels& kernels_down = kernels_for(down.block);
+  const Kernels& kernels = ::kernels();
   static thread_local Quantized memory, memory_inner;
   static thread_local ort::Scratch sorted, inner_memory;
   const Row* rows = memory.rows(call, kernels, x.as<float>(), count, hidden, gate_up, int(hidden));
@@ -152,13 +147,13 @@ void Experts::compute(const Call& call) const {
     kernels.silu_pairs(out, n, outputs / 2, inner + from * inner_size + first / 2, inner_size);
   });
 
-  const Row* inner_rows = memory_inner.rows(call, kernels_down, inner, pairs, inner_size, down, int(inner_size));
+  const Row* inner_rows = memory_inner.rows(call, kernels, inner, pairs, inner_size, down, int(inner_size));
   call.parallel(chunks(hidden), [&](size_t c) {
     const int64_t first = int64_t(c) * CHUNK, n = std::min<int64_t>(CHUNK, hidden - first);
     for (int64_t t = 0; t < count; ++t) std::fill_n(y + t * hidden + first, n, 0.0f);
     for (int64_t e = 0; e < active; ++e) {
       const int64_t from = chosen.start[e], to = chosen.start[e + 1];
-      const float* out = chunk(kernels_down, inner_rows + from, int(to - from), part(down, chosen.experts[e]), first);
+      const float* out = chunk(kernels, inner_rows + from, int(to - from), part(down, chosen.experts[e]), first);
       for (int64_t p = from; p < to; ++p, out += CHUNK) {
         float* sum = y + chosen.tokens[p] * hidden + first;
         for (int64_t i = 0; i < n; ++i) sum[i] += chosen.weights[p] * out[i];

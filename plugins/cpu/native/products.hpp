@@ -18,7 +18,7 @@ class Quantized {
     call.parallel((count + together - 1) / together, [&](size_t i) {
       for (int64_t r = i * together; r < count && r < int64_t(i + 1) * together; ++r) {
         rows[r] = Row{q + r * padded, scale + r * w.blocks, sum + r * w.blocks};
-        kernels.quantize(x + r * stride, inputs, w.blocks, w.block, q + r * padded, scale + r * w.blocks, sum + r * w.blocks);
+        kernels.quantize(x + r * stride, inputs, w.blocks, w.block, w.bits, q + r * padded, scale + r * w.blocks, sum + r * w.blocks);
       }
     });
     return rows;
@@ -30,31 +30,35 @@ class Quantized {
 
 // Products of one chunk of outputs, in the running thread's memory: [count][CHUNK].
 inline float* chunk(const Kernels& kernels, const Row* rows, int count, const Matrix& w, int64_t first) {
-  static thread_local ort::Scratch result, scratch;
+  static thread_local ort::Scratch result;
   float* out = result.of<float>(size_t(count) * CHUNK);
-  kernels.product(rows, count, w, first, out, scratch.bytes(scratch_bytes(w)));
+  kernels.product(rows, count, w, first, out);
   return out;
 }
 
 inline int64_t chunks(int64_t outputs) { return (outputs + CHUNK - 1) / CHUNK; }
 
-// x [..., inputs] with q [outputs, blocks, block * bits / 8] and scale [outputs, blocks], plus bias [outputs] or none.
+// x [..., inputs] with q [panels, blocks, bytes of a block / 4, PANEL, 4] and scale [panels, blocks, PANEL], plus bias
+// [outputs] or none. kernels.hpp says what panels are.
 struct Linear {
   int bits;
+  int64_t outputs;
 
-  explicit Linear(const ort::Attributes& given) : bits(int(given.integer("bits"))) {}
+  explicit Linear(const ort::Attributes& given) : bits(int(given.integer("bits"))), outputs(given.integer("outputs")) {}
   void compute(const ort::Call& call) const;
 };
 
-// x [T, heads, inputs] with one matrix a head: q [heads, outputs, blocks, block * bits / 8]; [T, heads, outputs].
+// x [T, heads, inputs] with one matrix a head, whose axis comes first in q and scale; [T, heads, outputs].
 struct HeadLinear {
   int bits;
+  int64_t outputs;
 
-  explicit HeadLinear(const ort::Attributes& given) : bits(int(given.integer("bits"))) {}
+  explicit HeadLinear(const ort::Attributes& given) : bits(int(given.integer("bits"))), outputs(given.integer("outputs")) {}
   void compute(const ort::Call& call) const;
 };
 
-// The contract of plugins/moe_experts/op.py with scales per block and gate_up_layout "interleaved".
+// The contract of plugins/moe_experts/op.py with scales per block and gate_up_layout "interleaved", and with panels: weights
+// [experts, panels, blocks, bytes of a block / 4, PANEL, 4], scales [experts, panels, blocks, PANEL].
 struct Experts {
   int bits;
   int64_t first_expert;
