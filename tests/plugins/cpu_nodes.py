@@ -7,6 +7,7 @@ prints the digest of one result per line. Tests compare lines between processes 
 
 import hashlib
 import sys
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -123,6 +124,20 @@ def linear(rng, rows: int, inputs: int, outputs: int, block: int, bits: int = 8,
     return model([*nodes, node], {"x": x}, weights, ["y"], {"x": {0: "T"}}), {"x": x}, real, weights.get("b", 0)
 
 
+def gated(rng, rows: int, inputs: int, outputs: int, block: int, bits: int):
+    """(model, inputs, real weights of gate and up) of two MatMulNBits with int8 activations, as a gated MLP has them."""
+    x, nodes, weights, reals = rng.standard_normal((rows, inputs), dtype=np.float32), [], {}, []
+    for name in ("gate", "up"):
+        q, scale, real = quantized(rng, outputs, inputs, block=block, bits=bits)
+        made, stored = in_panels({f"{name}.w": q, f"{name}.s": scale}, 0)
+        nodes, weights, reals = nodes + made, weights | stored, [*reals, real]
+        nodes.append(helper.make_node("MatMulNBits", ["x", f"{name}.w", f"{name}.s"], [name], domain=MICROSOFT, K=inputs,
+                                      N=outputs, bits=bits, block_size=block, accuracy_level=4))  # fmt: skip
+    nodes += [helper.make_node("Sigmoid", ["gate"], ["s"]), helper.make_node("Mul", ["gate", "s"], ["silu"]),
+              helper.make_node("Mul", ["silu", "up"], ["y"])]  # fmt: skip
+    return model(nodes, {"x": x}, weights, ["y"], {"x": {0: "T"}}), {"x": x}, *reals
+
+
 def experts(rng, tokens: int, count: int, top_k: int, hidden: int, inner: int, block: int, first: int = 0,
             bits: int = 8):  # fmt: skip
     """(model, inputs, real weights) of MoeExperts with scales per block; -1 in some rows."""
@@ -146,8 +161,21 @@ def experts(rng, tokens: int, count: int, top_k: int, hidden: int, inner: int, b
     return model([*nodes, node], inputs, stored, ["y"], free, between), inputs, (real_gate_up, real_down)
 
 
-def attention(rng, sequences, page_size: int, heads: int, rank: int, rope: int, padding: int = 0, half: bool = False):
-    """(model, inputs, attributes): shuffled pages, NaN in cells that are not cached."""
+@dataclass(frozen=True)
+class MlaCase:
+    """A model of one Mla node and what a formula needs beside its inputs."""
+
+    model: onnx.ModelProto
+    feeds: dict[str, np.ndarray]
+    w_uk: np.ndarray  # [heads, rank, nope]: quantized, then real
+    w_uk_scale: np.ndarray  # [heads, rank], where blocks hold all of nope
+    w_uv: np.ndarray  # [heads, v, rank]
+    block: int  # of inputs of w_uv
+
+
+def mla(rng, sequences, page_size: int, heads: int, rank: int, nope: int, rope: int, v: int, padding: int = 0,
+        half: bool = False, form: str = "auto", block: int = 128) -> MlaCase:  # fmt: skip
+    """(past, new) of each sequence; shuffled pages, NaN in cells that are not cached."""
     rows = sum(new for _, new in sequences)
     counts = [-(-(past + new) // page_size) for past, new in sequences]
     free = list(1 + rng.permutation(sum(counts)))
@@ -157,26 +185,37 @@ def attention(rng, sequences, page_size: int, heads: int, rank: int, rope: int, 
         table[b, : counts[b]] = [free.pop() for _ in range(counts[b])]
         for p in range(past):
             cache[table[b, p // page_size], p % page_size] = rng.standard_normal(rank + rope)
-    shapes = {"q_latent": (heads, rank), "q_pe": (heads, rope), "latent": (rank,), "k_pe": (rope,)}
-    inputs = {name: rng.standard_normal((rows + padding, *shape), dtype=np.float32) for name, shape in shapes.items()}
-    inputs |= {
+    w_uk, w_uk_scale, real_uk = quantized(rng, heads, rank, nope, block=block)
+    w_uv, w_uv_scale, real_uv = quantized(rng, heads, v, rank, block=block)
+    angles = rng.random((rows + padding, rope // 2), dtype=np.float32) * 6
+    feeds = {
+        "q": rng.standard_normal((rows + padding, heads * (nope + rope)), dtype=np.float32) / 4,
+        "kv": rng.standard_normal((rows + padding, rank + rope), dtype=np.float32),
+        "norm": rng.standard_normal(rank, dtype=np.float32), "cos": np.cos(angles), "sin": np.sin(angles),
         "cache": cache.astype(np.float16 if half else np.float32), "block_table": table,
         "cached_lengths": np.array([past for past, _ in sequences], np.int32),
         "query_starts": np.cumsum([0, *(new for _, new in sequences)]).astype(np.int32),
         "num_tokens": np.array([rows], np.int32),
     }  # fmt: skip
-    attributes = {"softmax_scale": 0.2, "cache_format": "float16" if half else "float32"}
-    node = helper.make_node("MlaAttention", list(inputs), ["attended", "cache_out"], domain=DOMAIN, **attributes)
-    dynamic = {name: {0: "T"} for name in shapes} | {"cache": {0: "P"}, "block_table": {0: "B", 1: "M"}}
-    return model([node], inputs, {}, ["attended", "cache_out"], dynamic), inputs, attributes
+    weights = {"uk": panels("uk", w_uk, 1)[0], "uk.scale": panels("uk", w_uk_scale, 1)[0], "uv": panels("uv", w_uv, 1)[0],
+               "uv.scale": panels("uv", w_uv_scale, 1)[0]}  # fmt: skip
+    weights = {name: np.ascontiguousarray(w) for name, w in weights.items()}
+    given = {"softmax_scale": 0.2, "epsilon": 1e-6, "v_head_dim": v, "cache_format": "float16" if half else "float32"}
+    node = helper.make_node("MlaHalf" if half else "Mla", [*feeds, *weights], ["attended", "cache_out"],
+                            domain=native.CPU_DOMAIN, form=form, **given)  # fmt: skip
+    dynamic = {name: {0: "T"} for name in ("q", "kv", "cos", "sin")} | {"cache": {0: "P"}, "block_table": {0: "B", 1: "M"}}
+    dynamic |= {"cached_lengths": {0: "B"}, "query_starts": {0: "B + 1"}}
+    made = model([node], feeds, weights, ["attended", "cache_out"], dynamic)
+    return MlaCase(made, feeds, real_uk, w_uk_scale[..., 0], real_uv, block)
 
 
 def main(threads: int) -> None:
     rng = np.random.default_rng(0)
     cases = [linear(rng, rows, 300, 70, block, bits)[:2] for rows in (1, 7) for block in (128, 64) for bits in (8, 4)]
     cases += [experts(rng, tokens, 5, 3, 256, 128, 64)[:2] for tokens in (1, 9)]
-    cases += [attention(rng, [(600, 1), (0, 3)], 64, 16, 64, 32)[:2], attention(rng, [(300, 40)], 64, 16, 64, 32)[:2]]
-    for found, inputs in cases:
+    sizes = 64, 16, 64, 32, 16, 32
+    attention = [mla(rng, [(600, 1), (0, 3)], *sizes), mla(rng, [(300, 40)], *sizes, form="expanded")]
+    for found, inputs in cases + [(case.model, case.feeds) for case in attention]:
         print(hashlib.sha256(run(found, inputs, threads=threads)[0].tobytes()).hexdigest())
 
 

@@ -53,24 +53,31 @@ static bool product() {
 }
 
 static bool attend() {
-  const int page_size = between(1, 70), rank = between(1, 90), width = rank + between(1, 20), tokens = between(1, 600);
-  const int pages = (tokens + page_size - 1) / page_size, split = between(0, (tokens - 1) / SPLIT);
-  const bool half = between(0, 1);
-  const size_t cells = size_t(pages) * page_size * width;
-  Exact<float> cache(half ? 0 : cells), q(size_t(width) * QUERIES), values(size_t(QUERIES) * rank), scratch(scratch_floats(width));
-  Exact<uint16_t> small(half ? cells : 0);
-  Exact<int32_t> table(pages);
-  for (int i = 0; i < pages; ++i) *(table + i) = pages - 1 - i;
-  for (size_t i = 0; i < cells; ++i) half ? void(*(small + i) = uint16_t(between(0, 0x3c00))) : void(*(cache + i) = float(between(-9, 9)) / 9);
+  const int rank = between(1, 90), width = between(1, 110), count = between(1, SPLIT);
+  const bool masked = between(0, 1);
+  Exact<float> keys(size_t(count) * width), values(size_t(count) * rank), q(size_t(width) * QUERIES);
+  Exact<float> sums(size_t(QUERIES) * rank), scores(size_t(count) * QUERIES);
+  Exact<const float*> key(count), value(count);
+  int seen[QUERIES];
+  for (int t = 0; t < count; ++t) *(key + t) = keys + t * width, *(value + t) = values + t * rank;
+  for (int i = 0; i < count * width; ++i) *(keys + i) = float(between(-9, 9)) / 9;
+  for (int i = 0; i < count * rank; ++i) *(values + i) = float(between(-9, 9)) / 9;
   for (int i = 0; i < width * QUERIES; ++i) *(q + i) = float(between(-9, 9)) / 9;
-  const Keys keys{half ? static_cast<void*>(small + 0) : cache + 0, table + 0, page_size, width, rank, half};
-  Partial result{values + 0, {}, {}};
-  const int from = split * SPLIT, to = tokens < from + SPLIT ? tokens : from + SPLIT;
-  kernels().attend(q + 0, keys, from, to, result, scratch + 0);
-  bool finite = true;
-  for (int h = 0; h < QUERIES; ++h) finite &= std::isfinite(result.total[h]) && result.total[h] >= 1;
-  for (int i = 0; i < QUERIES * rank; ++i) finite &= std::isfinite(*(values + i));
-  return finite;
+  for (int& n : seen) n = between(1, count);
+  Partial result{sums + 0, {}, {}};
+  kernels().attend(q + 0, Tokens{key + 0, value + 0, count, width, rank, masked ? seen : nullptr}, result, scores + 0);
+  bool right = true;
+  for (int h = 0; h < QUERIES; ++h) {
+    double total = 0, first = 0;
+    for (int t = 0; t < (masked ? seen[h] : count); ++t) {
+      double score = 0;
+      for (int d = 0; d < width; ++d) score += double(*(q + d * QUERIES + h)) * *(keys + t * width + d);
+      total += std::exp(score - result.largest[h]);
+      first += std::exp(score - result.largest[h]) * *(values + t * rank);
+    }
+    right &= std::fabs(total - result.total[h]) < 1e-4 * total && std::fabs(first - *(sums + h * rank)) < 1e-4 * total;
+  }
+  return right;
 }
 
 int main() {

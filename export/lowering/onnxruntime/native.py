@@ -1,16 +1,18 @@
 """The graph once more with own kernels (`latentrt.plugins.cpu`) in the place of ONNX functions and of ONNX Runtime's products.
 
 It goes into the bundle beside the other, which runs anywhere, over the same weights. What is replaced computes the same:
-products whose activations are quantized to int8 (accuracy level 4), the products of all heads of an absorbed projection at
-once, experts with scales per block, routing, and attention over a plain cache. Weights are read in panels, as they are stored;
-the nodes that bring them back into rows for ONNX Runtime go.
+products whose activations are quantized to int8 (accuracy level 4), a gated MLP's two in one, experts with scales per block,
+routing, and all that an attention layer does between its linear products, in either form. Weights are read in panels, as they
+are stored; the nodes that bring them back into rows for ONNX Runtime go.
+
+Patterns are those that torch's exporter makes of `export/models`. What does not match one stays, and then there is no graph of
+this kind: tests hold that there is.
 """
 
-from collections import Counter
-from collections.abc import Iterator
+from dataclasses import dataclass
 
 import onnx
-from onnx import helper
+from onnx import helper, numpy_helper
 
 from latentrt.plugins.contract import DOMAIN
 from latentrt.plugins.onnx_function import MICROSOFT
@@ -36,35 +38,44 @@ def with_own_kernels(model: onnx.ModelProto) -> onnx.ModelProto | None:
 def replace(model: onnx.ModelProto) -> int:
     """Rewrites `model`, whose weights may be external, in place; returns how many nodes are ours now."""
     graph = _Graph(model)
-    _replace_heads(graph)
+    heads = _head_products(graph)
+    for op_type, change in (("MlaAttention", _mla), ("MoeRoute", _route), ("MoeExperts", _experts)):
+        nodes = [n for n in model.graph.node if (n.domain, n.op_type) == (DOMAIN, op_type)]
+        if nodes and all([change(node, graph, heads) for node in nodes]):
+            _assign(model.functions, [f for f in model.functions if (f.domain, f.name) != (DOMAIN, op_type)])
     for node in model.graph.node:
         if _quantizes_activations(node, graph):
             weights = [graph.panels(name).name for name in node.input[1:3]]
             _use(node, "Linear", [node.input[0], *weights, *node.input[5:6]], **_sizes(node))
-    for op_type, change in (("MlaAttention", _attention), ("MoeRoute", _route), ("MoeExperts", _experts)):
-        nodes = [n for n in model.graph.node if (n.domain, n.op_type) == (DOMAIN, op_type)]
-        if nodes and all([change(node, graph) for node in nodes]):
-            _drop_function(model, op_type)
+    for node in model.graph.node:
+        _gate(node, graph)
     _drop_unused(model.graph)
     model.opset_import.append(helper.make_opsetid(CPU_DOMAIN, 1))
     return sum(node.domain == CPU_DOMAIN for node in model.graph.node)
 
 
+class _OtherPatternError(Exception):
+    """A graph is not what a pattern says."""
+
+
 class _Graph:
-    """A model's graph and who makes and uses its values."""
+    """A model's graph and who makes its values."""
 
     def __init__(self, model: onnx.ModelProto):
         self.graph = model.graph
         self.initializers = {t.name: t for t in model.graph.initializer}
         self.makers = {name: node for node in model.graph.node for name in node.output}
-        self.uses = Counter(name for node in model.graph.node for name in node.input)
-        self.uses.update(o.name for o in model.graph.output)
 
-    def only_user(self, name: str, op_type: str) -> onnx.NodeProto | None:
-        """The node of this type that alone uses the value."""
-        if self.uses[name] != 1:
-            return None
-        return next((n for n in self.graph.node if n.op_type == op_type and name in n.input), None)
+    def maker(self, name: str, op_type: str) -> onnx.NodeProto:
+        """The node of this type that makes the value. Raises _OtherPatternError."""
+        node = self.makers.get(name)
+        if node is None or node.op_type != op_type:
+            raise _OtherPatternError(name, op_type)
+        return node
+
+    def numbers(self, name: str) -> list[int]:
+        """What a small initializer holds."""
+        return numpy_helper.to_array(self.initializers[name]).flatten().tolist()
 
     def panels(self, name: str) -> onnx.TensorProto | None:
         """The initializer in panels of which the value is the rows."""
@@ -87,31 +98,37 @@ def _sizes(node: onnx.NodeProto) -> dict[str, int]:
     return {"bits": _integer(node, "bits"), "outputs": _integer(node, "N")}
 
 
-def _replace_heads(graph: _Graph) -> None:
-    """Transpose, Split, one product a head, Concat, Transpose become one HeadLinear."""
-    found = [heads for node in graph.graph.node if node.op_type == "Split" for heads in _heads(node, graph)]
-    users = {name: node for node in graph.graph.node if node.op_type == "Concat" for name in node.input}
-    for before, products in found:
-        after = graph.only_user(users[products[0].output[0]].output[0], "Transpose")
-        weights = [_merged([graph.panels(p.input[k]) for p in products]) for k in (1, 2)]
-        if after is None or _integers(after, "perm") != [1, 0, 2] or None in weights:
+@dataclass(frozen=True)
+class _HeadProducts:
+    """The products of all heads of an absorbed projection: Transpose, Split, one product a head, Concat, Transpose."""
+
+    x: str
+    y: str
+    weights: tuple[str, str]  # values and scales of all heads
+    outputs: int
+
+
+def _head_products(graph: _Graph) -> list[_HeadProducts]:
+    """All of 8 bits. Their weights become initializers."""
+    found = []
+    for after in [n for n in graph.graph.node if n.op_type == "Transpose" and _integers(n, "perm") == [1, 0, 2]]:
+        try:
+            concat = graph.maker(after.input[0], "Concat")
+            products = [graph.maker(name, "MatMulNBits") for name in concat.input]
+            split = graph.maker(products[0].input[0], "Split")
+            before = graph.maker(split.input[0], "Transpose")
+        except _OtherPatternError:
             continue
-        _use(after, "HeadLinear", [before.input[0], *(w.name for w in weights)], **_sizes(products[0]))
-        graph.graph.initializer.extend(weights)
-
-
-def _heads(split: onnx.NodeProto, graph: _Graph) -> Iterator[tuple]:
-    """(transpose before, products) where a Split along axis 0 feeds one product a head, all of them alike."""
-    before = graph.makers.get(split.input[0])
-    if before is None or before.op_type != "Transpose" or _integers(before, "perm") != [1, 0, 2]:
-        return
-    if _integer(split, "axis") != 0 or graph.uses[before.output[0]] != 1:
-        return
-    products = [graph.only_user(name, "MatMulNBits") for name in split.output]
-    if all(p is not None and _quantizes_activations(p, graph) and len(p.input) == 3 for p in products):
-        concats = {n.output[0] for p in products for n in [graph.only_user(p.output[0], "Concat")] if n is not None}
-        if len(concats) == 1:
-            yield before, products
+        alike = all(_quantizes_activations(p, graph) and len(p.input) == 3 and _integer(p, "bits") == 8 for p in products)
+        in_order = [p.input[0] for p in products] == list(split.output) and _integer(split, "axis") == 0
+        if not alike or not in_order or _integers(before, "perm") != [1, 0, 2]:
+            continue
+        weights = [_merged([graph.panels(p.input[k]) for p in products]) for k in (1, 2)]
+        if None not in weights:
+            graph.graph.initializer.extend(weights)
+            names = weights[0].name, weights[1].name
+            found.append(_HeadProducts(before.input[0], after.output[0], names, _integer(products[0], "N")))
+    return found
 
 
 def _merged(parts: list[onnx.TensorProto]) -> onnx.TensorProto | None:
@@ -133,20 +150,82 @@ def _merged(parts: list[onnx.TensorProto]) -> onnx.TensorProto | None:
     return merged
 
 
-def _attention(node: onnx.NodeProto, graph: _Graph) -> bool:
-    half = _attribute(node, "cache_format") == b"float16"
-    node.domain, node.op_type = CPU_DOMAIN, "MlaAttentionHalf" if half else "MlaAttention"
+def _mla(node: onnx.NodeProto, graph: _Graph, heads: list[_HeadProducts]) -> bool:
+    """MlaAttention and all between it and the linear products before and behind it become one node."""
+    q_latent, q_pe, latent, k_pe, *rest = node.input
+    half, attended, cache = _attribute(node, "cache_format") == b"float16", *node.output
+    try:
+        w_uk = next((found for found in heads if found.y == q_latent), None)
+        w_uv = next((found for found in heads if found.x == attended), None)
+        if w_uk is None or w_uv is None:
+            return False
+        q_split, norm = graph.maker(w_uk.x, "Split"), graph.maker(latent, "RMSNormalization")
+        kv_split = graph.maker(norm.input[0], "Split")
+        q = graph.maker(q_split.input[0], "Reshape").input[0]
+        (turned_q, *factors), (turned_k, *same) = _rotated(q_pe, graph), _rotated(k_pe, graph)
+    except _OtherPatternError:
+        return False
+    behind = [n for n in graph.graph.node if w_uv.y in n.input]
+    sources = [w_uk.x, turned_q, norm.input[0], turned_k]
+    if sources != [*q_split.output, *kv_split.output] or factors != same or [n.op_type for n in behind] != ["Reshape"]:
+        return False
+    given = {"softmax_scale": _attribute(node, "softmax_scale"), "cache_format": _attribute(node, "cache_format"),
+             "epsilon": _attribute(norm, "epsilon"), "v_head_dim": w_uv.outputs, "form": "auto"}  # fmt: skip
+    inputs = [q, kv_split.input[0], norm.input[1], *factors, *rest, *w_uk.weights, *w_uv.weights]
+    _use(node, "MlaHalf" if half else "Mla", inputs, **given)
+    node.output[:] = [behind[0].output[0], cache]
+    behind[0].output[0] += ".unused"
     return True
 
 
-def _route(node: onnx.NodeProto, graph: _Graph) -> bool:
+def _rotated(name: str, graph: _Graph) -> tuple[str, str, str]:
+    """What is rotated (pairs of neighbours), and the values of the cosines and sines, [T, pairs]. Raises _OtherPatternError."""
+
+    def factor(value: str) -> tuple[str, int] | str:
+        """(what is split into pairs, 0 or 1), or a name."""
+        maker = graph.makers.get(value)
+        if maker is not None and maker.op_type == "Squeeze":
+            part = graph.maker(maker.input[0], "Slice")
+            return graph.maker(part.input[0], "Reshape").input[0], graph.numbers(part.input[1])[0]
+        return maker.input[0] if maker is not None and maker.op_type == "Unsqueeze" else value
+
+    stack = graph.maker(graph.maker(name, "Reshape").input[0], "Concat")
+    first, second = (graph.maker(value, "Unsqueeze").input[0] for value in stack.input)
+    minus, plus = graph.maker(first, "Sub"), graph.maker(second, "Add")
+    terms = [[factor(x) for x in graph.maker(value, "Mul").input] for value in (*minus.input, *plus.input)]
+    (even, cos), (odd, sin) = terms[:2]
+    if terms[2:] != [[even, sin], [odd, cos]] or even[1:] != (0,) or odd[1:] != (1,) or even[0] != odd[0]:
+        raise _OtherPatternError(name)
+    return even[0], cos, sin
+
+
+def _gate(node: onnx.NodeProto, graph: _Graph) -> None:
+    """silu(gate) * up, of two linear products of the same, becomes one node."""
+    try:
+        if node.op_type != "Mul":
+            return
+        silu, up = graph.maker(node.input[0], "Mul"), graph.maker(node.input[1], "Linear")
+        gate = graph.maker(silu.input[0], "Linear")
+        sigmoid = graph.maker(silu.input[1], "Sigmoid")
+    except _OtherPatternError:
+        return
+    alike = gate.input[0] == up.input[0] and len(gate.input) == len(up.input) == 3 and _sizes_of(gate) == _sizes_of(up)
+    if alike and sigmoid.input[0] == silu.input[0]:
+        _use(node, "GatedLinear", [*gate.input, *up.input[1:]], **_sizes_of(gate))
+
+
+def _sizes_of(linear: onnx.NodeProto) -> dict[str, int]:
+    return {name: _integer(linear, name) for name in ("bits", "outputs")}
+
+
+def _route(node: onnx.NodeProto, graph: _Graph, heads: list[_HeadProducts]) -> bool:
     if len(node.input) > 2 and node.input[2]:
         return False  # a correction bias
     node.domain = CPU_DOMAIN
     return True
 
 
-def _experts(node: onnx.NodeProto, graph: _Graph) -> bool:
+def _experts(node: onnx.NodeProto, graph: _Graph, heads: list[_HeadProducts]) -> bool:
     """Experts in panels, thus with scales per block; others stay with ONNX Runtime, and so does the function they need."""
     if _attribute(node, "gate_up_layout") != b"interleaved" or len(node.input) != 7:
         return False
@@ -164,10 +243,6 @@ def _use(node: onnx.NodeProto, op_type: str, inputs: list[str], **attributes) ->
     node.domain, node.op_type = CPU_DOMAIN, op_type
     node.input[:] = inputs
     _assign(node.attribute, [helper.make_attribute(k, v) for k, v in attributes.items()])
-
-
-def _drop_function(model: onnx.ModelProto, name: str) -> None:
-    _assign(model.functions, [f for f in model.functions if (f.domain, f.name) != (DOMAIN, name)])
 
 
 def _drop_unused(graph: onnx.GraphProto) -> None:

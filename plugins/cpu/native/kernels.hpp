@@ -5,8 +5,8 @@
 
 constexpr int PANEL = 16;   // outputs whose weights lie together
 constexpr int CHUNK = 64;   // outputs of a product that one thread computes at a time; a multiple of PANEL
-constexpr int SPLIT = 256;  // cached tokens whose weights are summed before they join a row's others
-constexpr int QUERIES = 16; // heads of a row that attend together
+constexpr int SPLIT = 256;  // tokens whose weights are summed before they join a query's others
+constexpr int QUERIES = 16; // queries that attend together: heads of one row, or rows of one head
 
 // A row of activations, quantized: value = q * scale, one scale a block of inputs; `sum` is that of a block's q.
 struct Row {
@@ -26,12 +26,13 @@ struct Matrix {
   int64_t row_bytes() const { return int64_t(blocks) * block * bits / 8; }
 };
 
-// One sequence's tokens for one new row: they lie on `pages`, in order; cells are float32, or float16 where `half`.
-struct Keys {
-  const void* cache;     // [pages][page_size][width]
-  const int32_t* pages;
-  int page_size, width, rank;
-  bool half;
+// Tokens that QUERIES queries attend to: a row of `width` as a key and a row of `rank` as a value each. Where `seen` is given,
+// query i sees the first seen[i] of them only.
+struct Tokens {
+  const float* const* keys;
+  const float* const* values;
+  int count, width, rank;
+  const int* seen;
 };
 
 // The softmax-weighted sum over some tokens of QUERIES queries: values [QUERIES][rank] belong to weights exp(score - largest).
@@ -46,14 +47,18 @@ struct Kernels {
   void (*quantize)(const float* x, int inputs, int blocks, int block, int bits, int8_t* q, float* scale, int32_t* sum);
   // out [count][CHUNK]: the products with outputs first .. first + CHUNK (or to the last); first is a multiple of CHUNK.
   void (*product)(const Row* rows, int count, const Matrix& w, int64_t first, float* out);
+  // 8 bits: from panels of `outputs` rows of row_bytes, of which the first `inputs` count, to panels of `inputs` rows of `outputs`.
+  // Both are multiples of 4.
+  void (*transpose)(const uint8_t* from, int outputs, int inputs, int row_bytes, uint8_t* to);
   // inner[r * stride + i] = silu(out[r][2 i]) * out[r][2 i + 1], i < pairs
   void (*silu_pairs)(const float* out, int count, int pairs, float* inner, int64_t stride);
-  // Tokens from .. to (at most SPLIT) of one row's heads; q [width][QUERIES], already scaled. Scratch: scratch_floats.
-  void (*attend)(const float* q, const Keys& keys, int from, int to, Partial& result, float* scratch);
+  // At most SPLIT tokens; q [width][QUERIES], already scaled; scores [count][QUERIES] is scratch memory.
+  void (*attend)(const float* q, const Tokens& tokens, Partial& result, float* scores);
+  // inner[r * stride + i] = silu(gate[r][i]) * up[r][i], i < outputs
+  void (*silu)(const float* gate, const float* up, int count, int outputs, float* inner, int64_t stride);
+  void (*widen)(const uint16_t* half, int count, float* x);
   void (*narrow)(const float* x, int count, uint16_t* half);
 };
-
-inline size_t scratch_floats(int width) { return size_t(SPLIT) * (QUERIES + width); }
 
 // The fastest kernels that this processor has. LATENTRT_CPU_ISA names others, for tests.
 const Kernels& kernels();

@@ -1,7 +1,7 @@
-// What ONNX Runtime calls when it loads the library: the ops, in the domains "latentrt" (those of the step graph) and
-// "latentrt.cpu" (those that stand for ONNX Runtime's products).
-#include "attention.hpp"
+// What ONNX Runtime calls when it loads the library: the ops, in the domain "latentrt.cpu".
+#include "mla.hpp"
 #include "products.hpp"
+#include "route.hpp"
 
 using namespace ort;
 
@@ -22,12 +22,13 @@ extern "C" __attribute__((visibility("default"))) Status* RegisterCustomOps(Opti
   if (!table) return base->table(1) ? Api{base->table(1)}.status("latentrt: ONNX Runtime is too old for own kernels") : nullptr;
   const Api api{table};
   static const OpOf<Linear> linear("Linear", {FLOAT, UINT8, FLOAT, FLOAT}, {FLOAT}, {3});
-  static const OpOf<HeadLinear> heads("HeadLinear", {FLOAT, UINT8, FLOAT}, {FLOAT});
+  static const OpOf<GatedLinear> gated("GatedLinear", {FLOAT, UINT8, FLOAT, UINT8, FLOAT}, {FLOAT});
   static const OpOf<Experts> experts("Experts", {FLOAT, INT32, FLOAT, UINT8, UINT8, FLOAT, FLOAT}, {FLOAT});
-  static const std::vector<Type> plain{FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, INT32, INT32, INT32, INT32};
-  static const std::vector<Type> half{FLOAT, FLOAT, FLOAT, FLOAT, FLOAT16, INT32, INT32, INT32, INT32};
-  static const OpOf<Attention> attention("MlaAttention", plain, {FLOAT, FLOAT});
-  static const OpOf<Attention> attention_half("MlaAttentionHalf", half, {FLOAT, FLOAT16});
+  static const std::vector<Type> plain{FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, INT32, INT32, INT32, INT32, UINT8, FLOAT, UINT8, FLOAT};
+  static std::vector<Type> half = plain;
+  half[5] = FLOAT16;
+  static const OpOf<Mla> mla("Mla", plain, {FLOAT, FLOAT});
+  static const OpOf<Mla> mla_half("MlaHalf", half, {FLOAT, FLOAT16});
   static const OpOf<Route> route("MoeRoute", {FLOAT, INT32}, {INT32, FLOAT});
-  return add(api, options, "latentrt.cpu", {&linear, &heads, &experts, &attention, &attention_half, &route});
+  return add(api, options, "latentrt.cpu", {&linear, &gated, &experts, &mla, &mla_half, &route});
 }

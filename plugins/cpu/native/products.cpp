@@ -7,9 +7,6 @@ using ort::Call;
 using ort::require;
 using ort::Tensor;
 
-namespace {
-
-// The matrix of q [..., panels, blocks, bytes of a block / 4, PANEL, 4] and scale [..., panels, blocks, PANEL].
 Matrix matrix(const Tensor& q, const Tensor& scale, int bits, int64_t inputs, int64_t outputs) {
   require(bits == 8 || bits == 4, "bits must be 8 or 4");
   const size_t n = q.dims.size(), outer = n - 5;
@@ -24,15 +21,6 @@ Matrix matrix(const Tensor& q, const Tensor& scale, int bits, int64_t inputs, in
   return found;
 }
 
-// One of several matrices that lie one after the other.
-Matrix part(Matrix m, int64_t index) {
-  m.q += index * m.panels() * PANEL * m.row_bytes();
-  m.scale += index * m.panels() * PANEL * m.blocks;
-  return m;
-}
-
-}  // namespace
-
 void Linear::compute(const Call& call) const {
   const Tensor x = call.input(0), bias = call.input(3);
   require(!x.dims.empty(), "x must have an axis");
@@ -45,7 +33,8 @@ void Linear::compute(const Call& call) const {
   if (!rows) return;
   const Kernels& kernels = ::kernels();
   static thread_local Quantized memory;
-  const Row* quantized = memory.rows(call, kernels, x.as<float>(), rows, inputs, w, int(inputs));
+  const Row* quantized = memory.rows(
+      call, kernels, rows, [&](int64_t r) { return x.as<float>() + r * inputs; }, w, int(inputs));
   call.parallel(chunks(w.outputs), [&](size_t c) {
     const int64_t first = int64_t(c) * CHUNK, n = std::min<int64_t>(CHUNK, w.outputs - first);
     const float* out = chunk(kernels, quantized, int(rows), w, first);
@@ -56,26 +45,28 @@ void Linear::compute(const Call& call) const {
   });
 }
 
-void HeadLinear::compute(const Call& call) const {
-  const Tensor x = call.input(0), q = call.input(1);
-  require(x.dims.size() == 3 && q.dims.size() == 6 && q.dims[0] == x.dims[1], "heads of x and of the weights differ");
-  const int64_t tokens = x.dims[0], heads = x.dims[1], inputs = x.dims[2];
-  const Matrix all = matrix(q, call.input(2), bits, inputs, outputs);
-  float* y = call.output(0, {tokens, heads, all.outputs}).as<float>();
-  if (!tokens || !heads) return;
+void GatedLinear::compute(const Call& call) const {
+  const Tensor x = call.input(0);
+  require(!x.dims.empty(), "x must have an axis");
+  const int64_t inputs = x.dims.back(), rows = inputs ? x.size() / inputs : 0;
+  const Matrix gate = matrix(call.input(1), call.input(2), bits, inputs, outputs);
+  const Matrix up = matrix(call.input(3), call.input(4), bits, inputs, outputs);
+  require(gate.block == up.block, "gate and up have blocks of another size");
+  std::vector<int64_t> dims = x.dims;
+  dims.back() = outputs;
+  float* y = call.output(0, dims).as<float>();
+  if (!rows) return;
   const Kernels& kernels = ::kernels();
   static thread_local Quantized memory;
-  static thread_local ort::Scratch sorted;
-  const Row* rows = memory.rows(call, kernels, x.as<float>(), tokens * heads, inputs, all, int(inputs));
-  Row* by_head = sorted.of<Row>(tokens * heads);
-  for (int64_t t = 0; t < tokens; ++t)
-    for (int64_t h = 0; h < heads; ++h) by_head[h * tokens + t] = rows[t * heads + h];
-  const int64_t each = chunks(all.outputs);
-  call.parallel(heads * each, [&](size_t i) {
-    const int64_t h = int64_t(i) / each, first = int64_t(i) % each * CHUNK, n = std::min<int64_t>(CHUNK, all.outputs - first);
-    const float* out = chunk(kernels, by_head + h * tokens, int(tokens), part(all, h), first);
-    for (int64_t t = 0; t < tokens; ++t, out += CHUNK)
-      std::memcpy(y + (t * heads + h) * all.outputs + first, out, n * sizeof(float));
+  const Row* quantized = memory.rows(
+      call, kernels, rows, [&](int64_t r) { return x.as<float>() + r * inputs; }, gate, int(inputs));
+  call.parallel(chunks(outputs), [&](size_t c) {
+    static thread_local ort::Scratch result;
+    const int64_t first = int64_t(c) * CHUNK;
+    float* left = result.of<float>(rows * CHUNK);
+    kernels.product(quantized, int(rows), gate, first, left);
+    const float* right = chunk(kernels, quantized, int(rows), up, first);
+    kernels.silu(left, right, int(rows), int(std::min<int64_t>(CHUNK, outputs - first)), y + first, outputs);
   });
 }
 
@@ -134,7 +125,8 @@ void Experts::compute(const Call& call) const {
   const Kernels& kernels = ::kernels();
   static thread_local Quantized memory, memory_inner;
   static thread_local ort::Scratch sorted, inner_memory;
-  const Row* rows = memory.rows(call, kernels, x.as<float>(), count, hidden, gate_up, int(hidden));
+  const Row* rows = memory.rows(
+      call, kernels, count, [&](int64_t t) { return x.as<float>() + t * hidden; }, gate_up, int(hidden));
   Row* by_expert = sorted.of<Row>(pairs);
   for (int64_t p = 0; p < pairs; ++p) by_expert[p] = rows[chosen.tokens[p]];
 
@@ -147,7 +139,8 @@ void Experts::compute(const Call& call) const {
     kernels.silu_pairs(out, n, outputs / 2, inner + from * inner_size + first / 2, inner_size);
   });
 
-  const Row* inner_rows = memory_inner.rows(call, kernels, inner, pairs, inner_size, down, int(inner_size));
+  const Row* inner_rows = memory_inner.rows(
+      call, kernels, pairs, [&](int64_t p) { return inner + p * inner_size; }, down, int(inner_size));
   call.parallel(chunks(hidden), [&](size_t c) {
     const int64_t first = int64_t(c) * CHUNK, n = std::min<int64_t>(CHUNK, hidden - first);
     for (int64_t t = 0; t < count; ++t) std::fill_n(y + t * hidden + first, n, 0.0f);

@@ -1,17 +1,6 @@
-// Attention over the paged latent cache, and the choice of experts.
+// The choice of experts.
 #pragma once
-#include "kernels.hpp"
 #include "op.hpp"
-
-// The contract of plugins/mla_attention/op.py, cache format float32 or float16.
-struct Attention {
-  float softmax_scale;
-  bool half;
-
-  explicit Attention(const ort::Attributes& given)
-      : softmax_scale(given.real("softmax_scale")), half(given.text("cache_format") == "float16") {}
-  void compute(const ort::Call& call) const;
-};
 
 // The contract of plugins/moe_route/op.py, without correction bias.
 struct Route {

@@ -1,0 +1,413 @@
+#include "mla.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+
+#include "products.hpp"
+
+using ort::Call;
+using ort::require;
+using ort::Tensor;
+
+namespace {
+
+// What a multiplication of small integers takes of the time of one of float32, with the rounding of activations. With it the
+// choice of a form was the faster one in 15 of 17 cases on a processor with AVX-512 VNNI, and near even in the others.
+constexpr double INTEGER_COST = 1.0 / 3;
+
+// A sequence's new rows, which follow `past` tokens in its pages.
+struct Sequence {
+  int64_t first, rows, past;
+  const int32_t* pages;
+  int64_t tokens() const { return past + rows; }
+};
+
+struct NewRow {
+  const Sequence* sequence;
+  int64_t row;
+  int64_t tokens() const { return sequence->past + row - sequence->first + 1; }  // that it attends to
+};
+
+// Shapes of one call, and where cells of the cache lie.
+struct Layer {
+  int64_t rows, heads, nope, rope, rank, v, pages, page_size, width;
+  void* cache;
+  bool half;
+
+  size_t cell(const Sequence& s, int64_t t) const {
+    return (size_t(s.pages[t / page_size]) * page_size + t % page_size) * width;
+  }
+  // A token's cell as float32, in `wide` if it is not stored so.
+  const float* read(const Kernels& kernels, const Sequence& s, int64_t t, float* wide) const {
+    if (!half) return static_cast<const float*>(cache) + cell(s, t);
+    kernels.widen(static_cast<const uint16_t*>(cache) + cell(s, t), int(width), wide);
+    return wide;
+  }
+  void write(const Kernels& kernels, const Sequence& s, int64_t t, const float* x) const {
+    if (half) return kernels.narrow(x, int(width), static_cast<uint16_t*>(cache) + cell(s, t));
+    std::memcpy(static_cast<float*>(cache) + cell(s, t), x, width * sizeof(float));
+  }
+};
+
+std::vector<Sequence> sequences_of(const Call& call, const Layer& layer) {
+  const Tensor table = call.input(6), cached = call.input(7), starts = call.input(8), count = call.input(9);
+  const int64_t sequences = cached.size(), max_pages = table.dims.back();
+  require(table.dims.size() == 2 && table.dims[0] == sequences && starts.size() == sequences + 1 && count.size() == 1,
+          "block_table, cached_lengths and query_starts do not fit together");
+  const int64_t valid = std::min<int64_t>(*count.as<int32_t>(), layer.rows);
+  std::vector<Sequence> found;
+  for (int64_t b = 0; b < sequences; ++b) {
+    const int64_t first = std::min<int64_t>(starts.as<int32_t>()[b], valid);
+    const int64_t last = std::min<int64_t>(starts.as<int32_t>()[b + 1], valid), past = cached.as<int32_t>()[b];
+    const int32_t* pages = table.as<int32_t>() + b * max_pages;
+    if (last <= first) continue;
+    const int64_t used = (past + last - first + layer.page_size - 1) / layer.page_size;
+    require(first >= 0 && past >= 0 && used <= max_pages, "a sequence has more tokens than its pages hold");
+    require(std::all_of(pages, pages + used, [&](int32_t p) { return p >= 0 && p < layer.pages; }), "a page does not exist");
+    found.push_back({first, last - first, past, pages});
+  }
+  return found;
+}
+
+void rotate(const float* x, const float* cos, const float* sin, int64_t pairs, float* to) {
+  for (int64_t i = 0; i < pairs; ++i) {
+    const float a = x[2 * i], b = x[2 * i + 1];
+    to[2 * i] = a * cos[i] - b * sin[i];
+    to[2 * i + 1] = a * sin[i] + b * cos[i];
+  }
+}
+
+void normalize(const float* x, const float* weight, int64_t count, float epsilon, float* to) {
+  double sum = 0;
+  for (int64_t i = 0; i < count; ++i) sum += double(x[i]) * x[i];
+  const float factor = 1.0f / std::sqrt(float(sum / count) + epsilon);
+  for (int64_t i = 0; i < count; ++i) to[i] = x[i] * factor * weight[i];
+}
+
+// The sum over more tokens joins the sum over those before them.
+void merge(Partial& sum, const Partial& next, int64_t rank) {
+  for (int h = 0; h < QUERIES; ++h) {
+    const float largest = std::max(sum.largest[h], next.largest[h]);
+    const float a = std::exp(sum.largest[h] - largest), b = std::exp(next.largest[h] - largest);
+    float* to = sum.values + h * rank;
+    const float* from = next.values + h * rank;
+    for (int64_t d = 0; d < rank; ++d) to[d] = to[d] * a + from[d] * b;
+    sum.total[h] = sum.total[h] * a + next.total[h] * b;
+    sum.largest[h] = largest;
+  }
+}
+
+int splits(int64_t tokens) { return int((tokens + SPLIT - 1) / SPLIT); }
+
+// Rows attend to latents; queries and results [rows, heads, rank], q_pe [T, heads, rope].
+class Absorbed {
+ public:
+  Absorbed(const Call& call, const Kernels& kernels, const Layer& layer, const std::vector<NewRow>& rows, const float* q_latent,
+           const float* q_pe, float scale, float* attended)
+      : call_(call), kernels_(kernels), layer_(layer), rows_(rows), q_latent_(q_latent), q_pe_(q_pe), scale_(scale),
+        attended_(attended), groups_((layer.heads + QUERIES - 1) / QUERIES), one_(QUERIES * layer.rank) {}
+
+  void run() {
+    if (int64_t(rows_.size()) * groups_ >= 32) {  // enough of them for any number of threads
+      call_.parallel(rows_.size() * groups_, [&](size_t i) {
+        static thread_local ort::Scratch memory;
+        const size_t row = i / groups_, group = i % groups_;
+        const float* q = queries(row, group);
+        float* values = memory.of<float>(2 * one_);
+        Partial sum{values, {}, {}}, next{values + one_, {}, {}};
+        attend(row, q, 0, sum);
+        for (int split = 1; split < splits(rows_[row].tokens()); ++split) {
+          attend(row, q, split, next);
+          merge(sum, next, layer_.rank);
+        }
+        finish(sum, row, group);
+      });
+      return;
+    }
+    struct Item {
+      size_t row, group;
+      int split;
+    };
+    std::vector<Item> items;
+    for (size_t r = 0; r < rows_.size(); ++r)
+      for (size_t g = 0; g < groups_; ++g)
+        for (int k = 0; k < splits(rows_[r].tokens()); ++k) items.push_back({r, g, k});
+    static thread_local ort::Scratch memory;
+    float* values = memory.of<float>(items.size() * one_);
+    std::vector<Partial> parts(items.size());
+    call_.parallel(items.size(), [&](size_t i) {
+      parts[i].values = values + i * one_;
+      attend(items[i].row, queries(items[i].row, items[i].group), items[i].split, parts[i]);
+    });
+    for (size_t i = 0; i < items.size();) {
+      const size_t first = i++;
+      for (; i < items.size() && items[i].split > 0; ++i) merge(parts[first], parts[i], layer_.rank);
+      finish(parts[first], items[first].row, items[first].group);
+    }
+  }
+
+ private:
+  // The queries of QUERIES heads of a row (zeros where there are fewer heads), scaled: [width][QUERIES].
+  const float* queries(size_t row, size_t group) const {
+    static thread_local ort::Scratch memory;
+    float* q = memory.of<float>(layer_.width * QUERIES);
+    for (int64_t h = 0; h < QUERIES; ++h) {
+      const int64_t head = group * QUERIES + h;
+      const bool there = head < layer_.heads;
+      const float* a = q_latent_ + (row * layer_.heads + head) * layer_.rank;
+      const float* b = q_pe_ + (rows_[row].row * layer_.heads + head) * layer_.rope;
+      for (int64_t d = 0; d < layer_.rank; ++d) q[d * QUERIES + h] = there ? a[d] * scale_ : 0;
+      for (int64_t d = 0; d < layer_.rope; ++d) q[(layer_.rank + d) * QUERIES + h] = there ? b[d] * scale_ : 0;
+    }
+    return q;
+  }
+
+  void attend(size_t row, const float* q, int split, Partial& result) const {
+    static thread_local ort::Scratch memory, wide_memory;
+    const int64_t from = int64_t(split) * SPLIT, to = std::min<int64_t>(from + SPLIT, rows_[row].tokens());
+    float* wide = wide_memory.of<float>(layer_.half ? SPLIT * layer_.width : 0);
+    const float* cells[SPLIT];
+    for (int64_t t = from; t < to; ++t)
+      cells[t - from] = layer_.read(kernels_, *rows_[row].sequence, t, wide + (layer_.half ? (t - from) * layer_.width : 0));
+    const Tokens tokens{cells, cells, int(to - from), int(layer_.width), int(layer_.rank), nullptr};
+    kernels_.attend(q, tokens, result, memory.of<float>(SPLIT * QUERIES));
+  }
+
+  void finish(const Partial& sum, size_t row, size_t group) const {
+    for (int64_t h = 0; h < QUERIES && int64_t(group) * QUERIES + h < layer_.heads; ++h) {
+      float* to = attended_ + (row * layer_.heads + group * QUERIES + h) * layer_.rank;
+      for (int64_t d = 0; d < layer_.rank; ++d) to[d] = sum.values[h * layer_.rank + d] / sum.total[h];
+    }
+  }
+
+  const Call& call_;
+  const Kernels& kernels_;
+  const Layer& layer_;
+  const std::vector<NewRow>& rows_;
+  const float *q_latent_, *q_pe_;
+  float scale_;
+  float* attended_;
+  size_t groups_, one_;
+};
+
+// A sequence's rows attend to keys and values, which are made of the latents for one head and SPLIT tokens at a time.
+class Expanded {
+ public:
+  Expanded(const Call& call, const Kernels& kernels, const Layer& layer, const Matrix& w_uk, const Matrix& w_uv, const float* q,
+           const float* q_pe, float scale, float* out)
+      : call_(call), kernels_(kernels), layer_(layer), w_uk_(w_uk), w_uv_(w_uv), q_(q), q_pe_(q_pe), scale_(scale), out_(out) {
+    block_ = transposed_block(layer.rank);
+  }
+
+  // Inputs that share a scale where keys are made; 0 where the matrix does not allow that.
+  static int transposed_block(int64_t rank) {
+    for (int block : {128, 64, 32, 16, 8})
+      if (rank % block == 0) return block;
+    return 0;
+  }
+
+  void run(const Sequence& sequence) {
+    static thread_local ort::Scratch wide_memory;
+    static thread_local Quantized memory;
+    const int64_t tokens = sequence.tokens();
+    float* wide = wide_memory.of<float>(layer_.half ? tokens * layer_.width : 0);
+    std::vector<const float*> cells(tokens);
+    for (int64_t t = 0; t < tokens; ++t)
+      cells[t] = layer_.read(kernels_, sequence, t, wide + (layer_.half ? t * layer_.width : 0));
+    const Row* latents = memory.rows(call_, kernels_, tokens, [&](int64_t t) { return cells[t]; }, w_uv_, int(layer_.rank));
+    call_.parallel(layer_.heads, [&](size_t h) { head(sequence, h, cells.data(), latents); });
+  }
+
+ private:
+  void head(const Sequence& sequence, int64_t h, const float* const* cells, const Row* latents) const {
+    static thread_local ort::Scratch weight_memory, key_memory, value_memory, query_memory, sum_memory, part_memory, score_memory;
+    const int64_t tiles = (sequence.rows + QUERIES - 1) / QUERIES, width = layer_.nope + layer_.rope, v = layer_.v;
+    const Matrix keys_of = transposed(h, weight_memory), values_of = part(w_uv_, h);
+    float* keys = key_memory.of<float>(SPLIT * width);
+    float* values = value_memory.of<float>(SPLIT * v);
+    float* q = query_memory.of<float>(tiles * width * QUERIES);
+    float* sums = sum_memory.of<float>(tiles * QUERIES * v);
+    float* scores = score_memory.of<float>(SPLIT * QUERIES);
+    Partial next{part_memory.of<float>(QUERIES * v), {}, {}};
+    std::vector<Partial> sum(tiles);
+    for (int64_t tile = 0; tile < tiles; ++tile) {
+      sum[tile].values = sums + tile * QUERIES * v;
+      queries(sequence, h, tile, q + tile * width * QUERIES);
+    }
+    const float *key[SPLIT], *value[SPLIT];
+    for (int t = 0; t < SPLIT; ++t) key[t] = keys + t * width, value[t] = values + t * v;
+    for (int64_t from = 0; from < sequence.tokens(); from += SPLIT) {
+      const int count = int(std::min<int64_t>(SPLIT, sequence.tokens() - from));
+      expand(h, cells + from, latents + from, count, keys_of, values_of, keys, values);
+      for (int64_t tile = 0; tile < tiles; ++tile) {
+        int seen[QUERIES], most = 0;
+        for (int i = 0; i < QUERIES; ++i) {
+          const int64_t row = std::min<int64_t>(tile * QUERIES + i, sequence.rows - 1);
+          seen[i] = int(std::clamp<int64_t>(sequence.past + row + 1 - from, 0, count));
+          most = std::max(most, seen[i]);
+        }
+        if (!most) continue;
+        const bool all = *std::min_element(seen, seen + QUERIES) == most;
+        const Tokens tokens{key, value, most, int(width), int(v), all ? nullptr : seen};
+        Partial& result = from ? next : sum[tile];
+        kernels_.attend(q + tile * width * QUERIES, tokens, result, scores);
+        if (from) merge(sum[tile], next, v);
+      }
+    }
+    for (int64_t r = 0; r < sequence.rows; ++r) {
+      const Partial& found = sum[r / QUERIES];
+      const int64_t i = r % QUERIES;
+      float* to = out_ + ((sequence.first + r) * layer_.heads + h) * v;
+      for (int64_t d = 0; d < v; ++d) to[d] = found.values[i * v + d] / found.total[i];
+    }
+  }
+
+  // w_uk of a head with outputs and inputs in each other's place, [nope][rank]; its scales belong to the inputs now.
+  Matrix transposed(int64_t h, ort::Scratch& memory) const {
+    const Matrix from = part(w_uk_, h);
+    Matrix to{nullptr, nullptr, layer_.nope, int(layer_.rank / block_), block_, 8};
+    const size_t size = size_t(to.panels()) * PANEL * layer_.rank, scales = size_t(to.panels()) * PANEL * to.blocks;
+    auto* q = static_cast<uint8_t*>(memory.bytes(size + scales * sizeof(float)));
+    auto* scale = reinterpret_cast<float*>(q + size);
+    std::fill_n(scale, scales, 1.0f);
+    if (layer_.nope % PANEL) std::memset(q, 0, size);
+    kernels_.transpose(from.q, int(layer_.rank), int(layer_.nope), int(from.row_bytes()), q);
+    to.q = q, to.scale = scale;
+    return to;
+  }
+
+  // The queries of a head of QUERIES rows (zeros where there are fewer), scaled: [nope + rope][QUERIES].
+  void queries(const Sequence& sequence, int64_t h, int64_t tile, float* q) const {
+    for (int64_t i = 0; i < QUERIES; ++i) {
+      const bool there = tile * QUERIES + i < sequence.rows;
+      const int64_t row = sequence.first + (there ? tile * QUERIES + i : 0);
+      const float* a = q_ + (row * layer_.heads + h) * (layer_.nope + layer_.rope);
+      const float* b = q_pe_ + (row * layer_.heads + h) * layer_.rope;
+      for (int64_t d = 0; d < layer_.nope; ++d) q[d * QUERIES + i] = there ? a[d] * scale_ : 0;
+      for (int64_t d = 0; d < layer_.rope; ++d) q[(layer_.nope + d) * QUERIES + i] = there ? b[d] * scale_ : 0;
+    }
+  }
+
+  void expand(int64_t h, const float* const* cells, const Row* latents, int count, const Matrix& keys_of, const Matrix& values_of,
+              float* keys, float* values) const {
+    static thread_local ort::Scratch memory, q_memory, scale_memory, sum_memory, rows_memory;
+    const int64_t rank = layer_.rank, width = layer_.nope + layer_.rope;
+    const float* scale = part(w_uk_, h).scale;  // [rank], as there is one block
+    float* x = memory.of<float>(rank);
+    auto* q = q_memory.of<int8_t>(count * rank);
+    auto* scales = scale_memory.of<float>(count * keys_of.blocks);
+    auto* sums = sum_memory.of<int32_t>(count * keys_of.blocks);
+    auto* rows = rows_memory.of<Row>(count);
+    for (int t = 0; t < count; ++t) {
+      for (int64_t r = 0; r < rank; ++r) x[r] = cells[t][r] * scale[r];
+      rows[t] = Row{q + t * rank, scales + t * keys_of.blocks, sums + t * keys_of.blocks};
+      kernels_.quantize(x, int(rank), keys_of.blocks, block_, 8, q + t * rank, scales + t * keys_of.blocks, sums + t * keys_of.blocks);
+      std::memcpy(keys + t * width + layer_.nope, cells[t] + rank, layer_.rope * sizeof(float));
+    }
+    fill(rows, count, keys_of, keys, width);
+    fill(latents, count, values_of, values, layer_.v);
+  }
+
+  void fill(const Row* rows, int count, const Matrix& w, float* to, int64_t stride) const {
+    for (int64_t first = 0; first < w.outputs; first += CHUNK) {
+      const float* out = chunk(kernels_, rows, count, w, first);
+      const int64_t n = std::min<int64_t>(CHUNK, w.outputs - first);
+      for (int t = 0; t < count; ++t) std::memcpy(to + t * stride + first, out + t * CHUNK, n * sizeof(float));
+    }
+  }
+
+  const Call& call_;
+  const Kernels& kernels_;
+  const Layer& layer_;
+  const Matrix &w_uk_, &w_uv_;
+  const float *q_, *q_pe_;
+  float scale_;
+  float* out_;
+  int block_;
+};
+
+// Whether keys and values of all tokens are the smaller work; all counts are of one head.
+bool expanded_is_less(const Layer& layer, const Sequence& s) {
+  const double rows = double(s.rows), pairs = rows * s.past + rows * (rows + 1) / 2;
+  const double up = INTEGER_COST * layer.rank * (layer.nope + layer.v);
+  const double absorbed = pairs * (2 * layer.rank + layer.rope) + rows * up;
+  return pairs * (layer.nope + layer.rope + layer.v) + double(s.tokens()) * up + double(layer.rank) * layer.nope < absorbed;
+}
+
+}  // namespace
+
+Mla::Mla(const ort::Attributes& given)
+    : softmax_scale(given.real("softmax_scale")), epsilon(given.real("epsilon")), v_head_dim(given.integer("v_head_dim")),
+      half(given.text("cache_format") == "float16") {
+  const std::string asked = given.text("form");
+  form = asked == "absorbed" ? ABSORBED : asked == "expanded" ? EXPANDED : AUTO;
+}
+
+void Mla::compute(const Call& call) const {
+  const Tensor q = call.input(0), kv = call.input(1), norm = call.input(2), cos = call.input(3), sin = call.input(4);
+  const Tensor cache = call.input(5), uk = call.input(10), uv = call.input(12);
+  require(q.dims.size() == 2 && kv.dims.size() == 2 && cos.dims.size() == 2 && cache.dims.size() == 3 && uk.dims.size() == 6,
+          "q, kv, cos, cache or w_uk has other axes than Mla takes");
+  Layer layer{};
+  layer.rows = q.dims[0], layer.heads = uk.dims[0], layer.rope = 2 * cos.dims[1], layer.rank = norm.size();
+  layer.nope = q.dims[1] / layer.heads - layer.rope, layer.v = v_head_dim;
+  layer.pages = cache.dims[0], layer.page_size = cache.dims[1], layer.width = cache.dims[2], layer.half = half;
+  require(layer.nope > 0 && q.dims[1] == layer.heads * (layer.nope + layer.rope) && kv.dims[0] == layer.rows &&
+              kv.dims[1] == layer.width && layer.width == layer.rank + layer.rope && cos.dims[0] == layer.rows &&
+              sin.dims == cos.dims,
+          "q, kv, cos, sin and cache do not fit together");
+  const Matrix w_uk = matrix(uk, call.input(11), 8, layer.nope, layer.rank), w_uv = matrix(uv, call.input(13), 8, layer.rank, layer.v);
+  require(uv.dims[0] == layer.heads, "heads of w_uk and w_uv differ");
+  float* out = call.output(0, {layer.rows, layer.heads * layer.v}).as<float>();
+  layer.cache = call.output(1, cache.dims).data;
+  if (layer.cache != cache.data) std::memcpy(layer.cache, cache.data, cache.size() * (half ? 2 : 4));
+  const std::vector<Sequence> sequences = sequences_of(call, layer);
+  const Kernels& kernels = ::kernels();
+
+  std::vector<NewRow> rows;
+  for (const Sequence& s : sequences)
+    for (int64_t r = s.first; r < s.first + s.rows; ++r) rows.push_back({&s, r});
+  if (int64_t(rows.size()) < layer.rows) std::fill_n(out, layer.rows * layer.heads * layer.v, 0.0f);
+  static thread_local ort::Scratch q_pe_memory;
+  float* q_pe = q_pe_memory.of<float>(layer.rows * layer.heads * layer.rope);
+  constexpr size_t together = 8;
+  call.parallel((rows.size() + together - 1) / together, [&](size_t i) {
+    static thread_local ort::Scratch memory;
+    float* cell = memory.of<float>(layer.width);
+    for (size_t k = i * together; k < std::min(rows.size(), (i + 1) * together); ++k) {
+      const int64_t row = rows[k].row, pairs = layer.rope / 2;
+      const float *c = cos.as<float>() + row * pairs, *s = sin.as<float>() + row * pairs;
+      const float* x = kv.as<float>() + row * layer.width;
+      normalize(x, norm.as<float>(), layer.rank, epsilon, cell);
+      rotate(x + layer.rank, c, s, pairs, cell + layer.rank);
+      layer.write(kernels, *rows[k].sequence, rows[k].tokens() - 1, cell);
+      for (int64_t h = 0; h < layer.heads; ++h)
+        rotate(q.as<float>() + row * q.dims[1] + h * (layer.nope + layer.rope) + layer.nope, c, s, pairs,
+               q_pe + (row * layer.heads + h) * layer.rope);
+    }
+  });
+
+  const bool possible = w_uk.blocks == 1 && layer.nope % 4 == 0 && Expanded::transposed_block(layer.rank);
+  Expanded expanded(call, kernels, layer, w_uk, w_uv, q.as<float>(), q_pe, softmax_scale, out);
+  std::vector<NewRow> absorbed;
+  for (const NewRow& row : rows) {
+    const Sequence& s = *row.sequence;
+    if (!possible || form == ABSORBED || (form == AUTO && !expanded_is_less(layer, s)))
+      absorbed.push_back(row);
+    else if (row.row == s.first)
+      expanded.run(s);
+  }
+  if (absorbed.empty()) return;
+  static thread_local ort::Scratch q_latent_memory, attended_memory;
+  static thread_local HeadProducts products;
+  float* q_latent = q_latent_memory.of<float>(absorbed.size() * layer.heads * layer.rank);
+  float* attended = attended_memory.of<float>(absorbed.size() * layer.heads * layer.rank);
+  products.run(call, kernels, absorbed.size(), w_uk, layer.heads, int(layer.nope),
+               [&](int64_t r, int64_t h) { return q.as<float>() + absorbed[r].row * q.dims[1] + h * (layer.nope + layer.rope); },
+               [&](int64_t r, int64_t h) { return q_latent + (r * layer.heads + h) * layer.rank; });
+  Absorbed(call, kernels, layer, absorbed, q_latent, q_pe, softmax_scale, attended).run();
+  products.run(call, kernels, absorbed.size(), w_uv, layer.heads, int(layer.rank),
+               [&](int64_t r, int64_t h) { return attended + (r * layer.heads + h) * layer.rank; },
+               [&](int64_t r, int64_t h) { return out + (absorbed[r].row * layer.heads + h) * layer.v; });
+}
