@@ -107,7 +107,7 @@ def test_the_formats_blocks_divide_the_checkpoints():
     def chosen(**stored) -> int:
         experts = Weight("e", (2, 256, 256), "gate_up", (("e",),), stored=stored.get("experts"))
         linear = Weight("w", (8, 512), "linear", (("w",),), stored=stored.get("linear"))
-        return format_of([experts, linear], CpuOptions("int4")).block_size
+        return format_of([experts, linear], CpuOptions("int4")).rows.block_size
 
     assert {chosen(), chosen(linear=(128, 4)), chosen(linear=(32, 8)), chosen(linear=(512, 4))} == {BLOCK_SIZE}
     assert chosen(experts=(32, 4)) == chosen(linear=(32, 4)) == 32
