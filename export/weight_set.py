@@ -184,7 +184,7 @@ class _Shard:
 
     def _encoded(self, weight: Weight, index: int) -> Iterator[list[torch.Tensor]]:
         """Slab `index` as it is stored, in pieces along axis 0 where it is large."""
-        taken = self._taken_over(weight, index) or self._taken_blocks(weight, index)
+        taken = None if weight.computed else self._taken_over(weight, index) or self._taken_blocks(weight, index)
         if taken is None:
             yield from (self.format.encode(weight, rows) for rows in self._rows(weight, index))
         else:

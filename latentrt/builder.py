@@ -99,7 +99,7 @@ def _needed_bytes(out: Path, checkpoint: Checkpoint, pending: list[Lowering], pr
     """What the build will write at most: weight sets that are not there yet, plans that hold them again, and small files."""
     config, sets, engines = checkpoint.config, {}, 0
     for lowering in pending:
-        weights = lowering.stored_weights(checkpoint.weights())
+        weights = lowering.stored_weights(checkpoint.weights(lowering.rotated))
         weight_format = lowering.weight_format(weights)
         size = sum(weight_set.planned_bytes(weights, weight_format).values())
         sets[_set_key(lowering, weight_format)] = size
@@ -110,7 +110,7 @@ def _needed_bytes(out: Path, checkpoint: Checkpoint, pending: list[Lowering], pr
 
 
 def _set_key(lowering: Lowering, weight_format) -> str:
-    return f"{weight_format.key}.{lowering.gate_up_layout}"
+    return f"{weight_format.key}.{lowering.gate_up_layout}{'.rotated' if lowering.rotated else ''}"
 
 
 @dataclass(frozen=True)
@@ -152,7 +152,7 @@ class _Builder:
     def add(self, lowering: Lowering) -> None:
         """Builds one target and commits it."""
         config, name, baked = self.checkpoint.config, lowering.spec.target.name, self._baked_text
-        weights = lowering.stored_weights(self.checkpoint.weights())
+        weights = lowering.stored_weights(self.checkpoint.weights(lowering.rotated))
         key, stored, located = self._weights(lowering, weights)
         models, stage = self._trace(lowering), self.report.stage
         with tempfile.TemporaryDirectory(dir=self.writer.building) as scratch:
@@ -213,7 +213,8 @@ class _Builder:
             )  # fmt: skip
         files = [self.writer.ref(f) for f in dict.fromkeys(w.file for w in located.values())]
         stored = WeightSet(
-            format=weight_format.description(), gate_up_layout=lowering.gate_up_layout, files=files,
+            format=weight_format.description(), gate_up_layout=lowering.gate_up_layout, rotated=lowering.rotated,
+            files=files,
             tensors={k: w.record() for k, w in located.items()},
         )  # fmt: skip
         return key, stored, located

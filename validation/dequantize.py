@@ -37,7 +37,8 @@ class StoredWeights:
             raise ValidationError(f"{bundle.path}: weight set {target.weight_set}: {error}; build the bundle again") from None
         config = bundle_config(bundle)
         self.family = registry.of(config)
-        self.weights = self.family.weights(config)
+        self.rotated = weight_set.rotated
+        self.weights = self.family.weights(config, self.rotated)
         self.interleaved = weight_set.gate_up_layout == "interleaved"
         handles = [safe_open(bundle.file(ref), framework="pt") for ref in weight_set.files]
         self._where = {name: handle for handle in handles for name in list(handle.keys())}

@@ -178,9 +178,10 @@ class Checkpoint:
         """Names and shapes of the tensors that the model of this config.json needs."""
         return registry.of(self.config).checkpoint_tensors(self.config)
 
-    def weights(self) -> list[Weight]:
+    def weights(self, rotated: bool = False) -> list[Weight]:
         """The family's list of the graph's weights, with what this checkpoint stores of each."""
-        return [replace(weight, stored=self._stored_blocks(weight)) for weight in registry.of(self.config).weights(self.config)]
+        found = registry.of(self.config).weights(self.config, rotated)
+        return [weight if weight.computed else replace(weight, stored=self._stored_blocks(weight)) for weight in found]
 
     def _stored_blocks(self, weight: Weight) -> tuple[int, int] | None:
         found = {self.tensors[name].blocks for group in weight.sources for name in group if name in self.tensors}

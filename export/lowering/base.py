@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import onnx_ir as ir
@@ -79,6 +79,11 @@ class Lowering(ABC):
         """The latent cache's format, "auto" resolved."""
         return self.spec.cache_format
 
+    @property
+    def rotated(self) -> bool:
+        """Whether weights are those of the rotated basis of latents."""
+        return cache_formats.get(self.cache_format).rotated
+
     def identity(self) -> dict:
         """All that the result depends on beside checkpoint and product version, for JSON."""
         return self.spec.identity() | {"cache_format": self.cache_format} | self.tools()
@@ -101,7 +106,8 @@ class Lowering(ABC):
         return {
             "format": layout.name, "dtype": str(layout.dtype).removeprefix("torch."), "page_size": self.page_size,
             "width": layout.width(*sizes), "layers": config.num_hidden_layers,
-            "bytes_per_token": layout.bytes_per_token(*sizes) * config.num_hidden_layers, "fields": layout.fields(*sizes),
+            "bytes_per_token": layout.bytes_per_token(*sizes) * config.num_hidden_layers,
+            "fields": [asdict(part) for part in layout.fields(*sizes)],
         }  # fmt: skip
 
     def check(self, config: Config) -> None:  # noqa: B027 (most have nothing to refuse)

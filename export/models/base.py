@@ -20,7 +20,8 @@ class Weight:
     `sources` groups checkpoint names: each group makes one slab along axis 0 through `make`, so that stacked experts
     are read expert by expert. `role` says what quantization may do with it:
     embedding, norm, bias, router, linear and head [out, in], absorbed [heads, in, out], gate_up and down [experts, out, in].
-    `stored`: (inputs that share a scale, bits) where a checkpoint has all of it as such integers.
+    `stored`: (inputs that share a scale, bits) where a checkpoint has all of it as such integers. `computed`: `make` computes
+    values, where others only put them elsewhere, so that a checkpoint's integers cannot be kept.
     """
 
     name: str
@@ -29,6 +30,7 @@ class Weight:
     sources: tuple[tuple[str, ...], ...]
     make: Callable[..., Tensor] | None = None
     stored: tuple[int, int] | None = None
+    computed: bool = False
 
     def slabs(self, read: Read) -> Iterator[Tensor]:
         """The tensor's slabs along axis 0, in order, in the checkpoint's dtype; `read` gives a checkpoint tensor."""
@@ -77,7 +79,8 @@ class Family:
     restore: Callable[[dict], Config]  # the same from a config's own model_dump, as a manifest has it
     counts: Callable[[Config], dict[str, int]]  # fields that say of how many things a checkpoint has at least a tensor each
     sizes: Callable[[Config], dict[str, tuple[str, int]]]  # field -> (tensor, axis) of the checkpoint that has this size
-    weights: Callable[[Config], list[Weight]]  # in the order of the data's way
+    weights: Callable[..., list[Weight]]  # (config, rotated=False), in the order of the data's way; rotated: for a cache format
+    # that is (plugins/cache_formats/rotation.py), the same model with latents in another basis
     checkpoint_tensors: Callable[[Config], dict[str, tuple[int, ...]]]  # names and shapes that a checkpoint must have
     originals: Callable[[Iterable[tuple[Weight, Tensor]]], Iterator[tuple[str, Tensor]]]  # `weights` -> checkpoint tensors
     angles: Callable[[Config], dict[str, int]]  # names and widths of what `embed` gives all layers: [T, width] float32

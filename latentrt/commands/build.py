@@ -16,7 +16,7 @@ def build(
     target: Annotated[str, typer.Option(help=f"One or more of: {','.join(TARGETS)}.")] = "cpu",
     precision: Annotated[str, typer.Option(help="auto, fp8, bf16, int8, int4 or fp32.")] = "auto",
     accuracy: Annotated[str, typer.Option(help="int8 and int4: exact (float32 sums) or fast (int8 activations).")] = "fast",
-    cache_format: Annotated[str, typer.Option(help="Latent cache: auto, float32 or float16 (cpu), bfloat16 (GPUs).")] = "auto",
+    cache_format: Annotated[str, typer.Option(help="Latent cache: docs/pipeline.md tells the formats.")] = "auto",
     max_context: Annotated[int | None, typer.Option(help="Longest sequence; the model's own limit by default.")] = None,
     weights: Annotated[str, typer.Option(help="GPUs: inputs (shared by targets) or embedded in the plan.")] = "inputs",
     activations: Annotated[str, typer.Option(help="Scales of fp8 activations: dynamic, or static per linear.")] = "dynamic",

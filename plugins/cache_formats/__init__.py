@@ -1,11 +1,14 @@
 """Cache formats: how one token's latent (kv_lora_rank elements) and k_pe (qk_rope_head_dim) lie in a page.
 
-One file per kind. A format answers: element dtype, elements per token, encode, decode.
+One file per kind. base.py says what a format answers.
 """
 
-from latentrt.plugins.cache_formats.plain import PLAIN_FORMATS, CacheFormat
+from latentrt.plugins.cache_formats import fp8, integers, plain
+from latentrt.plugins.cache_formats.base import CacheFormat, Field
 
-FORMATS: dict[str, CacheFormat] = {f.name: f for f in PLAIN_FORMATS}
+__all__ = ["DTYPES", "FORMATS", "NAMES", "CacheFormat", "Field", "get"]
+
+FORMATS: dict[str, CacheFormat] = {f.name: f for f in (*plain.FORMATS, *fp8.FORMATS, *integers.FORMATS)}
 NAMES = tuple(FORMATS)
 DTYPES = tuple({f.dtype: None for f in FORMATS.values()})
 

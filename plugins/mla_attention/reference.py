@@ -46,7 +46,7 @@ def appended(
         positions = torch.arange(total)
         pages, slots = block_table[b].cpu().long()[positions // page_size], positions % page_size
         cache[pages[past:], slots[past:]] = encoded[rows]
-        yield rows, past, *layout.decode(cache[pages, slots], latent.shape[-1])
+        yield rows, past, *layout.decode(cache[pages, slots], latent.shape[-1], k_pe.shape[-1])
 
 
 def _attend(q_latent, q_pe, keys, keys_pe, past: int, softmax_scale: float) -> torch.Tensor:

@@ -59,7 +59,7 @@ def _session(bundle: Bundle, target: Target, options: BackendOptions) -> tuple[b
     files = target.engines[DECODE_FORM]
     if options.kernels == "native" and not files.native:
         raise RequestError(f"kernels is 'native', but {bundle.path} has no graph for them: only int8 at accuracy fast has")
-    library = _own_kernels(options) if files.native else None
+    library = _own_kernels(options, insist=files.native == files.graph) if files.native else None
     path = bundle.file(files.native if library else files.graph)
     try:
         session = ort.InferenceSession(str(path), _options(options, library), providers=["CPUExecutionProvider"])
@@ -82,9 +82,16 @@ def _options(given: BackendOptions, library: str | None = None) -> ort.SessionOp
     return options
 
 
-def _own_kernels(given: BackendOptions) -> str | None:
-    """Path of the library of own kernels; None where it is not wanted, or (one line says why) not to be had."""
+def _own_kernels(given: BackendOptions, insist: bool) -> str | None:
+    """Path of the library of own kernels; None where it is not wanted, or (one line says why) not to be had.
+
+    insist: there is no other graph, because the latent cache is packed.
+    """
     wanted = given.kernels if given.kernels != AUTO else os.environ.get("LATENTRT_CPU_KERNELS", AUTO)
+    if insist:
+        if wanted == "onnxruntime":
+            raise RequestError("kernels is 'onnxruntime', but only own kernels read this bundle's latent cache")
+        wanted = "native"
     if wanted == "onnxruntime":
         return None
     try:
@@ -93,7 +100,8 @@ def _own_kernels(given: BackendOptions) -> str | None:
         return library
     except Exception as error:  # no compiler; or this ONNX Runtime refuses the library, an exception of its own
         if wanted == "native":
-            raise RequestError(f"kernels is 'native', but {error}") from error
+            found = "only own kernels read this bundle's latent cache" if insist else "kernels is 'native'"
+            raise RequestError(f"{found}, but {error}") from error
         print(f"latentrt: no own CPU kernels, ONNX Runtime's are slower: {error}", file=sys.stderr)
         return None
 

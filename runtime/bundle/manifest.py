@@ -90,6 +90,7 @@ class WeightSet(_Record):
 
     format: WeightFormat
     gate_up_layout: Literal["concatenated", "interleaved"]  # of the experts' rows, as in plugins/moe_experts/op.py
+    rotated: bool = False  # latents are in the basis of plugins/cache_formats/rotation.py
     files: list[FileRef]
     tensors: dict[str, WeightTensor] = {}
 

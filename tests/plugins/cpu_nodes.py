@@ -12,9 +12,11 @@ from dataclasses import dataclass
 import numpy as np
 import onnx
 import onnxruntime as ort
+import torch
 from onnx import helper, numpy_helper
 
 from latentrt.export.lowering.onnxruntime import native
+from latentrt.plugins import cache_formats
 from latentrt.plugins.contract import DOMAIN
 from latentrt.plugins.cpu import compile
 from latentrt.plugins.onnx_function import MICROSOFT, bodies
@@ -171,20 +173,24 @@ class MlaCase:
     w_uk_scale: np.ndarray  # [heads, rank], where blocks hold all of nope
     w_uv: np.ndarray  # [heads, v, rank]
     block: int  # of inputs of w_uv
+    layout: cache_formats.CacheFormat
 
 
 def mla(rng, sequences, page_size: int, heads: int, rank: int, nope: int, rope: int, v: int, padding: int = 0,
-        half: bool = False, form: str = "auto", block: int = 128) -> MlaCase:  # fmt: skip
-    """(past, new) of each sequence; shuffled pages, NaN in cells that are not cached."""
+        cache_format: str = "float32", form: str = "auto", block: int = 128) -> MlaCase:  # fmt: skip
+    """(past, new) of each sequence; shuffled pages. Where nothing is cached there is NaN, of elements or of packed scales."""
     rows = sum(new for _, new in sequences)
     counts = [-(-(past + new) // page_size) for past, new in sequences]
     free = list(1 + rng.permutation(sum(counts)))
-    cache = np.full((sum(counts) + 2, page_size, rank + rope), np.nan, np.float32)
+    layout = cache_formats.get(cache_format)
+    cache = np.full((sum(counts) + 2, page_size, layout.width(rank, rope) * layout.dtype.itemsize), 255, np.uint8)
+    cache = cache.view(str(layout.dtype).removeprefix("torch."))
     table = np.full((len(sequences), max(counts) + 1), sum(counts) + 1, np.int32)
     for b, (past, _) in enumerate(sequences):
         table[b, : counts[b]] = [free.pop() for _ in range(counts[b])]
         for p in range(past):
-            cache[table[b, p // page_size], p % page_size] = rng.standard_normal(rank + rope)
+            token = torch.from_numpy(rng.standard_normal(rank + rope, dtype=np.float32)).split([rank, rope])
+            cache[table[b, p // page_size], p % page_size] = layout.encode(*token).numpy()
     w_uk, w_uk_scale, real_uk = quantized(rng, heads, rank, nope, block=block)
     w_uv, w_uv_scale, real_uv = quantized(rng, heads, v, rank, block=block)
     angles = rng.random((rows + padding, rope // 2), dtype=np.float32) * 6
@@ -192,7 +198,7 @@ def mla(rng, sequences, page_size: int, heads: int, rank: int, nope: int, rope: 
         "q": rng.standard_normal((rows + padding, heads * (nope + rope)), dtype=np.float32) / 4,
         "kv": rng.standard_normal((rows + padding, rank + rope), dtype=np.float32),
         "norm": rng.standard_normal(rank, dtype=np.float32), "cos": np.cos(angles), "sin": np.sin(angles),
-        "cache": cache.astype(np.float16 if half else np.float32), "block_table": table,
+        "cache": cache, "block_table": table,
         "cached_lengths": np.array([past for past, _ in sequences], np.int32),
         "query_starts": np.cumsum([0, *(new for _, new in sequences)]).astype(np.int32),
         "num_tokens": np.array([rows], np.int32),
@@ -200,13 +206,14 @@ def mla(rng, sequences, page_size: int, heads: int, rank: int, nope: int, rope: 
     weights = {"uk": panels("uk", w_uk, 1)[0], "uk.scale": panels("uk", w_uk_scale, 1)[0], "uv": panels("uv", w_uv, 1)[0],
                "uv.scale": panels("uv", w_uv_scale, 1)[0]}  # fmt: skip
     weights = {name: np.ascontiguousarray(w) for name, w in weights.items()}
-    given = {"softmax_scale": 0.2, "epsilon": 1e-6, "v_head_dim": v, "cache_format": "float16" if half else "float32"}
-    node = helper.make_node("MlaHalf" if half else "Mla", [*feeds, *weights], ["attended", "cache_out"],
+    given = {"softmax_scale": 0.2, "epsilon": 1e-6, "v_head_dim": v, "cache_format": cache_format}
+    op_type = {"float32": "Mla", "float16": "MlaHalf"}.get(cache_format, "MlaPacked")
+    node = helper.make_node(op_type, [*feeds, *weights], ["attended", "cache_out"],
                             domain=native.CPU_DOMAIN, form=form, **given)  # fmt: skip
     dynamic = {name: {0: "T"} for name in ("q", "kv", "cos", "sin")} | {"cache": {0: "P"}, "block_table": {0: "B", 1: "M"}}
     dynamic |= {"cached_lengths": {0: "B"}, "query_starts": {0: "B + 1"}}
     made = model([node], feeds, weights, ["attended", "cache_out"], dynamic)
-    return MlaCase(made, feeds, real_uk, w_uk_scale[..., 0], real_uv, block)
+    return MlaCase(made, feeds, real_uk, w_uk_scale[..., 0], real_uv, block, layout)
 
 
 def main(threads: int) -> None:

@@ -6,6 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from latentrt.plugins import cache_formats
+from latentrt.plugins.cache_formats import plain
 from latentrt.plugins.mla_attention.reference import mla_attention
 from latentrt.plugins.mla_prefill.reference import mla_prefill
 
@@ -144,14 +145,14 @@ def test_mla_attention_half_cache_rounds_once():
     torch.testing.assert_close(half, full, rtol=0, atol=TOLERANCE)
 
 
-@pytest.mark.parametrize("name", cache_formats.NAMES)
+@pytest.mark.parametrize("name", [f.name for f in plain.FORMATS])
 def test_cache_formats_keep_what_they_can(name):
     layout = cache_formats.get(name)
     latent, k_pe = torch.randn(3, 6), torch.randn(3, 2)
     rows = layout.encode(latent, k_pe)
     assert rows.shape == (3, layout.width(6, 2)) and rows.dtype == layout.dtype
     assert layout.bytes_per_token(6, 2) == rows[0].numel() * rows.element_size()
-    found = layout.decode(rows, 6)
+    found = layout.decode(rows, 6, 2)
     assert torch.equal(found[0], latent.to(layout.dtype)) and torch.equal(found[1], k_pe.to(layout.dtype))
 
 

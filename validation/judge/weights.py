@@ -26,7 +26,8 @@ def compare(
     """Every weight of the target against the checkpoint, in the order of the data's way, one in memory at a time."""
     stored = StoredWeights(bundle, target_name)
     found = []
-    for plain, weight in zip(registry.of(checkpoint.config).weights(checkpoint.config), stored.weights, strict=True):
+    plain_weights = registry.of(checkpoint.config).weights(checkpoint.config, stored.rotated)
+    for plain, weight in zip(plain_weights, stored.weights, strict=True):
         original, decoded = plain.read(checkpoint.read).float(), stored.decode(weight)
         difference = decoded.double() - original
         rows = original.abs().amax((-2, -1) if weight.role == "absorbed" else -1, keepdim=True)

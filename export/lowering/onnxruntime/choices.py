@@ -8,6 +8,7 @@ from latentrt.export.options import AUTO, TargetSpec
 PRECISIONS = ("fp32", "int8", "int4")
 ACCURACIES = ("exact", "fast")
 CACHE_FORMATS = ("float32", "float16")
+PACKED = ("fp8", "int6", "int6r", "int4")  # cache formats that only own kernels know
 
 
 @dataclass(frozen=True)
@@ -20,10 +21,13 @@ class CpuOptions:
 
     def check(self) -> None:
         """Raises BuildError that lists the choices."""
-        for name, choices in (("precision", PRECISIONS), ("accuracy", ACCURACIES), ("cache_format", CACHE_FORMATS)):
+        for name, choices in (("precision", PRECISIONS), ("accuracy", ACCURACIES), ("cache_format", CACHE_FORMATS + PACKED)):
             value = getattr(self, name)
             if value not in choices:
                 raise BuildError(f"{name} is {value!r}, accepted for target cpu: {', '.join(choices)}")
+        if self.cache_format in PACKED and (self.precision == "fp32" or self.accuracy != "fast"):
+            found = f"cache_format is {self.cache_format!r}, precision {self.precision}, accuracy {self.accuracy}"
+            raise BuildError(f"{found}; packed caches are read by own kernels, which run int8 and int4 at accuracy fast")
 
 
 def resolve(spec: TargetSpec) -> CpuOptions:

@@ -21,6 +21,7 @@ CPU_DOMAIN = "latentrt.cpu"
 INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits
 PANEL = 16  # outputs
 _UINT8 = onnx.TensorProto.UINT8
+_MLA = {"float32": "Mla", "float16": "MlaHalf"}  # by the element type of the cache
 
 
 def with_own_kernels(model: onnx.ModelProto) -> onnx.ModelProto | None:
@@ -153,7 +154,7 @@ def _merged(parts: list[onnx.TensorProto]) -> onnx.TensorProto | None:
 def _mla(node: onnx.NodeProto, graph: _Graph, heads: list[_HeadProducts]) -> bool:
     """MlaAttention and all between it and the linear products before and behind it become one node."""
     q_latent, q_pe, latent, k_pe, *rest = node.input
-    half, attended, cache = _attribute(node, "cache_format") == b"float16", *node.output
+    cache_format, attended, cache = _attribute(node, "cache_format").decode(), *node.output
     try:
         w_uk = next((found for found in heads if found.y == q_latent), None)
         w_uv = next((found for found in heads if found.x == attended), None)
@@ -169,10 +170,10 @@ def _mla(node: onnx.NodeProto, graph: _Graph, heads: list[_HeadProducts]) -> boo
     sources = [w_uk.x, turned_q, norm.input[0], turned_k]
     if sources != [*q_split.output, *kv_split.output] or factors != same or [n.op_type for n in behind] != ["Reshape"]:
         return False
-    given = {"softmax_scale": _attribute(node, "softmax_scale"), "cache_format": _attribute(node, "cache_format"),
+    given = {"softmax_scale": _attribute(node, "softmax_scale"), "cache_format": cache_format,
              "epsilon": _attribute(norm, "epsilon"), "v_head_dim": w_uv.outputs, "form": "auto"}  # fmt: skip
     inputs = [q, kv_split.input[0], norm.input[1], *factors, *rest, *w_uk.weights, *w_uv.weights]
-    _use(node, "MlaHalf" if half else "Mla", inputs, **given)
+    _use(node, _MLA.get(cache_format, "MlaPacked"), inputs, **given)
     node.output[:] = [behind[0].output[0], cache]
     behind[0].output[0] += ".unused"
     return True

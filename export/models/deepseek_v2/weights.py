@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from latentrt.export.models.base import Weight
@@ -12,15 +13,43 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def weights(c: DeepseekV2Config) -> list[Weight]:
-    """Every weight of the step graph, in the order of the data's way, named as the graph's initializers are."""
+def weights(c: DeepseekV2Config, rotated: bool = False) -> list[Weight]:
+    """Every weight of the step graph, in the order of the data's way, named as the graph's initializers are.
+
+    rotated: of the same model with latents in the basis of plugins/cache_formats/rotation.py.
+    """
     embedding, head = ("model.embed_tokens.weight",), ("lm_head.weight",)  # a tied one too: the checkpoint knows its place
     result = [Weight("model.embed_tokens.weight", (c.vocab_size, c.hidden_size), "embedding", (embedding,))]
     for i in range(c.num_hidden_layers):
         result += _layer_weights(c, i)
     result.append(_norm("model.norm", c.hidden_size))
     result.append(Weight("lm_head.weight", (c.vocab_size, c.hidden_size), "head", (head,)))
-    return result
+    return [_rotated(c, weight) for weight in result] if rotated else result
+
+
+def _rotated(c: DeepseekV2Config, weight: Weight) -> Weight:
+    """The weight in the rotated basis of latents; most are the same there."""
+    from latentrt.plugins.cache_formats.rotation import rotate
+
+    module, _, kind = weight.name.rpartition(".")
+
+    def latents(down: Tensor) -> Tensor:  # kv_a_proj_with_mqa: its first rows make the latent
+        down = down.float()
+        return _stacked(rotate(down[: c.kv_lora_rank], 0), down[c.kv_lora_rank :])
+
+    if module.endswith(".kv_a_proj_with_mqa"):
+        return replace(weight, make=latents, computed=True)
+    if module.endswith(".kv_a_layernorm"):
+        return replace(weight, make=lambda gain: gain.new_ones(gain.shape), computed=True)
+    if module.endswith(".kv_b_proj"):
+        norm, plain, key_half = f"{module.removesuffix('kv_b_proj')}kv_a_layernorm.weight", weight.make, kind == "w_uk"
+
+        def absorbed(kv_b: Tensor, gain: Tensor) -> Tensor:
+            value, gain = plain(kv_b.float()), gain.float()
+            return rotate(value * gain, -1) if key_half else rotate(value * gain[:, None], -2)
+
+        return replace(weight, sources=tuple((*group, norm) for group in weight.sources), make=absorbed, computed=True)
+    return weight
 
 
 def checkpoint_tensors(c: DeepseekV2Config) -> dict[str, tuple[int, ...]]:

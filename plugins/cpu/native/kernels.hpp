@@ -41,6 +41,9 @@ struct Partial {
   float largest[QUERIES], total[QUERIES];
 };
 
+// How elements of a cached token are stored: whole numbers less half their range, or floats.
+enum Coding { INT4, INT6, INT8, E4M3, BF16 };
+
 struct Kernels {
   const char* name;
   // For weights of `bits` bits.
@@ -58,6 +61,13 @@ struct Kernels {
   void (*silu)(const float* gate, const float* up, int count, int outputs, float* inner, int64_t stride);
   void (*widen)(const uint16_t* half, int count, float* x);
   void (*narrow)(const float* x, int count, uint16_t* half);
+  // x[e] = scale * element e < count. low: all bits, or the lower four of six, of which `high` has the upper two
+  // (plugins/cache_formats/words.py).
+  void (*unpack)(Coding coding, const uint8_t* low, const uint8_t* high, int count, float scale, float* x);
+  // Whole numbers of 4, 6 or 8 bits; less than 8 are added to zeros. Gives the scale, float16 (integers.py).
+  uint16_t (*pack)(const float* x, int count, int bits, uint8_t* low, uint8_t* high);
+  float (*pack_e4m3)(const float* x, int count, uint8_t* to);  // gives the scale
+  void (*pack_bf16)(const float* x, int count, uint16_t* to);
 };
 
 // The fastest kernels that this processor has. LATENTRT_CPU_ISA names others, for tests.

@@ -25,10 +25,14 @@ extern "C" __attribute__((visibility("default"))) Status* RegisterCustomOps(Opti
   static const OpOf<GatedLinear> gated("GatedLinear", {FLOAT, UINT8, FLOAT, UINT8, FLOAT}, {FLOAT});
   static const OpOf<Experts> experts("Experts", {FLOAT, INT32, FLOAT, UINT8, UINT8, FLOAT, FLOAT}, {FLOAT});
   static const std::vector<Type> plain{FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, INT32, INT32, INT32, INT32, UINT8, FLOAT, UINT8, FLOAT};
-  static std::vector<Type> half = plain;
-  half[5] = FLOAT16;
+  static const auto of_cache = [](Type type) {
+    std::vector<Type> types = plain;
+    types[5] = type;
+    return types;
+  };
   static const OpOf<Mla> mla("Mla", plain, {FLOAT, FLOAT});
-  static const OpOf<Mla> mla_half("MlaHalf", half, {FLOAT, FLOAT16});
+  static const OpOf<Mla> mla_half("MlaHalf", of_cache(FLOAT16), {FLOAT, FLOAT16});
+  static const OpOf<Mla> mla_packed("MlaPacked", of_cache(INT32), {FLOAT, INT32});
   static const OpOf<Route> route("MoeRoute", {FLOAT, INT32}, {INT32, FLOAT});
-  return add(api, options, "latentrt.cpu", {&linear, &gated, &experts, &mla, &mla_half, &route});
+  return add(api, options, "latentrt.cpu", {&linear, &gated, &experts, &mla, &mla_half, &mla_packed, &route});
 }

@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "cells.hpp"
 #include "products.hpp"
 
 using ort::Call;
@@ -31,22 +32,18 @@ struct NewRow {
 
 // Shapes of one call, and where cells of the cache lie.
 struct Layer {
-  int64_t rows, heads, nope, rope, rank, v, pages, page_size, width;
-  void* cache;
-  bool half;
+  Cells cells;
+  int64_t rows, heads, nope, rope, rank, v, pages, page_size, width;  // width: rank + rope
+  uint8_t* cache;
 
-  size_t cell(const Sequence& s, int64_t t) const {
-    return (size_t(s.pages[t / page_size]) * page_size + t % page_size) * width;
+  uint8_t* cell(const Sequence& s, int64_t t) const {
+    return cache + (size_t(s.pages[t / page_size]) * page_size + t % page_size) * cells.bytes();
   }
-  // A token's cell as float32, in `wide` if it is not stored so.
+  // A token as float32, in `wide` if it is not stored so.
   const float* read(const Kernels& kernels, const Sequence& s, int64_t t, float* wide) const {
-    if (!half) return static_cast<const float*>(cache) + cell(s, t);
-    kernels.widen(static_cast<const uint16_t*>(cache) + cell(s, t), int(width), wide);
+    if (cells.plain()) return reinterpret_cast<const float*>(cell(s, t));
+    cells.read(kernels, cell(s, t), wide);
     return wide;
-  }
-  void write(const Kernels& kernels, const Sequence& s, int64_t t, const float* x) const {
-    if (half) return kernels.narrow(x, int(width), static_cast<uint16_t*>(cache) + cell(s, t));
-    std::memcpy(static_cast<float*>(cache) + cell(s, t), x, width * sizeof(float));
   }
 };
 
@@ -166,10 +163,10 @@ class Absorbed {
   void attend(size_t row, const float* q, int split, Partial& result) const {
     static thread_local ort::Scratch memory, wide_memory;
     const int64_t from = int64_t(split) * SPLIT, to = std::min<int64_t>(from + SPLIT, rows_[row].tokens());
-    float* wide = wide_memory.of<float>(layer_.half ? SPLIT * layer_.width : 0);
+    const int64_t stride = layer_.cells.plain() ? 0 : layer_.width;
+    float* wide = wide_memory.of<float>(SPLIT * stride);
     const float* cells[SPLIT];
-    for (int64_t t = from; t < to; ++t)
-      cells[t - from] = layer_.read(kernels_, *rows_[row].sequence, t, wide + (layer_.half ? (t - from) * layer_.width : 0));
+    for (int64_t t = from; t < to; ++t) cells[t - from] = layer_.read(kernels_, *rows_[row].sequence, t, wide + (t - from) * stride);
     const Tokens tokens{cells, cells, int(to - from), int(layer_.width), int(layer_.rank), nullptr};
     kernels_.attend(q, tokens, result, memory.of<float>(SPLIT * QUERIES));
   }
@@ -211,10 +208,13 @@ class Expanded {
     static thread_local ort::Scratch wide_memory;
     static thread_local Quantized memory;
     const int64_t tokens = sequence.tokens();
-    float* wide = wide_memory.of<float>(layer_.half ? tokens * layer_.width : 0);
+    const int64_t stride = layer_.cells.plain() ? 0 : layer_.width;
+    float* wide = wide_memory.of<float>(tokens * stride);
     std::vector<const float*> cells(tokens);
-    for (int64_t t = 0; t < tokens; ++t)
-      cells[t] = layer_.read(kernels_, sequence, t, wide + (layer_.half ? t * layer_.width : 0));
+    call_.parallel((tokens + SPLIT - 1) / SPLIT, [&](size_t i) {
+      for (int64_t t = i * SPLIT; t < std::min<int64_t>(tokens, (i + 1) * SPLIT); ++t)
+        cells[t] = layer_.read(kernels_, sequence, t, wide + t * stride);
+    });
     const Row* latents = memory.rows(call_, kernels_, tokens, [&](int64_t t) { return cells[t]; }, w_uv_, int(layer_.rank));
     call_.parallel(layer_.heads, [&](size_t h) { head(sequence, h, cells.data(), latents); });
   }
@@ -339,7 +339,7 @@ bool expanded_is_less(const Layer& layer, const Sequence& s) {
 
 Mla::Mla(const ort::Attributes& given)
     : softmax_scale(given.real("softmax_scale")), epsilon(given.real("epsilon")), v_head_dim(given.integer("v_head_dim")),
-      half(given.text("cache_format") == "float16") {
+      cache_format(given.text("cache_format")) {
   const std::string asked = given.text("form");
   form = asked == "absorbed" ? ABSORBED : asked == "expanded" ? EXPANDED : AUTO;
 }
@@ -349,19 +349,20 @@ void Mla::compute(const Call& call) const {
   const Tensor cache = call.input(5), uk = call.input(10), uv = call.input(12);
   require(q.dims.size() == 2 && kv.dims.size() == 2 && cos.dims.size() == 2 && cache.dims.size() == 3 && uk.dims.size() == 6,
           "q, kv, cos, cache or w_uk has other axes than Mla takes");
-  Layer layer{};
+  Layer layer{Cells(cache_format, norm.size(), 2 * cos.dims[1])};
   layer.rows = q.dims[0], layer.heads = uk.dims[0], layer.rope = 2 * cos.dims[1], layer.rank = norm.size();
-  layer.nope = q.dims[1] / layer.heads - layer.rope, layer.v = v_head_dim;
-  layer.pages = cache.dims[0], layer.page_size = cache.dims[1], layer.width = cache.dims[2], layer.half = half;
+  layer.nope = q.dims[1] / layer.heads - layer.rope, layer.v = v_head_dim, layer.width = layer.rank + layer.rope;
+  layer.pages = cache.dims[0], layer.page_size = cache.dims[1];
+  const size_t element = cache_format == "float16" ? 2 : 4;
   require(layer.nope > 0 && q.dims[1] == layer.heads * (layer.nope + layer.rope) && kv.dims[0] == layer.rows &&
-              kv.dims[1] == layer.width && layer.width == layer.rank + layer.rope && cos.dims[0] == layer.rows &&
+              kv.dims[1] == layer.width && cache.dims[2] * element == layer.cells.bytes() && cos.dims[0] == layer.rows &&
               sin.dims == cos.dims,
           "q, kv, cos, sin and cache do not fit together");
   const Matrix w_uk = matrix(uk, call.input(11), 8, layer.nope, layer.rank), w_uv = matrix(uv, call.input(13), 8, layer.rank, layer.v);
   require(uv.dims[0] == layer.heads, "heads of w_uk and w_uv differ");
   float* out = call.output(0, {layer.rows, layer.heads * layer.v}).as<float>();
-  layer.cache = call.output(1, cache.dims).data;
-  if (layer.cache != cache.data) std::memcpy(layer.cache, cache.data, cache.size() * (half ? 2 : 4));
+  layer.cache = call.output(1, cache.dims).as<uint8_t>();
+  if (layer.cache != cache.data) std::memcpy(layer.cache, cache.data, cache.size() * element);
   const std::vector<Sequence> sequences = sequences_of(call, layer);
   const Kernels& kernels = ::kernels();
 
@@ -374,14 +375,14 @@ void Mla::compute(const Call& call) const {
   constexpr size_t together = 8;
   call.parallel((rows.size() + together - 1) / together, [&](size_t i) {
     static thread_local ort::Scratch memory;
-    float* cell = memory.of<float>(layer.width);
+    float* token = memory.of<float>(layer.width);
     for (size_t k = i * together; k < std::min(rows.size(), (i + 1) * together); ++k) {
       const int64_t row = rows[k].row, pairs = layer.rope / 2;
       const float *c = cos.as<float>() + row * pairs, *s = sin.as<float>() + row * pairs;
       const float* x = kv.as<float>() + row * layer.width;
-      normalize(x, norm.as<float>(), layer.rank, epsilon, cell);
-      rotate(x + layer.rank, c, s, pairs, cell + layer.rank);
-      layer.write(kernels, *rows[k].sequence, rows[k].tokens() - 1, cell);
+      normalize(x, norm.as<float>(), layer.rank, epsilon, token);
+      rotate(x + layer.rank, c, s, pairs, token + layer.rank);
+      layer.cells.write(kernels, token, layer.cell(*rows[k].sequence, rows[k].tokens() - 1));
       for (int64_t h = 0; h < layer.heads; ++h)
         rotate(q.as<float>() + row * q.dims[1] + h * (layer.nope + layer.rope) + layer.nope, c, s, pairs,
                q_pe + (row * layer.heads + h) * layer.rope);

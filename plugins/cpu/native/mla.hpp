@@ -3,11 +3,13 @@
 #include "kernels.hpp"
 #include "op.hpp"
 
+#include <string>
+
 // What a layer computes between its first and last linear product: the latent is normalized, queries and keys are rotated
 // (pairs of neighbours), the new tokens are appended to the cache, and every head attends.
 //
-// q [T, heads * (nope + rope)], kv [T, rank + rope], norm [rank], cos and sin [T, rope / 2], cache [pages, page_size, rank + rope]
-// of float32 or float16, block_table, cached_lengths, query_starts and num_tokens as plugins/mla_attention/op.py has them;
+// q [T, heads * (nope + rope)], kv [T, rank + rope], norm [rank], cos and sin [T, rope / 2], cache [pages, page_size, a token's
+// elements] of float32, float16 or, where it is packed (plugins/cache_formats), int32, block_table, cached_lengths, query_starts and num_tokens as plugins/mla_attention/op.py has them;
 // w_uk [heads, rank x nope] and w_uv [heads, v_head_dim x rank] of 8 bits in panels, with scales. Gives [T, heads * v_head_dim],
 // zero for rows of no sequence, and the cache.
 //
@@ -17,7 +19,7 @@ struct Mla {
   enum Form { AUTO, ABSORBED, EXPANDED };
   float softmax_scale, epsilon;
   int64_t v_head_dim;
-  bool half;
+  std::string cache_format;
   Form form;
 
   explicit Mla(const ort::Attributes& given);

@@ -17,7 +17,7 @@ class Quantized {
     auto* scale = scale_.of<float>(count * w.blocks);
     auto* sum = sum_.of<int32_t>(count * w.blocks);
     auto* rows = rows_.of<Row>(count);
-    constexpr int64_t together = 8;
+    const int64_t together = 1 + 16384 / int64_t(padded);  // fewer elements take less time than another thread's help
     call.parallel((count + together - 1) / together, [&](size_t i) {
       for (int64_t r = i * together; r < count && r < int64_t(i + 1) * together; ++r) {
         rows[r] = Row{q + r * padded, scale + r * w.blocks, sum + r * w.blocks};

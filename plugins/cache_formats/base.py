@@ -1,0 +1,52 @@
+"""What a cache format answers. Kernels, plans, graphs, backends and validation ask it, and know no format by name."""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True)
+class Field:
+    """A part of a token as it lies in a page: `elements` of `bits` each, of which `group` share a scale (0: no scales)."""
+
+    name: str
+    elements: int
+    bits: int
+    group: int = 0
+
+
+class CacheFormat(ABC):
+    """How one token's latent (kv_lora_rank elements) and k_pe (qk_rope_head_dim) lie in a page [page_size, width] of `dtype`.
+
+    `rotated`: latents are given in the basis of rotation.py, where they have no outliers; the weights see to that.
+    """
+
+    name: str
+    dtype: torch.dtype
+    rotated: bool = False
+
+    @abstractmethod
+    def fields(self, kv_lora_rank: int, qk_rope_head_dim: int) -> list[Field]:
+        """What a token holds, in order."""
+
+    @abstractmethod
+    def encode(self, latent: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
+        """[..., kv_lora_rank], [..., qk_rope_head_dim] -> [..., width] of `dtype`."""
+
+    @abstractmethod
+    def decode(self, rows: torch.Tensor, kv_lora_rank: int, qk_rope_head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """[..., width] -> latent [..., kv_lora_rank] and k_pe [..., qk_rope_head_dim]: floats."""
+
+    def width(self, kv_lora_rank: int, qk_rope_head_dim: int) -> int:
+        """Elements of `dtype` per token and layer."""
+        return self.bytes_per_token(kv_lora_rank, qk_rope_head_dim) // self.dtype.itemsize
+
+    def bytes_per_token(self, kv_lora_rank: int, qk_rope_head_dim: int) -> int:
+        """Bytes per token and layer. Every field begins at a whole element of `dtype`."""
+        unit, fields = 8 * self.dtype.itemsize, self.fields(kv_lora_rank, qk_rope_head_dim)
+        return sum(-(-field.elements * field.bits // unit) * unit // 8 for field in fields)
+
+    def refusal(self, kv_lora_rank: int, qk_rope_head_dim: int) -> str | None:
+        """Why the format does not take a model of these sizes, in words; None where it does."""
+        return None
