@@ -60,9 +60,13 @@ def torch_step(model, pages: Pages, dtype) -> Callable[[dict], np.ndarray]:
     """A step function over DeepseekV2Step, with NaN-filled caches."""
     import torch
 
+    from latentrt.plugins import cache_formats
+
     c = model.config
-    shape = pages.num_pages, pages.page_size, c.kv_lora_rank + c.qk_rope_head_dim
-    state = {"caches": [torch.full(shape, float("nan"), dtype=dtype) for _ in range(c.num_hidden_layers)]}
+    width = cache_formats.get(model.cache_format).width(c.kv_lora_rank, c.qk_rope_head_dim)
+    nothing = float("nan") if dtype.is_floating_point else -1  # a packed format's scales are NaN then
+    shape = pages.num_pages, pages.page_size, width
+    state = {"caches": [torch.full(shape, nothing, dtype=dtype) for _ in range(c.num_hidden_layers)]}
 
     @torch.no_grad()
     def step(inputs: dict) -> np.ndarray:
@@ -78,5 +82,5 @@ def engine_step(backend) -> Callable[[dict], np.ndarray]:
     from latentrt.plugins.step_graph import StepBatch
 
     for cache in backend.caches:
-        cache.fill(np.nan)
+        cache.fill(np.nan if cache.dtype.kind == "f" else -1)
     return lambda inputs: backend.step(StepBatch(**inputs)).logits()

@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from latentrt.export.errors import BuildError
 from latentrt.export.models.base import Config, Weight
 from latentrt.export.options import TargetSpec
 from latentrt.export.quantization import WeightFormat
@@ -110,8 +111,12 @@ class Lowering(ABC):
             "fields": [asdict(part) for part in layout.fields(*sizes)],
         }  # fmt: skip
 
-    def check(self, config: Config) -> None:  # noqa: B027 (most have nothing to refuse)
+    def check(self, config: Config) -> None:
         """BuildError if the target does not take the model's shapes. Reads nothing, and takes no time."""
+        reason = cache_formats.get(self.cache_format).refusal(config.kv_lora_rank, config.qk_rope_head_dim)
+        if reason:
+            found = f"kv_lora_rank is {config.kv_lora_rank}, qk_rope_head_dim {config.qk_rope_head_dim}"
+            raise BuildError(f"cache_format {self.cache_format!r}: {found}; {reason}")
 
     def engine_bytes(self, config: Config, weights: int) -> int:
         """What the bundle gets beside the weight set, at most: engines, kernels, tokenizer. `weights`: bytes of the set."""

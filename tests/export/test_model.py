@@ -11,6 +11,8 @@ from hypothesis import strategies as st
 
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.models.deepseek_v2.model import DeepseekV2Step
+from latentrt.plugins import cache_formats
+from latentrt.plugins.cache_formats import rotation
 from latentrt.plugins.step_graph import FORMS
 from tests import checkpoints, ragged
 from tests.checkpoints import PLAIN_ROPE, YARN
@@ -104,6 +106,85 @@ def test_formula_agrees_with_transformers(plain):
     (tokens,) = checkpoints.random_tokens([30])
     expected = checkpoints.reference_logits(checkpoints.reference(plain), tokens)
     assert worst([Formula(plain).logits(tokens)], [expected]) < TOLERANCE
+
+
+PACKED = {"kv_lora_rank": 96, "qk_rope_head_dim": 8, "attention_bias": True}  # 96: three blocks of rotation
+
+
+@pytest.fixture(scope="module")
+def packable(tmp_path_factory) -> Path:
+    """Gains of the latent's norm are far from 1, or leaving them out would not be seen."""
+    folder = checkpoints.write(tmp_path_factory.mktemp("packable"), seed=4, **PACKED)
+
+    def change(tensors: dict) -> None:
+        for name in (n for n in tensors if n.endswith("kv_a_layernorm.weight")):
+            tensors[name] = torch.rand(tensors[name].shape, generator=torch.Generator().manual_seed(2)) * 3 + 0.1
+
+    checkpoints.edit_tensors(folder, change)
+    return folder
+
+
+def logits_of(folder: Path, model: DeepseekV2Step, tokens: list[int]) -> torch.Tensor:
+    pages = ragged.Pages([len(tokens)], 8)
+    step = ragged.torch_step(model, pages, cache_formats.get(model.cache_format).dtype)
+    return torch.from_numpy(ragged.run(step, [tokens], [[7], [1]], pages)[0])
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_rotated_latents_change_nothing(packable, form):
+    """Weights of the rotated basis with a cache that rounds nothing."""
+    (tokens,) = checkpoints.random_tokens([30])
+    checkpoint = Checkpoint(packable)
+    model = DeepseekV2Step(checkpoint.config, form=form).load_weights(checkpoint.read, rotated=True)
+    expected = checkpoints.reference_logits(checkpoints.reference(packable), tokens)
+    assert worst([logits_of(packable, model, tokens)], [expected]) < TOLERANCE
+
+
+def kl(folder: Path, model: DeepseekV2Step) -> float:
+    (tokens,) = checkpoints.random_tokens([60])
+    expected = checkpoints.reference_logits(checkpoints.reference(folder), tokens)
+    expected, found = (torch.as_tensor(x).double().log_softmax(-1) for x in (expected, logits_of(folder, model, tokens)))
+    return (expected.exp() * (expected - found)).sum(-1).mean().item()
+
+
+# Mean KL to transformers of this random model: measured 2.7e-4, 2.1e-4, 2.1e-4 and 2.1e-3 nats; doubled for other draws. The
+# faults below give 0.07.
+PACKED_KL = {"fp8": 6e-4, "int6": 5e-4, "int6r": 5e-4, "int4": 5e-3}
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", PACKED_KL)
+def test_a_packed_cache_keeps_the_distribution(packable, name, form):
+    checkpoint = Checkpoint(packable)
+    assert kl(packable, DeepseekV2Step(checkpoint.config, name, form).load_weights(checkpoint.read)) < PACKED_KL[name]
+
+
+def swapped_planes(rows: torch.Tensor) -> torch.Tensor:
+    """The nibbles of every byte of the latent's lower plane change places."""
+    low = rows[..., :12]
+    swapped = (low >> 4 & 0x0F0F0F0F) | (low & 0x0F0F0F0F) << 4
+    return torch.cat([swapped, rows[..., 12:]], -1)
+
+
+def doubled_scale(rows: torch.Tensor) -> torch.Tensor:
+    scales = rows[..., -1:].contiguous().view(torch.float16) * torch.tensor([2.0, 1.0], dtype=torch.float16)
+    return torch.cat([rows[..., :-1], scales.contiguous().view(torch.int32)], -1)
+
+
+@pytest.mark.parametrize("fault", ["planes", "scale", "rotation", "neighbour"])
+def test_faults_of_a_packed_cache_are_seen(packable, monkeypatch, fault):
+    """Each fault costs many times what int6 does, so that the test above catches it."""
+    checkpoint, layout = Checkpoint(packable), cache_formats.get("int6")
+    model = DeepseekV2Step(checkpoint.config, "int6").load_weights(checkpoint.read, rotated=fault != "rotation" or None)
+    encode = type(layout).encode
+    faults = {"planes": swapped_planes, "scale": doubled_scale, "neighbour": lambda rows: rows.roll(1, 0)}
+    if fault == "rotation":
+        for name, parameter in model.named_parameters():
+            if name.endswith("w_uk"):
+                parameter.data = rotation.rotate(parameter.data)
+    else:
+        monkeypatch.setattr(type(layout), "encode", lambda self, *token: faults[fault](encode(self, *token)))
+    assert kl(packable, model) > 10 * PACKED_KL["int6"]
 
 
 IGNORED_BY_TRANSFORMERS = {

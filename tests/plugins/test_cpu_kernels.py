@@ -134,7 +134,7 @@ def check_mla(case: cpu_nodes.MlaCase, expanded: bool) -> None:
             found = weights @ values / weights.sum()
             expected[head] = found if expanded else case.w_uv[h] @ rounded(found[None], case.block)[0]
     before, now, wanted = (x.view(np.uint8) for x in (case.feeds["cache"], updated, expected_cache))
-    assert ((before == now).all(-1) | ((before != wanted).any(-1) & (now != before).any(-1))).all()  # only the slots that should
+    assert ((before == now).all(-1) | (before != wanted).any(-1)).all()  # no other slots are written
     close(attended, expected.reshape(len(x), -1), 1e-2)  # the last bit of an activation decides about its rounding to int8
     assert np.median(np.abs(attended - expected.reshape(attended.shape))) <= 2e-5 * np.abs(expected).max()
 

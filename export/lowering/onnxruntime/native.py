@@ -50,6 +50,7 @@ def replace(model: onnx.ModelProto) -> int:
             _use(node, "Linear", [node.input[0], *weights, *node.input[5:6]], **_sizes(node))
     for node in model.graph.node:
         _gate(node, graph)
+        _add_and_norm(node, graph)
     _drop_unused(model.graph)
     model.opset_import.append(helper.make_opsetid(CPU_DOMAIN, 1))
     return sum(node.domain == CPU_DOMAIN for node in model.graph.node)
@@ -213,6 +214,20 @@ def _gate(node: onnx.NodeProto, graph: _Graph) -> None:
     alike = gate.input[0] == up.input[0] and len(gate.input) == len(up.input) == 3 and _sizes_of(gate) == _sizes_of(up)
     if alike and sigmoid.input[0] == silu.input[0]:
         _use(node, "GatedLinear", [*gate.input, *up.input[1:]], **_sizes_of(gate))
+
+
+def _add_and_norm(node: onnx.NodeProto, graph: _Graph) -> None:
+    """A sum and the norm of it become one node of ONNX Runtime's, in the place of the sum."""
+    if node.op_type != "RMSNormalization" or _integer(node, "axis") != -1:
+        return
+    total = graph.makers.get(node.input[0])
+    if total is None or total.op_type != "Add" or not {*total.input} <= {*graph.makers}:
+        return  # values between nodes, both [T, hidden_size]
+    epsilon, (summed,), (normed,) = _attribute(node, "epsilon"), total.output, node.output
+    node.output[0] += ".unused"
+    node.input[0] = normed  # no longer of the sum
+    _use(total, "SkipSimplifiedLayerNormalization", [*total.input, node.input[1]], epsilon=epsilon)
+    total.domain, total.output[:] = MICROSOFT, [normed, "", "", summed]
 
 
 def _sizes_of(linear: onnx.NodeProto) -> dict[str, int]:

@@ -70,6 +70,7 @@ class TensorrtLowering(Lowering):
         return {"weights": self.spec.weights, "prefill": self.spec.forms[-1]} | float8
 
     def check(self, config: Config) -> None:
+        super().check(config)
         shapes = Shapes(config, self.dtype, self.cache_format, self.page_size)
         for form in self.spec.forms:
             gpu_kernels.check(shapes, self.capability, form, self.spec.precision == "fp8")

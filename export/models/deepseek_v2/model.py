@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from latentrt.export.models.base import Read, weight_name
 from latentrt.export.models.deepseek_v2.config import DeepseekV2Config
 from latentrt.export.models.deepseek_v2.weights import weights
+from latentrt.plugins import cache_formats
 from latentrt.plugins.mla_attention.op import CONTRACT, mla_attention
 from latentrt.plugins.mla_prefill.op import mla_prefill
 from latentrt.plugins.moe_experts.op import moe_experts
@@ -217,10 +218,14 @@ class DeepseekV2Step(nn.Module):
         logits, last_hidden = self.head(hidden, batch)
         return logits, last_hidden, updated
 
-    def load_weights(self, read: Read) -> "DeepseekV2Step":
-        """Fills every parameter; `read` gives a checkpoint tensor by name (Checkpoint.read). Returns self."""
+    def load_weights(self, read: Read, rotated: bool | None = None) -> "DeepseekV2Step":
+        """Fills every parameter; `read` gives a checkpoint tensor by name (Checkpoint.read). Returns self.
+
+        rotated: in the rotated basis of latents; by default where the cache format is for it.
+        """
+        rotated = cache_formats.get(self.cache_format).rotated if rotated is None else rotated
         parameters = {weight_name(name): parameter for name, parameter in self.named_parameters()}
-        for weight in weights(self.config):
+        for weight in weights(self.config, rotated):
             with torch.no_grad():
                 parameters.pop(weight.name).copy_(weight.read(read))
         assert not parameters, f"no weight for {sorted(parameters)}"
