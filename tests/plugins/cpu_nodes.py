@@ -126,18 +126,34 @@ def linear(rng, rows: int, inputs: int, outputs: int, block: int, bits: int = 8,
     return model([*nodes, node], {"x": x}, weights, ["y"], {"x": {0: "T"}}), {"x": x}, real, weights.get("b", 0)
 
 
-def gated(rng, rows: int, inputs: int, outputs: int, block: int, bits: int):
-    """(model, inputs, real weights of gate and up) of two MatMulNBits with int8 activations, as a gated MLP has them."""
-    x, nodes, weights, reals = rng.standard_normal((rows, inputs), dtype=np.float32), [], {}, []
-    for name in ("gate", "up"):
-        q, scale, real = quantized(rng, outputs, inputs, block=block, bits=bits)
+def products(rng, x: str, inputs: int, **sizes: tuple[int, int, int]):
+    """Nodes, initializers and real weights of MatMulNBits with int8 activations: name -> (outputs, block, bits)."""
+    nodes, weights, reals = [], {}, {}
+    for name, (outputs, block, bits) in sizes.items():
+        q, scale, reals[name] = quantized(rng, outputs, inputs, block=block, bits=bits)
         made, stored = in_panels({f"{name}.w": q, f"{name}.s": scale}, 0)
-        nodes, weights, reals = nodes + made, weights | stored, [*reals, real]
-        nodes.append(helper.make_node("MatMulNBits", ["x", f"{name}.w", f"{name}.s"], [name], domain=MICROSOFT, K=inputs,
-                                      N=outputs, bits=bits, block_size=block, accuracy_level=4))  # fmt: skip
+        weights |= stored
+        given = {"K": inputs, "N": outputs, "bits": bits, "block_size": block, "accuracy_level": 4}
+        names = [x, f"{name}.w", f"{name}.s"]
+        nodes += [*made, helper.make_node("MatMulNBits", names, [name], name=name, domain=MICROSOFT, **given)]
+    return nodes, weights, reals
+
+
+def gated(rng, rows: int, inputs: int, inner: int, outputs: int, block: int, bits: int, down_bits: int):
+    """(model, inputs, real weights by name) of a gated MLP."""
+    x = rng.standard_normal((rows, inputs), dtype=np.float32)
+    nodes, weights, reals = products(rng, "x", inputs, gate=(inner, block, bits), up=(inner, block, bits))
     nodes += [helper.make_node("Sigmoid", ["gate"], ["s"]), helper.make_node("Mul", ["gate", "s"], ["silu"]),
-              helper.make_node("Mul", ["silu", "up"], ["y"])]  # fmt: skip
-    return model(nodes, {"x": x}, weights, ["y"], {"x": {0: "T"}}), {"x": x}, *reals
+              helper.make_node("Mul", ["silu", "up"], ["inner"])]  # fmt: skip
+    more, stored, real = products(rng, "inner", inner, y=(outputs, block, down_bits))
+    return model([*nodes, *more], {"x": x}, weights | stored, ["y"], {"x": {0: "T"}}), {"x": x}, reals | real
+
+
+def pair(rng, rows: int, inputs: int, first: tuple[int, int, int], second: tuple[int, int, int]):
+    """(model, inputs, real weights) of two products of the same: (outputs, block, bits) each."""
+    x = rng.standard_normal((rows, inputs), dtype=np.float32)
+    nodes, weights, reals = products(rng, "x", inputs, y=first, z=second)
+    return model(nodes, {"x": x}, weights, ["y", "z"], {"x": {0: "T"}}), {"x": x}, reals
 
 
 def experts(rng, tokens: int, count: int, top_k: int, hidden: int, inner: int, block: int, first: int = 0,

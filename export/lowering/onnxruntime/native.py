@@ -1,8 +1,8 @@
 """The graph once more with own kernels (`latentrt.plugins.cpu`) in the place of ONNX functions and of ONNX Runtime's products.
 
 It goes into the bundle beside the other, which runs anywhere, over the same weights. What is replaced computes the same:
-products whose activations are quantized to int8 (accuracy level 4), a gated MLP's two in one, experts with scales per block,
-routing, and all that an attention layer does between its linear products, in either form. Weights are read in panels, as they
+products whose activations are quantized to int8 (accuracy level 4), two of the same input in one, a gated MLP's three in one,
+experts with scales per block, routing, and all that an attention layer does between its linear products, in either form. Weights are read in panels, as they
 are stored; the nodes that bring them back into rows for ONNX Runtime go.
 
 Patterns are those that torch's exporter makes of `export/models`. What does not match one stays, and then there is no graph of
@@ -48,10 +48,11 @@ def replace(model: onnx.ModelProto) -> int:
         if _quantizes_activations(node, graph):
             weights = [graph.panels(name).name for name in node.input[1:3]]
             _use(node, "Linear", [node.input[0], *weights, *node.input[5:6]], **_sizes(node))
-    for node in model.graph.node:
-        _gate(node, graph)
-        _add_and_norm(node, graph)
-    _drop_unused(model.graph)
+    for fuse in (_gated_mlp, _add_and_norm, _pair):
+        graph = _Graph(model)
+        for node in model.graph.node:
+            fuse(node, graph)
+        _drop_unused(model.graph)
     model.opset_import.append(helper.make_opsetid(CPU_DOMAIN, 1))
     return sum(node.domain == CPU_DOMAIN for node in model.graph.node)
 
@@ -74,6 +75,10 @@ class _Graph:
         if node is None or node.op_type != op_type:
             raise _OtherPatternError(name, op_type)
         return node
+
+    def users(self, name: str) -> int:
+        """How many inputs of nodes the value is."""
+        return sum(list(node.input).count(name) for node in self.graph.node)
 
     def numbers(self, name: str) -> list[int]:
         """What a small initializer holds."""
@@ -201,19 +206,36 @@ def _rotated(name: str, graph: _Graph) -> tuple[str, str, str]:
     return even[0], cos, sin
 
 
-def _gate(node: onnx.NodeProto, graph: _Graph) -> None:
-    """silu(gate) * up, of two linear products of the same, becomes one node."""
+def _gated_mlp(node: onnx.NodeProto, graph: _Graph) -> None:
+    """down(silu(gate) * up), of linear products without bias, becomes one node."""
     try:
-        if node.op_type != "Mul":
+        if node.op_type != "Linear" or len(node.input) != 3:
             return
-        silu, up = graph.maker(node.input[0], "Mul"), graph.maker(node.input[1], "Linear")
+        between = graph.maker(node.input[0], "Mul")
+        silu, up = graph.maker(between.input[0], "Mul"), graph.maker(between.input[1], "Linear")
         gate = graph.maker(silu.input[0], "Linear")
         sigmoid = graph.maker(silu.input[1], "Sigmoid")
     except _OtherPatternError:
         return
     alike = gate.input[0] == up.input[0] and len(gate.input) == len(up.input) == 3 and _sizes_of(gate) == _sizes_of(up)
-    if alike and sigmoid.input[0] == silu.input[0]:
-        _use(node, "GatedLinear", [*gate.input, *up.input[1:]], **_sizes_of(gate))
+    if alike and sigmoid.input[0] == silu.input[0] and graph.users(between.output[0]) == 1:
+        inner, down = _sizes_of(gate), _sizes_of(node)
+        given = {"bits": inner["bits"], "inner": inner["outputs"], "down_bits": down["bits"], "outputs": down["outputs"]}
+        _use(node, "GatedMlp", [*gate.input, *up.input[1:], *node.input[1:]], **given)
+
+
+def _pair(node: onnx.NodeProto, graph: _Graph) -> None:
+    """Two linear products of the same, without bias, become one node in the place of the first."""
+    if node.op_type != "Linear" or len(node.input) != 3:
+        return
+    alike = [n for n in graph.graph.node if n.op_type == "Linear" and n.input[0] == node.input[0]]
+    if len(alike) == 2 and alike[0].output == node.output and len(alike[1].input) == 3 and graph.users(alike[1].output[0]):
+        first, second = _sizes_of(node), _sizes_of(alike[1])
+        output = alike[1].output[0]
+        alike[1].output[0] += ".unused"
+        given = first | {"second_bits": second["bits"], "second_outputs": second["outputs"]}
+        _use(node, "LinearPair", [*node.input, *alike[1].input[1:]], **given)
+        node.output.append(output)
 
 
 def _add_and_norm(node: onnx.NodeProto, graph: _Graph) -> None:

@@ -22,7 +22,8 @@ extern "C" __attribute__((visibility("default"))) Status* RegisterCustomOps(Opti
   if (!table) return base->table(1) ? Api{base->table(1)}.status("latentrt: ONNX Runtime is too old for own kernels") : nullptr;
   const Api api{table};
   static const OpOf<Linear> linear("Linear", {FLOAT, UINT8, FLOAT, FLOAT}, {FLOAT}, {3});
-  static const OpOf<GatedLinear> gated("GatedLinear", {FLOAT, UINT8, FLOAT, UINT8, FLOAT}, {FLOAT});
+  static const OpOf<LinearPair> pair("LinearPair", {FLOAT, UINT8, FLOAT, UINT8, FLOAT}, {FLOAT, FLOAT});
+  static const OpOf<GatedMlp> gated("GatedMlp", {FLOAT, UINT8, FLOAT, UINT8, FLOAT, UINT8, FLOAT}, {FLOAT});
   static const OpOf<Experts> experts("Experts", {FLOAT, INT32, FLOAT, UINT8, UINT8, FLOAT, FLOAT}, {FLOAT});
   static const std::vector<Type> plain{FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, FLOAT, INT32, INT32, INT32, INT32, UINT8, FLOAT, UINT8, FLOAT};
   static const auto of_cache = [](Type type) {
@@ -34,5 +35,5 @@ extern "C" __attribute__((visibility("default"))) Status* RegisterCustomOps(Opti
   static const OpOf<Mla> mla_half("MlaHalf", of_cache(FLOAT16), {FLOAT, FLOAT16});
   static const OpOf<Mla> mla_packed("MlaPacked", of_cache(INT32), {FLOAT, INT32});
   static const OpOf<Route> route("MoeRoute", {FLOAT, INT32}, {INT32, FLOAT});
-  return add(api, options, "latentrt.cpu", {&linear, &gated, &experts, &mla, &mla_half, &mla_packed, &route});
+  return add(api, options, "latentrt.cpu", {&linear, &pair, &gated, &experts, &mla, &mla_half, &mla_packed, &route});
 }

@@ -103,45 +103,48 @@ class Absorbed {
   Absorbed(const Call& call, const Kernels& kernels, const Layer& layer, const std::vector<NewRow>& rows, const float* q_latent,
            const float* q_pe, float scale, float* attended)
       : call_(call), kernels_(kernels), layer_(layer), rows_(rows), q_latent_(q_latent), q_pe_(q_pe), scale_(scale),
-        attended_(attended), groups_((layer.heads + QUERIES - 1) / QUERIES), one_(QUERIES * layer.rank) {}
+        attended_(attended), groups_((layer.heads + QUERIES - 1) / QUERIES), one_(QUERIES * layer.rank),
+        whole_rows_(rows.size() * groups_ >= 32) {  // enough of them for any number of threads
+    if (whole_rows_) return;
+    for (size_t r = 0; r < rows.size(); ++r)
+      for (size_t g = 0; g < groups_; ++g) {
+        starts_.push_back(items_.size());
+        for (int k = 0; k < splits(rows[r].tokens()); ++k) items_.push_back({r, g, k});
+      }
+    static thread_local ort::Scratch memory;
+    float* values = memory.of<float>(items_.size() * one_);
+    parts_.resize(items_.size());
+    for (size_t i = 0; i < items_.size(); ++i) parts_[i].values = values + i * one_;
+  }
 
-  void run() {
-    if (int64_t(rows_.size()) * groups_ >= 32) {  // enough of them for any number of threads
-      call_.parallel(rows_.size() * groups_, [&](size_t i) {
-        static thread_local ort::Scratch memory;
-        const size_t row = i / groups_, group = i % groups_;
-        const float* q = queries(row, group);
-        float* values = memory.of<float>(2 * one_);
-        Partial sum{values, {}, {}}, next{values + one_, {}, {}};
-        attend(row, q, 0, sum);
-        for (int split = 1; split < splits(rows_[row].tokens()); ++split) {
-          attend(row, q, split, next);
-          merge(sum, next, layer_.rank);
-        }
-        finish(sum, row, group);
-      });
+  // What is left of a row's own work, or where rows are few, of a row's SPLIT tokens.
+  int64_t attend_tasks() const { return whole_rows_ ? int64_t(rows_.size() * groups_) : int64_t(items_.size()); }
+
+  void attend_task(size_t i) {
+    if (!whole_rows_) {
+      attend(items_[i].row, queries(items_[i].row, items_[i].group), items_[i].split, parts_[i]);
       return;
     }
-    struct Item {
-      size_t row, group;
-      int split;
-    };
-    std::vector<Item> items;
-    for (size_t r = 0; r < rows_.size(); ++r)
-      for (size_t g = 0; g < groups_; ++g)
-        for (int k = 0; k < splits(rows_[r].tokens()); ++k) items.push_back({r, g, k});
     static thread_local ort::Scratch memory;
-    float* values = memory.of<float>(items.size() * one_);
-    std::vector<Partial> parts(items.size());
-    call_.parallel(items.size(), [&](size_t i) {
-      parts[i].values = values + i * one_;
-      attend(items[i].row, queries(items[i].row, items[i].group), items[i].split, parts[i]);
-    });
-    for (size_t i = 0; i < items.size();) {
-      const size_t first = i++;
-      for (; i < items.size() && items[i].split > 0; ++i) merge(parts[first], parts[i], layer_.rank);
-      finish(parts[first], items[first].row, items[first].group);
+    const size_t row = i / groups_, group = i % groups_;
+    const float* q = queries(row, group);
+    float* values = memory.of<float>(2 * one_);
+    Partial sum{values, {}, {}}, next{values + one_, {}, {}};
+    attend(row, q, 0, sum);
+    for (int split = 1; split < splits(rows_[row].tokens()); ++split) {
+      attend(row, q, split, next);
+      merge(sum, next, layer_.rank);
     }
+    finish(sum, row, group);
+  }
+
+  // Sums of SPLIT tokens are joined.
+  int64_t merge_tasks() const { return int64_t(starts_.size()); }
+
+  void merge_task(size_t i) {
+    const size_t first = starts_[i], end = i + 1 < starts_.size() ? starts_[i + 1] : items_.size();
+    for (size_t k = first + 1; k < end; ++k) merge(parts_[first], parts_[k], layer_.rank);
+    finish(parts_[first], items_[first].row, items_[first].group);
   }
 
  private:
@@ -186,6 +189,14 @@ class Absorbed {
   float scale_;
   float* attended_;
   size_t groups_, one_;
+  bool whole_rows_;
+  struct Item {
+    size_t row, group;
+    int split;
+  };
+  std::vector<Item> items_;
+  std::vector<size_t> starts_;  // of a row's and group's items
+  std::vector<Partial> parts_;
 };
 
 // A sequence's rows attend to keys and values, which are made of the latents for one head and SPLIT tokens at a time.
@@ -211,12 +222,15 @@ class Expanded {
     const int64_t stride = layer_.cells.plain() ? 0 : layer_.width;
     float* wide = wide_memory.of<float>(tokens * stride);
     std::vector<const float*> cells(tokens);
-    call_.parallel((tokens + SPLIT - 1) / SPLIT, [&](size_t i) {
+    const auto read = [&](size_t i) {
       for (int64_t t = i * SPLIT; t < std::min<int64_t>(tokens, (i + 1) * SPLIT); ++t)
         cells[t] = layer_.read(kernels_, sequence, t, wide + t * stride);
-    });
-    const Row* latents = memory.rows(call_, kernels_, tokens, [&](int64_t t) { return cells[t]; }, w_uv_, int(layer_.rank));
-    call_.parallel(layer_.heads, [&](size_t h) { head(sequence, h, cells.data(), latents); });
+    };
+    Quantized& latents = memory;
+    latents.prepare(tokens, w_uv_, int(layer_.rank));
+    const auto quantize = [&](size_t i) { latents.fill(i, kernels_, [&](int64_t t) { return cells[t]; }); };
+    const auto attend = [&](size_t h) { head(sequence, h, cells.data(), latents.rows()); };
+    call_.run({{int64_t(splits(tokens)), read}, {latents.tasks(), quantize}, {layer_.heads, attend}});
   }
 
  private:
@@ -373,7 +387,8 @@ void Mla::compute(const Call& call) const {
   static thread_local ort::Scratch q_pe_memory;
   float* q_pe = q_pe_memory.of<float>(layer.rows * layer.heads * layer.rope);
   constexpr size_t together = 8;
-  call.parallel((rows.size() + together - 1) / together, [&](size_t i) {
+  const int64_t prepare_tasks = int64_t((rows.size() + together - 1) / together);
+  const auto prepare = [&](size_t i) {
     static thread_local ort::Scratch memory;
     float* token = memory.of<float>(layer.width);
     for (size_t k = i * together; k < std::min(rows.size(), (i + 1) * together); ++k) {
@@ -387,28 +402,55 @@ void Mla::compute(const Call& call) const {
         rotate(q.as<float>() + row * q.dims[1] + h * (layer.nope + layer.rope) + layer.nope, c, s, pairs,
                q_pe + (row * layer.heads + h) * layer.rope);
     }
-  });
+  };
 
   const bool possible = w_uk.blocks == 1 && layer.nope % 4 == 0 && Expanded::transposed_block(layer.rank);
-  Expanded expanded(call, kernels, layer, w_uk, w_uv, q.as<float>(), q_pe, softmax_scale, out);
+  std::vector<const Sequence*> expanded;
   std::vector<NewRow> absorbed;
   for (const NewRow& row : rows) {
     const Sequence& s = *row.sequence;
     if (!possible || form == ABSORBED || (form == AUTO && !expanded_is_less(layer, s)))
       absorbed.push_back(row);
     else if (row.row == s.first)
-      expanded.run(s);
+      expanded.push_back(&s);
+  }
+  if (!expanded.empty()) {
+    call.parallel(prepare_tasks, prepare);
+    Expanded form(call, kernels, layer, w_uk, w_uv, q.as<float>(), q_pe, softmax_scale, out);
+    for (const Sequence* sequence : expanded) form.run(*sequence);
   }
   if (absorbed.empty()) return;
+
+  const int64_t count = int64_t(absorbed.size()), heads = layer.heads;
   static thread_local ort::Scratch q_latent_memory, attended_memory;
-  static thread_local HeadProducts products;
-  float* q_latent = q_latent_memory.of<float>(absorbed.size() * layer.heads * layer.rank);
-  float* attended = attended_memory.of<float>(absorbed.size() * layer.heads * layer.rank);
-  products.run(call, kernels, absorbed.size(), w_uk, layer.heads, int(layer.nope),
-               [&](int64_t r, int64_t h) { return q.as<float>() + absorbed[r].row * q.dims[1] + h * (layer.nope + layer.rope); },
-               [&](int64_t r, int64_t h) { return q_latent + (r * layer.heads + h) * layer.rank; });
-  Absorbed(call, kernels, layer, absorbed, q_latent, q_pe, softmax_scale, attended).run();
-  products.run(call, kernels, absorbed.size(), w_uv, layer.heads, int(layer.rank),
-               [&](int64_t r, int64_t h) { return attended + (r * layer.heads + h) * layer.rank; },
-               [&](int64_t r, int64_t h) { return out + (absorbed[r].row * layer.heads + h) * layer.v; });
+  static thread_local Quantized q_memory, latent_memory;
+  float* q_latent = q_latent_memory.of<float>(count * heads * layer.rank);
+  float* attended = attended_memory.of<float>(count * heads * layer.rank);
+  Quantized &q_rows = q_memory, &latents = latent_memory;  // by heads, then rows
+  q_rows.prepare(count * heads, w_uk, int(layer.nope));
+  latents.prepare(count * heads, w_uv, int(layer.rank));
+  Absorbed attention(call, kernels, layer, absorbed, q_latent, q_pe, softmax_scale, attended);
+  const auto quantize_q = [&](size_t i) {
+    q_rows.fill(i, kernels, [&](int64_t k) {
+      return q.as<float>() + absorbed[k % count].row * q.dims[1] + k / count * (layer.nope + layer.rope);
+    });
+  };
+  const auto to_latent = [&](size_t i) {
+    const int64_t h = int64_t(i) / chunks(layer.rank), first = int64_t(i) % chunks(layer.rank) * CHUNK;
+    store_chunk(kernels, q_rows.rows() + h * count, count, part(w_uk, h), first,
+                [&](int64_t r) { return q_latent + (r * heads + h) * layer.rank; });
+  };
+  const auto attend = [&](size_t i) { attention.attend_task(i); };
+  const auto merge = [&](size_t i) { attention.merge_task(i); };
+  const auto quantize_latents = [&](size_t i) {
+    latents.fill(i, kernels, [&](int64_t k) { return attended + (k % count * heads + k / count) * layer.rank; });
+  };
+  const auto from_latent = [&](size_t i) {
+    const int64_t h = int64_t(i) / chunks(layer.v), first = int64_t(i) % chunks(layer.v) * CHUNK;
+    store_chunk(kernels, latents.rows() + h * count, count, part(w_uv, h), first,
+                [&](int64_t r) { return out + (absorbed[r].row * heads + h) * layer.v; });
+  };
+  call.run({{expanded.empty() ? prepare_tasks : 0, prepare}, {q_rows.tasks(), quantize_q}, {heads * chunks(layer.rank), to_latent},
+            {attention.attend_tasks(), attend}, {attention.merge_tasks(), merge}, {latents.tasks(), quantize_latents},
+            {heads * chunks(layer.v), from_latent}});
 }

@@ -1,6 +1,11 @@
 // What an op of this library is written with: tensors, attributes, scratch memory, ONNX Runtime's own threads.
 #pragma once
+#include <sched.h>
+
+#include <algorithm>
+#include <atomic>
 #include <cstdlib>
+#include <exception>
 #include <initializer_list>
 #include <memory>
 #include <stdexcept>
@@ -46,6 +51,72 @@ struct Tensor {
   }
 };
 
+// f(i) for i < count, in any order, by any thread. Keeps no copy of f.
+struct Phase {
+  int64_t count;
+  const void* f;
+  void (*call)(const void* f, size_t i);
+
+  template <class F>
+  Phase(int64_t count, const F& f) : count(count), f(&f), call([](const void* f, size_t i) { (*static_cast<const F*>(f))(i); }) {}
+};
+
+// Work that all threads which come share, phase by phase: a thread takes what is left of a phase, and goes on when all of it is
+// done. Whoever waits, waits for a thread that runs, so that it does not matter how many come, and when.
+class Shared {
+ public:
+  static constexpr size_t MOST = 8;
+
+  Shared(const Phase* phases, size_t count) : phases_(phases), count_(count) {}
+
+  void work() {
+    for (size_t p = 0; p < count_; ++p) {
+      const int64_t all = phases_[p].count;
+      int64_t mine = 0;
+      for (int64_t i; (i = next_[p].fetch_add(1, std::memory_order_relaxed)) < all; ++mine) phases_[p].call(phases_[p].f, size_t(i));
+      if (mine) done_[p].fetch_add(mine, std::memory_order_acq_rel);
+      for (int spins = 0; done_[p].load(std::memory_order_acquire) < all; ++spins) {
+        if (failed_.load(std::memory_order_relaxed)) return;
+        pause(spins);
+      }
+    }
+  }
+  // The same, for ONNX Runtime's threads, which take no exceptions: the first one is kept.
+  void work_or_fail() {
+    try {
+      work();
+    } catch (...) {
+      if (!failed_.exchange(true)) error_ = std::current_exception();
+    }
+  }
+  void rethrow() const {
+    if (error_) std::rethrow_exception(error_);
+  }
+
+ private:
+  static void pause(int spins) {
+    if (spins > 1 << 12) return void(sched_yield());
+#if defined(__x86_64__)
+    __builtin_ia32_pause();
+#endif
+  }
+
+  const Phase* phases_;
+  size_t count_;
+  std::atomic<int64_t> next_[MOST] = {}, done_[MOST] = {};
+  std::atomic<bool> failed_{false};
+  std::exception_ptr error_;
+};
+
+// Cores that this process may use.
+inline int64_t cores() {
+  static const int64_t found = [] {
+    cpu_set_t set;
+    return sched_getaffinity(0, sizeof set, &set) ? 64 : CPU_COUNT(&set);
+  }();
+  return found;
+}
+
 struct Call {
   Api api;
   Context* context;
@@ -65,15 +136,21 @@ struct Call {
     return found;
   }
 
-  // f(i) for i < count, in any order, on ONNX Runtime's threads.
-  template <class F>
-  void parallel(int64_t count, const F& f) const {
-    if (count == 1) return f(size_t(0));
-    if (count < 1) return;
-    void (*one)(void*, size_t) = [](void* data, size_t i) { (*static_cast<const F*>(data))(i); };
-    api.call(PARALLEL_FOR, const_cast<const Context*>(context), one, size_t(count), size_t(count),
-             const_cast<void*>(static_cast<const void*>(&f)));
+  // Phases one after the other on ONNX Runtime's threads, which are asked once: that costs as much as reading a megabyte.
+  void run(std::initializer_list<Phase> phases) const {
+    require(phases.size() <= Shared::MOST, "too many phases");
+    int64_t most = 0;
+    for (const Phase& phase : phases) most = std::max(most, phase.count);
+    Shared shared(phases.begin(), phases.size());
+    if (most <= 1) return shared.work();
+    void (*join)(void*, size_t) = [](void* data, size_t) { static_cast<Shared*>(data)->work_or_fail(); };
+    const size_t threads = size_t(std::min(most, cores()));
+    api.call(PARALLEL_FOR, const_cast<const Context*>(context), join, threads, threads, static_cast<void*>(&shared));
+    shared.rethrow();
   }
+  // f(i) for i < count.
+  template <class F>
+  void parallel(int64_t count, const F& f) const { run({Phase(count, f)}); }
 
  private:
   Tensor tensor(Value* value) const {

@@ -21,53 +21,103 @@ Matrix matrix(const Tensor& q, const Tensor& scale, int bits, int64_t inputs, in
   return found;
 }
 
+namespace {
+
+// x [..., inputs] as rows.
+struct Rows {
+  const float* x;
+  int64_t count, inputs;
+  std::vector<int64_t> dims;
+
+  explicit Rows(const Tensor& tensor) : x(tensor.as<float>()), dims(tensor.dims) {
+    require(!dims.empty(), "x must have an axis");
+    inputs = dims.back(), count = inputs ? tensor.size() / inputs : 0;
+  }
+  const float* operator()(int64_t r) const { return x + r * inputs; }
+  float* result(const Call& call, size_t index, int64_t outputs) const {
+    std::vector<int64_t> shape = dims;
+    shape.back() = outputs;
+    return call.output(index, shape).as<float>();
+  }
+};
+
+}  // namespace
+
 void Linear::compute(const Call& call) const {
-  const Tensor x = call.input(0), bias = call.input(3);
-  require(!x.dims.empty(), "x must have an axis");
-  const int64_t inputs = x.dims.back(), rows = inputs ? x.size() / inputs : 0;
-  const Matrix w = matrix(call.input(1), call.input(2), bits, inputs, outputs);
-  require(!bias || bias.size() == w.outputs, "bias does not fit the weights");
-  std::vector<int64_t> dims = x.dims;
-  dims.back() = w.outputs;
-  float* y = call.output(0, dims).as<float>();
-  if (!rows) return;
+  const Rows x(call.input(0));
+  const Tensor bias = call.input(3);
+  const Matrix w = matrix(call.input(1), call.input(2), bits, x.inputs, outputs);
+  require(!bias || bias.size() == outputs, "bias does not fit the weights");
+  float* y = x.result(call, 0, outputs);
+  if (!x.count) return;
   const Kernels& kernels = ::kernels();
   static thread_local Quantized memory;
-  const Row* quantized = memory.rows(
-      call, kernels, rows, [&](int64_t r) { return x.as<float>() + r * inputs; }, w, int(inputs));
-  call.parallel(chunks(w.outputs), [&](size_t c) {
-    const int64_t first = int64_t(c) * CHUNK, n = std::min<int64_t>(CHUNK, w.outputs - first);
-    const float* out = chunk(kernels, quantized, int(rows), w, first);
-    for (int64_t r = 0; r < rows; ++r, out += CHUNK) {
-      float* to = y + r * w.outputs + first;
+  Quantized& rows = memory;  // inside a phase a thread's own name would be another thread's other object
+  rows.prepare(x.count, w, int(x.inputs));
+  const auto quantize = [&](size_t i) { rows.fill(i, kernels, x); };
+  const auto product = [&](size_t c) {
+    const int64_t first = int64_t(c) * CHUNK, n = std::min<int64_t>(CHUNK, outputs - first);
+    const float* out = chunk(kernels, rows.rows(), int(x.count), w, first);
+    for (int64_t r = 0; r < x.count; ++r, out += CHUNK) {
+      float* to = y + r * outputs + first;
       for (int64_t i = 0; i < n; ++i) to[i] = bias ? out[i] + bias.as<float>()[first + i] : out[i];
     }
-  });
+  };
+  call.run({{rows.tasks(), quantize}, {chunks(outputs), product}});
 }
 
-void GatedLinear::compute(const Call& call) const {
-  const Tensor x = call.input(0);
-  require(!x.dims.empty(), "x must have an axis");
-  const int64_t inputs = x.dims.back(), rows = inputs ? x.size() / inputs : 0;
-  const Matrix gate = matrix(call.input(1), call.input(2), bits, inputs, outputs);
-  const Matrix up = matrix(call.input(3), call.input(4), bits, inputs, outputs);
-  require(gate.block == up.block, "gate and up have blocks of another size");
-  std::vector<int64_t> dims = x.dims;
-  dims.back() = outputs;
-  float* y = call.output(0, dims).as<float>();
-  if (!rows) return;
+void LinearPair::compute(const Call& call) const {
+  const Rows x(call.input(0));
+  const Matrix w[2] = {matrix(call.input(1), call.input(2), bits, x.inputs, outputs),
+                       matrix(call.input(3), call.input(4), second_bits, x.inputs, second_outputs)};
+  float* y[2] = {x.result(call, 0, outputs), x.result(call, 1, second_outputs)};
+  if (!x.count) return;
   const Kernels& kernels = ::kernels();
-  static thread_local Quantized memory;
-  const Row* quantized = memory.rows(
-      call, kernels, rows, [&](int64_t r) { return x.as<float>() + r * inputs; }, gate, int(inputs));
-  call.parallel(chunks(outputs), [&](size_t c) {
+  static thread_local Quantized memory[2];
+  Quantized* rows = memory;
+  for (int k : {0, 1}) rows[k].prepare(x.count, w[k], int(x.inputs));
+  const int64_t tasks = rows[0].tasks(), before = chunks(outputs);
+  const auto quantize = [&](size_t i) {
+    const bool second = int64_t(i) >= tasks;
+    rows[second].fill(second ? i - tasks : i, kernels, x);
+  };
+  const auto product = [&](size_t c) {
+    const int k = int64_t(c) >= before;
+    const int64_t first = (int64_t(c) - (k ? before : 0)) * CHUNK;
+    store_chunk(kernels, rows[k].rows(), x.count, w[k], first, [&](int64_t r) { return y[k] + r * w[k].outputs; });
+  };
+  call.run({{tasks + rows[1].tasks(), quantize}, {before + chunks(second_outputs), product}});
+}
+
+void GatedMlp::compute(const Call& call) const {
+  const Rows x(call.input(0));
+  const Matrix gate = matrix(call.input(1), call.input(2), bits, x.inputs, inner);
+  const Matrix up = matrix(call.input(3), call.input(4), bits, x.inputs, inner);
+  const Matrix down = matrix(call.input(5), call.input(6), down_bits, inner, outputs);
+  require(gate.block == up.block, "gate and up have blocks of another size");
+  float* y = x.result(call, 0, outputs);
+  if (!x.count) return;
+  const Kernels& kernels = ::kernels();
+  static thread_local Quantized memory, memory_inner;
+  static thread_local ort::Scratch inner_memory;
+  Quantized &rows = memory, &inner_rows = memory_inner;
+  rows.prepare(x.count, gate, int(x.inputs));
+  inner_rows.prepare(x.count, down, int(inner));
+  float* between = inner_memory.of<float>(x.count * inner);
+  const auto quantize = [&](size_t i) { rows.fill(i, kernels, x); };
+  const auto gated = [&](size_t c) {
     static thread_local ort::Scratch result;
     const int64_t first = int64_t(c) * CHUNK;
-    float* left = result.of<float>(rows * CHUNK);
-    kernels.product(quantized, int(rows), gate, first, left);
-    const float* right = chunk(kernels, quantized, int(rows), up, first);
-    kernels.silu(left, right, int(rows), int(std::min<int64_t>(CHUNK, outputs - first)), y + first, outputs);
-  });
+    float* left = result.of<float>(x.count * CHUNK);
+    kernels.product(rows.rows(), int(x.count), gate, first, left);
+    const float* right = chunk(kernels, rows.rows(), int(x.count), up, first);
+    kernels.silu(left, right, int(x.count), int(std::min<int64_t>(CHUNK, inner - first)), between + first, inner);
+  };
+  const auto quantize_inner = [&](size_t i) { inner_rows.fill(i, kernels, [&](int64_t r) { return between + r * inner; }); };
+  const auto product = [&](size_t c) {
+    store_chunk(kernels, inner_rows.rows(), x.count, down, int64_t(c) * CHUNK, [&](int64_t r) { return y + r * outputs; });
+  };
+  call.run({{rows.tasks(), quantize}, {chunks(inner), gated}, {inner_rows.tasks(), quantize_inner}, {chunks(outputs), product}});
 }
 
 namespace {
@@ -125,32 +175,32 @@ void Experts::compute(const Call& call) const {
   const Kernels& kernels = ::kernels();
   static thread_local Quantized memory, memory_inner;
   static thread_local ort::Scratch sorted, inner_memory;
-  const Row* rows = memory.rows(
-      call, kernels, count, [&](int64_t t) { return x.as<float>() + t * hidden; }, gate_up, int(hidden));
+  Quantized &rows = memory, &inner_rows = memory_inner;
+  rows.prepare(count, gate_up, int(hidden));
+  inner_rows.prepare(pairs, down, int(inner_size));
   Row* by_expert = sorted.of<Row>(pairs);
-  for (int64_t p = 0; p < pairs; ++p) by_expert[p] = rows[chosen.tokens[p]];
-
+  for (int64_t p = 0; p < pairs; ++p) by_expert[p] = rows.rows()[chosen.tokens[p]];
   float* inner = inner_memory.of<float>(pairs * inner_size);
   const int64_t each = chunks(gate_up.outputs);
-  call.parallel(active * each, [&](size_t i) {
+  const auto quantize = [&](size_t i) { rows.fill(i, kernels, [&](int64_t t) { return x.as<float>() + t * hidden; }); };
+  const auto gated = [&](size_t i) {
     const int64_t e = int64_t(i) / each, first = int64_t(i) % each * CHUNK, from = chosen.start[e];
     const int n = int(chosen.start[e + 1] - from), outputs = int(std::min<int64_t>(CHUNK, gate_up.outputs - first));
     const float* out = chunk(kernels, by_expert + from, n, part(gate_up, chosen.experts[e]), first);
     kernels.silu_pairs(out, n, outputs / 2, inner + from * inner_size + first / 2, inner_size);
-  });
-
-  const Row* inner_rows = memory_inner.rows(
-      call, kernels, pairs, [&](int64_t p) { return inner + p * inner_size; }, down, int(inner_size));
-  call.parallel(chunks(hidden), [&](size_t c) {
+  };
+  const auto quantize_inner = [&](size_t i) { inner_rows.fill(i, kernels, [&](int64_t p) { return inner + p * inner_size; }); };
+  const auto product = [&](size_t c) {
     const int64_t first = int64_t(c) * CHUNK, n = std::min<int64_t>(CHUNK, hidden - first);
     for (int64_t t = 0; t < count; ++t) std::fill_n(y + t * hidden + first, n, 0.0f);
     for (int64_t e = 0; e < active; ++e) {
       const int64_t from = chosen.start[e], to = chosen.start[e + 1];
-      const float* out = chunk(kernels, inner_rows + from, int(to - from), part(down, chosen.experts[e]), first);
+      const float* out = chunk(kernels, inner_rows.rows() + from, int(to - from), part(down, chosen.experts[e]), first);
       for (int64_t p = from; p < to; ++p, out += CHUNK) {
         float* sum = y + chosen.tokens[p] * hidden + first;
         for (int64_t i = 0; i < n; ++i) sum[i] += chosen.weights[p] * out[i];
       }
     }
-  });
+  };
+  call.run({{rows.tasks(), quantize}, {active * each, gated}, {inner_rows.tasks(), quantize_inner}, {chunks(hidden), product}});
 }

@@ -6,29 +6,39 @@
 #include "kernels.hpp"
 #include "op.hpp"
 
-// Rows of activations, quantized, in memory that the calling thread keeps.
+// Rows of activations for the products of a matrix, quantized by the tasks of a phase, in memory that is used again.
 class Quantized {
  public:
-  // Row r < count is at x(r), [inputs].
-  template <class At>
-  const Row* rows(const ort::Call& call, const Kernels& kernels, int64_t count, const At& x, const Matrix& w, int inputs) {
+  void prepare(int64_t count, const Matrix& w, int inputs) {
+    count_ = count, inputs_ = inputs, w_ = w;
     const size_t padded = size_t(w.blocks) * w.block;
-    auto* q = q_.of<int8_t>(count * padded);
-    auto* scale = scale_.of<float>(count * w.blocks);
-    auto* sum = sum_.of<int32_t>(count * w.blocks);
-    auto* rows = rows_.of<Row>(count);
-    const int64_t together = 1 + 16384 / int64_t(padded);  // fewer elements take less time than another thread's help
-    call.parallel((count + together - 1) / together, [&](size_t i) {
-      for (int64_t r = i * together; r < count && r < int64_t(i + 1) * together; ++r) {
-        rows[r] = Row{q + r * padded, scale + r * w.blocks, sum + r * w.blocks};
-        kernels.quantize(x(r), inputs, w.blocks, w.block, w.bits, q + r * padded, scale + r * w.blocks, sum + r * w.blocks);
-      }
-    });
-    return rows;
+    q_ = q_memory_.of<int8_t>(count * padded);
+    scale_ = scale_memory_.of<float>(count * w.blocks);
+    sum_ = sum_memory_.of<int32_t>(count * w.blocks);
+    rows_ = rows_memory_.of<Row>(count);
+    together_ = 1 + 4096 / int64_t(padded);
+    for (int64_t r = 0; r < count; ++r) rows_[r] = Row{q_ + r * padded, scale_ + r * w.blocks, sum_ + r * w.blocks};
+  }
+  const Row* rows() const { return rows_; }
+  int64_t tasks() const { return (count_ + together_ - 1) / together_; }
+
+  // Row r is at x(r), [inputs].
+  template <class At>
+  void fill(size_t task, const Kernels& kernels, const At& x) const {
+    const int64_t padded = int64_t(w_.blocks) * w_.block;
+    for (int64_t r = task * together_; r < std::min<int64_t>(count_, (task + 1) * together_); ++r)
+      kernels.quantize(x(r), inputs_, w_.blocks, w_.block, w_.bits, q_ + r * padded, scale_ + r * w_.blocks, sum_ + r * w_.blocks);
   }
 
  private:
-  ort::Scratch q_, scale_, sum_, rows_;
+  ort::Scratch q_memory_, scale_memory_, sum_memory_, rows_memory_;
+  Matrix w_{};
+  int64_t count_ = 0, together_ = 1;
+  int inputs_ = 0;
+  int8_t* q_ = nullptr;
+  float* scale_ = nullptr;
+  int32_t* sum_ = nullptr;
+  Row* rows_ = nullptr;
 };
 
 // Products of one chunk of outputs, in the running thread's memory: [count][CHUNK].
@@ -51,24 +61,13 @@ inline Matrix part(Matrix m, int64_t index) {
   return m;
 }
 
-// Products of rows with one matrix a head: y(r, h) [outputs] from x(r, h) [inputs].
-class HeadProducts {
- public:
-  template <class From, class To>
-  void run(const ort::Call& call, const Kernels& kernels, int64_t count, const Matrix& all, int64_t heads, int inputs,
-           const From& x, const To& y) {
-    const Row* rows = memory_.rows(call, kernels, heads * count, [&](int64_t i) { return x(i % count, i / count); }, all, inputs);
-    const int64_t each = chunks(all.outputs);
-    call.parallel(heads * each, [&](size_t i) {
-      const int64_t h = int64_t(i) / each, first = int64_t(i) % each * CHUNK, n = std::min<int64_t>(CHUNK, all.outputs - first);
-      const float* out = chunk(kernels, rows + h * count, int(count), part(all, h), first);
-      for (int64_t r = 0; r < count; ++r, out += CHUNK) std::memcpy(y(r, h) + first, out, n * sizeof(float));
-    });
-  }
-
- private:
-  Quantized memory_;
-};
+// Writes the products of rows with outputs first .. first + CHUNK (or to the last) to y(r) + first.
+template <class To>
+void store_chunk(const Kernels& kernels, const Row* rows, int64_t count, const Matrix& w, int64_t first, const To& y) {
+  const int64_t n = std::min<int64_t>(CHUNK, w.outputs - first);
+  const float* out = chunk(kernels, rows, int(count), w, first);
+  for (int64_t r = 0; r < count; ++r, out += CHUNK) std::memcpy(y(r) + first, out, n * sizeof(float));
+}
 
 // x [..., inputs] with q [panels, blocks, bytes of a block / 4, PANEL, 4] and scale [panels, blocks, PANEL], plus bias
 // [outputs] or none. kernels.hpp says what panels are.
@@ -80,12 +79,25 @@ struct Linear {
   void compute(const ort::Call& call) const;
 };
 
-// silu(x gate) * (x up), of two matrices as Linear has them.
-struct GatedLinear {
-  int bits;
-  int64_t outputs;
+// Two products of the same x, without bias.
+struct LinearPair {
+  int bits, second_bits;
+  int64_t outputs, second_outputs;
 
-  explicit GatedLinear(const ort::Attributes& given) : bits(int(given.integer("bits"))), outputs(given.integer("outputs")) {}
+  explicit LinearPair(const ort::Attributes& given)
+      : bits(int(given.integer("bits"))), second_bits(int(given.integer("second_bits"))), outputs(given.integer("outputs")),
+        second_outputs(given.integer("second_outputs")) {}
+  void compute(const ort::Call& call) const;
+};
+
+// A gated MLP: (silu(x gate) * (x up)) down, of matrices as Linear has them.
+struct GatedMlp {
+  int bits, down_bits;
+  int64_t inner, outputs;
+
+  explicit GatedMlp(const ort::Attributes& given)
+      : bits(int(given.integer("bits"))), down_bits(int(given.integer("down_bits"))), inner(given.integer("inner")),
+        outputs(given.integer("outputs")) {}
   void compute(const ort::Call& call) const;
 };
 
