@@ -33,6 +33,9 @@ struct Tokens {
   const float* const* values;
   int count, width, rank;
   const int* seen;
+  // Where given, it is called before tokens from .. to are used: what it makes is used while it is in the first cache.
+  void (*make)(const void* context, int from, int to);
+  const void* context;
 };
 
 // The softmax-weighted sum over some tokens of QUERIES queries: values [QUERIES][rank] belong to weights exp(score - largest).

@@ -95,6 +95,8 @@ void merge(Partial& sum, const Partial& next, int64_t rank) {
   }
 }
 
+constexpr int64_t UNPACKED = 128;  // tokens of a packed cache that are unpacked at a time
+
 int splits(int64_t tokens) { return int((tokens + SPLIT - 1) / SPLIT); }
 
 // Rows attend to latents; queries and results [rows, heads, rank], q_pe [T, heads, rope].
@@ -164,13 +166,30 @@ class Absorbed {
   }
 
   void attend(size_t row, const float* q, int split, Partial& result) const {
-    static thread_local ort::Scratch memory, wide_memory;
     const int64_t from = int64_t(split) * SPLIT, to = std::min<int64_t>(from + SPLIT, rows_[row].tokens());
-    const int64_t stride = layer_.cells.plain() ? 0 : layer_.width;
-    float* wide = wide_memory.of<float>(SPLIT * stride);
+    if (layer_.cells.plain()) return attend(row, q, from, to, result);
+    // Tokens that are unpacked should stay in the second cache until they have been read twice.
+    static thread_local ort::Scratch memory;
+    Partial next{memory.of<float>(one_), {}, {}};
+    attend(row, q, from, std::min(from + UNPACKED, to), result);
+    for (int64_t t = from + UNPACKED; t < to; t += UNPACKED) {
+      attend(row, q, t, std::min(t + UNPACKED, to), next);
+      merge(result, next, layer_.rank);
+    }
+  }
+
+  void attend(size_t row, const float* q, int64_t from, int64_t to, Partial& result) const {
+    static thread_local ort::Scratch memory, wide_memory;
+    const bool plain = layer_.cells.plain();
+    float* wide = wide_memory.of<float>(plain ? 0 : SPLIT * layer_.width);
     const float* cells[SPLIT];
-    for (int64_t t = from; t < to; ++t) cells[t - from] = layer_.read(kernels_, *rows_[row].sequence, t, wide + (t - from) * stride);
-    const Tokens tokens{cells, cells, int(to - from), int(layer_.width), int(layer_.rank), nullptr};
+    for (int64_t t = from; t < to; ++t)
+      cells[t - from] = plain ? layer_.read(kernels_, *rows_[row].sequence, t, nullptr) : wide + (t - from) * layer_.width;
+    const auto unpack = [&](int first, int last) {
+      for (int t = first; t < last; ++t) layer_.read(kernels_, *rows_[row].sequence, from + t, wide + t * layer_.width);
+    };
+    const auto make = [](const void* f, int first, int last) { (*static_cast<const decltype(unpack)*>(f))(first, last); };
+    const Tokens tokens{cells, cells, int(to - from), int(layer_.width), int(layer_.rank), nullptr, plain ? nullptr : +make, &unpack};
     kernels_.attend(q, tokens, result, memory.of<float>(SPLIT * QUERIES));
   }
 
@@ -263,7 +282,7 @@ class Expanded {
         }
         if (!most) continue;
         const bool all = *std::min_element(seen, seen + QUERIES) == most;
-        const Tokens tokens{key, value, most, int(width), int(v), all ? nullptr : seen};
+        const Tokens tokens{key, value, most, int(width), int(v), all ? nullptr : seen, nullptr, nullptr};
         Partial& result = from ? next : sum[tile];
         kernels_.attend(q + tile * width * QUERIES, tokens, result, scores);
         if (from) merge(sum[tile], next, v);
