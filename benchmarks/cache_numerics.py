@@ -67,7 +67,8 @@ def synthetic(kind: str, rope_range: float) -> Latents:
         few, basis = (torch.randn(shape, generator=rng, dtype=torch.float64) for shape in ((TOKENS, 32), (32, RANK)))
         latent = few @ basis
     latent /= latent.square().mean(-1, keepdim=True).sqrt()
-    channels = torch.logspace(-2, 0, ROPE, dtype=torch.float64)[torch.randperm(ROPE, generator=rng)] * rope_range
+    pairs = torch.logspace(-2, 0, ROPE // 2, dtype=torch.float64)[torch.randperm(ROPE // 2, generator=rng)]
+    channels = pairs.repeat_interleave(2) * rope_range
     k_pe = torch.randn(TOKENS, ROPE, generator=rng, dtype=torch.float64) * channels
     q_latent = torch.randn(ROWS, RANK, generator=rng, dtype=torch.float64)
     q_pe = torch.randn(ROWS, ROPE, generator=rng, dtype=torch.float64) / channels
@@ -76,17 +77,22 @@ def synthetic(kind: str, rope_range: float) -> Latents:
     return Latents(latent, k_pe, q_latent, q_pe)
 
 
-def through(name: str, latent: torch.Tensor, k_pe: torch.Tensor, rotated: bool | None = None):
-    """What a format keeps of tokens, in the basis that they have."""
+def through(name: str, latent: torch.Tensor, k_pe: torch.Tensor, rotated: bool | None = None, levelled: bool | None = None):
+    """What a format keeps of tokens, in the basis that they have. levelled: with pairs of k_pe made about equally large."""
     layout = cache_formats.get(name)
     turned = layout.rotated if rotated is None else rotated
-    kept, pe = layout.decode(layout.encode((rotate(latent) if turned else latent).float(), k_pe.float()), RANK, ROPE)
-    return rotate(kept.double()) if turned else kept, pe
+    pairs = k_pe.unflatten(-1, (-1, 2)).square().mean((0, 2)).sqrt().log2()
+    factors = (pairs.mean() - pairs).round().exp2().repeat_interleave(2) if levelled is not False and layout.rotated else 1.0
+    latent = (rotate(latent) if turned else latent).float()
+    kept, pe = layout.decode(layout.encode(latent, (k_pe * factors).float()), RANK, ROPE)
+    return rotate(kept.double()) if turned else kept, pe.double() / factors
 
 
 def variants() -> dict[str, callable]:
     """Ways to store tokens: the formats, and what was tried beside them."""
     ways = {name: lambda x, pe, n=name: through(n, x, pe) for name in cache_formats.NAMES}
+    ways["int6, pairs of k_pe as they are"] = lambda x, pe: through("int6", x, pe, levelled=False)
+    ways["int6r, pairs of k_pe as they are"] = lambda x, pe: through("int6r", x, pe, levelled=False)
     ways["int6, not rotated"] = lambda x, pe: through("int6", x, pe, rotated=False)
     ways["int6, 64-blocks rotated"] = lambda x, pe: _blocks_rotated(x, pe, 64)
     ways["int6, largest / 31"] = lambda x, pe: _with_grid({6: (31.0,)}, "int6", x, pe)

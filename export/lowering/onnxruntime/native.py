@@ -2,8 +2,8 @@
 
 It goes into the bundle beside the other, which runs anywhere, over the same weights. What is replaced computes the same:
 products whose activations are quantized to int8 (accuracy level 4), two of the same input in one, a gated MLP's three in one,
-experts with scales per block, routing, and all that an attention layer does between its linear products, in either form. Weights are read in panels, as they
-are stored; the nodes that bring them back into rows for ONNX Runtime go.
+experts with scales per block, routing, and all that an attention layer does between its linear products, in either form.
+Weights are read in panels, as they are stored; the nodes that bring them back into rows for ONNX Runtime go.
 
 Patterns are those that torch's exporter makes of `export/models`. What does not match one stays, and then there is no graph of
 this kind: tests hold that there is.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -28,28 +28,55 @@ def weights(c: DeepseekV2Config, rotated: bool = False) -> list[Weight]:
 
 
 def _rotated(c: DeepseekV2Config, weight: Weight) -> Weight:
-    """The weight in the rotated basis of latents; most are the same there."""
+    """The weight in the basis in which packed caches store tokens; most are the same there.
+
+    Latents are rotated. Pairs of k_pe, which share a scale, are multiplied by powers of two that make them about equally large,
+    and those of q_pe divided by them: a rotation by RoPE does not see it.
+    """
     from latentrt.plugins.cache_formats.rotation import rotate
 
     module, _, kind = weight.name.rpartition(".")
+    prefix, _, name = module.rpartition(".")
+    norm, down = f"{prefix}.kv_a_layernorm.weight", f"{prefix}.kv_a_proj_with_mqa.weight"
+    before = f"{prefix.removesuffix('.self_attn')}.input_layernorm.weight"
 
-    def latents(down: Tensor) -> Tensor:  # kv_a_proj_with_mqa: its first rows make the latent
-        down = down.float()
-        return _stacked(rotate(down[: c.kv_lora_rank], 0), down[c.kv_lora_rank :])
+    def changed(make: Callable[..., Tensor], *more: str) -> Weight:
+        return replace(weight, sources=tuple((*group, *more) for group in weight.sources), make=make, computed=True)
 
-    if module.endswith(".kv_a_proj_with_mqa"):
-        return replace(weight, make=latents, computed=True)
-    if module.endswith(".kv_a_layernorm"):
-        return replace(weight, make=lambda gain: gain.new_ones(gain.shape), computed=True)
-    if module.endswith(".kv_b_proj"):
-        norm, plain, key_half = f"{module.removesuffix('kv_b_proj')}kv_a_layernorm.weight", weight.make, kind == "w_uk"
+    def tokens(rows: Tensor, down: Tensor, gain: Tensor) -> Tensor:  # kv_a_proj_with_mqa's weight or bias
+        latent, k_pe = rows.float().split([c.kv_lora_rank, c.qk_rope_head_dim])
+        factors = _pair_factors(c, down, gain).view(-1, *[1] * (rows.dim() - 1))
+        return _stacked(rotate(latent, 0), k_pe * factors)
 
-        def absorbed(kv_b: Tensor, gain: Tensor) -> Tensor:
-            value, gain = plain(kv_b.float()), gain.float()
-            return rotate(value * gain, -1) if key_half else rotate(value * gain[:, None], -2)
+    def queries(q: Tensor, down: Tensor, gain: Tensor) -> Tensor:
+        heads = q.float().unflatten(0, (c.num_attention_heads, c.qk_head_dim))
+        nope, q_pe = heads.split([c.qk_nope_head_dim, c.qk_rope_head_dim], 1)
+        return _stacked(nope, q_pe / _pair_factors(c, down, gain)[:, None], 1).flatten(0, 1)
 
-        return replace(weight, sources=tuple((*group, norm) for group in weight.sources), make=absorbed, computed=True)
-    return weight
+    def absorbed(kv_b: Tensor, gain: Tensor) -> Tensor:
+        value, gain = weight.make(kv_b.float()), gain.float()
+        return rotate(value * gain, -1) if kind == "w_uk" else rotate(value * gain[:, None], -2)
+
+    if name == "kv_a_proj_with_mqa" and kind == "weight":
+        return changed(lambda down, gain: tokens(down, down, gain), before)
+    if name == "kv_a_proj_with_mqa":
+        return changed(tokens, down, before)
+    if name == "kv_a_layernorm":
+        return changed(lambda gain: gain.new_ones(gain.shape))
+    if name in ("q_proj", "q_b_proj"):
+        return changed(queries, down, before)
+    return changed(absorbed, norm) if name == "kv_b_proj" else weight
+
+
+def _pair_factors(c: DeepseekV2Config, down: Tensor, gain: Tensor) -> Tensor:
+    """Powers of two [qk_rope_head_dim], the same for both of a pair of k_pe, with which all pairs have about the same length.
+
+    How long they are is judged by kv_a_proj_with_mqa's rows, times the gain of the norm before it.
+    """
+    rows = (down[c.kv_lora_rank :].float() * gain.float()).unflatten(0, (-1, 2))
+    length = rows.square().sum((1, 2)).sqrt()
+    logs = length.where(length > 0, length.new_ones(())).log2()
+    return (logs.mean() - logs).round().clamp(-12, 12).exp2().repeat_interleave(2)
 
 
 def checkpoint_tensors(c: DeepseekV2Config) -> dict[str, tuple[int, ...]]:
