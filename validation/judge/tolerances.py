@@ -153,6 +153,26 @@ _FLOAT16_CACHE = {
 }
 
 
+def _packed_cache(kl: float, top1: float, layer: float, token: float, measured: str) -> dict[str, Tolerance]:
+    return {
+        "exact_kl": Tolerance(kl, f"cached tokens are rounded in every layer; measured {measured} nats; doubled"),
+        "kl_mean": Tolerance(kl, "as exact KL, with what the weights cost"),
+        "layer": Tolerance(layer, "attention's output at the cached tokens' rounding, into the residual; measured, doubled"),
+        "token": Tolerance(token, "a layer's, for the token that attends to the fewest others; measured, doubled"),
+        "top1": Tolerance(top1, "near ties of the two best tokens; measured on the example, and 2 % for other text", ">="),
+        "perplexity": Tolerance(2 * kl, "mean KL bounds the expected change of log-perplexity; doubled"),
+    }
+
+
+_CACHES = {
+    "float16": _FLOAT16_CACHE,
+    "fp8": _packed_cache(0.01, 0.5, 1, 1, "?"),
+    "int6": _packed_cache(0.01, 0.5, 1, 1, "?"),
+    "int6r": _packed_cache(0.01, 0.5, 1, 1, "?"),
+    "int4": _packed_cache(0.01, 0.5, 1, 1, "?"),
+}
+
+
 def find(precision: str, accuracy: str, cache_format: str) -> Tolerances:
     """The row for a target's precision, accuracy and cache format. Raises KeyError that lists the choices."""
     rows = {"fp32": FP32, "int8 exact": INT8_EXACT, "int8 fast": INT8_FAST, "int4 exact": INT4_EXACT,
@@ -160,13 +180,15 @@ def find(precision: str, accuracy: str, cache_format: str) -> Tolerances:
     key = f"{precision} {accuracy}" if precision in ("int8", "int4") else precision
     if key not in rows:
         raise KeyError(f"no tolerances for precision {key!r}, known: {', '.join(rows)}")
-    row, caches = rows[key], ("bfloat16",) if key in ("bf16", "fp8") else ("float32", "float16")
-    if cache_format not in caches:
-        raise KeyError(f"no tolerances for {key} with cache format {cache_format!r}, known: {', '.join(caches)}")
-    if cache_format != "float16":
-        return row
-    looser = {k: v for k, v in _FLOAT16_CACHE.items() if _is_looser(v, getattr(row, k))}
-    return replace(row, name=f"{row.name}, float16 cache", **looser)
+    own = "bfloat16" if key in ("bf16", "fp8") else "float32"  # what the row itself is for
+    others = {"bf16": {}, "fp8": {}, "int8 fast": _CACHES, "int4 fast": _CACHES}.get(key, {"float16": _CACHES["float16"]})
+    if cache_format not in (own, *others):
+        raise KeyError(f"no tolerances for {key} with cache format {cache_format!r}, known: {', '.join((own, *others))}")
+    if cache_format == own:
+        return rows[key]
+    row = rows[key]
+    looser = {k: v for k, v in others[cache_format].items() if _is_looser(v, getattr(row, k))}
+    return replace(row, name=f"{row.name}, {cache_format} cache", **looser)
 
 
 def _is_looser(new: Tolerance, old: Tolerance) -> bool:

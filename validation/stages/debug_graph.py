@@ -14,7 +14,9 @@ import onnx
 import onnxruntime as ort
 import torch
 
+from latentrt.export.lowering.onnxruntime.native import CPU_DOMAIN
 from latentrt.plugins.contract import DOMAIN
+from latentrt.plugins.cpu import compile as own_kernels
 from latentrt.plugins.moe_experts.op import CONTRACT as MOE_EXPERTS
 from latentrt.plugins.moe_route.op import CONTRACT as MOE_ROUTE
 from latentrt.plugins.step_graph import (
@@ -33,6 +35,7 @@ from latentrt.validation.errors import ValidationError
 
 _FLOAT, _INT32 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
 FORCED = ".forced"
+OWN_EXPERTS = "Experts"
 Feeds = Mapping[str, np.ndarray]
 
 
@@ -106,7 +109,7 @@ class DebugGraph(ABC):
         route = _only(nodes, MOE_ROUTE.onnx_type)
         if route is None:
             return LayerValues(*names)
-        return LayerValues(*names, _only(nodes, MOE_EXPERTS.onnx_type).input[0], route.input[0], *route.output)
+        return LayerValues(*names, _only(nodes, MOE_EXPERTS.onnx_type, OWN_EXPERTS).input[0], route.input[0], *route.output)
 
 
 class OnnxRuntimeGraph(DebugGraph):
@@ -119,7 +122,9 @@ class OnnxRuntimeGraph(DebugGraph):
 
     def empty_caches(self, num_pages: int) -> list[np.ndarray]:
         shape = (num_pages, self.page_size, self.width)
-        return [np.full(shape, np.nan, np.dtype(self.cache_dtype)) for _ in range(self.num_layers)]
+        kind = np.dtype(self.cache_dtype)
+        nothing = np.nan if kind.kind == "f" else -1  # a packed format's scales are NaN then
+        return [np.full(shape, nothing, kind) for _ in range(self.num_layers)]
 
     def execute(self, form: str, feeds: Feeds, caches: list[np.ndarray]) -> dict[str, np.ndarray]:
         if form not in self._sessions:
@@ -176,20 +181,22 @@ def open_session(model: onnx.ModelProto, weights: Path, threads: int) -> ort.Inf
     options.enable_mem_pattern = False
     options.log_severity_level = 3
     options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(Path(weights).resolve()))
+    if any(node.domain == CPU_DOMAIN for node in model.graph.node):
+        options.register_custom_ops_library(str(own_kernels.library()))
     try:
         return ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has no common base class for its errors
         raise ValidationError(f"onnxruntime {ort.__version__} cannot load the graph for a look inside: {error}") from error
 
 
-def _only(nodes: Iterable[onnx.NodeProto], op_type: str) -> onnx.NodeProto | None:
-    """The node that is this custom op."""
-    return next((n for n in nodes if n.domain == DOMAIN and n.op_type == op_type), None)
+def _only(nodes: Iterable[onnx.NodeProto], *op_types: str) -> onnx.NodeProto | None:
+    """The node that is this custom op, or own kernels' of the name."""
+    return next((n for n in nodes if n.domain in (DOMAIN, CPU_DOMAIN) and n.op_type in op_types), None)
 
 
 def _force_routing(model: onnx.ModelProto, layers: list[LayerValues]) -> None:
     """The routers' outputs become graph inputs."""
-    kept = [n for n in model.graph.node if not (n.domain == DOMAIN and n.op_type == MOE_ROUTE.onnx_type)]
+    kept = [n for n in model.graph.node if n is not _only([n], MOE_ROUTE.onnx_type)]
     del model.graph.node[:]
     model.graph.node.extend(kept)
     for names in layers:
