@@ -152,3 +152,14 @@ def test_what_headers_and_options_tell_is_refused_before_the_slow_imports(tiny_c
     for call, (_, words), (status, said, slow) in zip(calls, BAD_OPTIONS + BAD_CHECKPOINTS, answers, strict=True):
         assert (status, slow) == (2, []) and all(word in said for word in words), (call, status, said, slow)
     assert not (tmp_path / "b").exists()
+
+
+@pytest.mark.parametrize(("options", "message"), [
+    (dict(precision="fp32", cache_format="int6"), "packed caches are read by own kernels, which run int8 and int4"),
+    (dict(precision="int8", accuracy="exact", cache_format="fp8"), "accuracy exact; packed caches are read by own kernels"),
+    (dict(precision="int8", cache_format="int6"), r"kv_lora_rank is 20, .*; it takes a kv_lora_rank that 32 divides"),
+    (dict(precision="int8", cache_format="int5"), "accepted for target cpu: float32, float16, fp8, int6, int6r, int4"),
+])  # fmt: skip
+def test_cache_formats_that_cannot_be_had(tmp_path, nothing_is_read, options, message):
+    with pytest.raises(BuildError, match=message):
+        build(checkpoints.write(tmp_path / "model"), tmp_path / "bundle", "cpu", **options)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -227,3 +228,20 @@ def test_every_tolerance_has_a_reason():
         tolerances.find("fp4", "exact", "float32")
     with pytest.raises(KeyError, match="known: bfloat16"):
         tolerances.find("fp8", "", "float32")
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="packed caches need own kernels")
+def test_a_packed_cache_of_the_example_passes(traced, tmp_path):
+    """int6: what is allocated is what the formula says, and layer by layer the engine keeps to its limits."""
+    path = traced.build_once("example.int8.int6", EXAMPLE, tmp_path / "bundle", "cpu", "int8", cache_format="int6")
+    evidence, comparison = validate(path, EXAMPLE, count=1024)
+    assert evidence["tolerances"] == "int8, fast, int6 cache"
+    failed = [c for c in comparison.findings.checks if not c.passed]
+    assert not failed and comparison.findings.fidelity["kl_mean"] < 2e-3, failed
+    bundle = Bundle(path)
+    config, cache = bundle.manifest.config, bundle.target(None)[1].cache
+    rank, rope, layers = (config[name] for name in ("kv_lora_rank", "qk_rope_head_dim", "num_hidden_layers"))
+    assert cache.bytes_per_token == layers * (rank * 6 // 8 + rope + 4)  # 6 and 8 bits, two float16 scales
+    with backends.load(bundle, cache_tokens=640) as engine:
+        pages, size = engine.num_pages, engine.target.cache.page_size
+        assert sum(c.nbytes for c in engine.caches) == pages * size * cache.bytes_per_token

@@ -153,23 +153,24 @@ _FLOAT16_CACHE = {
 }
 
 
-def _packed_cache(kl: float, top1: float, layer: float, token: float, measured: str) -> dict[str, Tolerance]:
+def _packed_cache(kl: float, top1: float, layer: float, token: float) -> dict[str, Tolerance]:
+    """What an engine of int8 weights was measured at on the example, with room for other text; int4's own limits are wider."""
     return {
-        "exact_kl": Tolerance(kl, f"cached tokens are rounded in every layer; measured {measured} nats; doubled"),
-        "kl_mean": Tolerance(kl, "as exact KL, with what the weights cost"),
-        "layer": Tolerance(layer, "attention's output at the cached tokens' rounding, into the residual; measured, doubled"),
-        "token": Tolerance(token, "a layer's, for the token that attends to the fewest others; measured, doubled"),
-        "top1": Tolerance(top1, "near ties of the two best tokens; measured on the example, and 2 % for other text", ">="),
-        "perplexity": Tolerance(2 * kl, "mean KL bounds the expected change of log-perplexity; doubled"),
+        "exact_kl": Tolerance(2 * kl, f"cached tokens are rounded in every layer; measured {kl:g} nats; doubled"),
+        "kl_mean": Tolerance(2 * kl, f"as exact KL, with what the weights cost; measured {kl:g}"),
+        "top1": Tolerance(top1 - 0.02, f"near ties of the two best tokens fall the other way; measured {top1:g}", ">="),
+        "layer": Tolerance(2 * layer, f"attention over rounded tokens, into the residual; measured {layer:g}; doubled"),
+        "token": Tolerance(2 * token, f"a layer's, for one token's roundings alone; measured {token:g}; doubled"),
+        "perplexity": Tolerance(4 * kl, "mean KL bounds the expected change of log-perplexity; doubled"),
     }
 
 
 _CACHES = {
     "float16": _FLOAT16_CACHE,
-    "fp8": _packed_cache(0.01, 0.5, 1, 1, "?"),
-    "int6": _packed_cache(0.01, 0.5, 1, 1, "?"),
-    "int6r": _packed_cache(0.01, 0.5, 1, 1, "?"),
-    "int4": _packed_cache(0.01, 0.5, 1, 1, "?"),
+    "fp8": _packed_cache(0.0012, 0.974, 0.020, 0.062),
+    "int6": _packed_cache(0.0012, 0.977, 0.020, 0.073),
+    "int6r": _packed_cache(0.0028, 0.963, 0.048, 0.145),
+    "int4": _packed_cache(0.0039, 0.953, 0.066, 0.179),
 }
 
 
