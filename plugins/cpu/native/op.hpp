@@ -136,7 +136,7 @@ struct Call {
     return found;
   }
 
-  // Phases one after the other on ONNX Runtime's threads, which are asked once: that costs as much as reading a megabyte.
+  // Phases one after the other on ONNX Runtime's threads, which are asked once.
   void run(std::initializer_list<Phase> phases) const {
     require(phases.size() <= Shared::MOST, "too many phases");
     int64_t most = 0;
