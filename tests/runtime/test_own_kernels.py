@@ -76,5 +76,5 @@ def test_kernels_by_environment(int8_bundle, monkeypatch):
 
 
 def test_a_float32_bundle_has_no_own_kernels(tiny_bundle):
-    with pytest.raises(RequestError, match="only int8 at accuracy fast has"):
+    with pytest.raises(RequestError, match="only int8 and int4 at accuracy fast have one"):
         backends.load(Bundle(tiny_bundle), cache_tokens=64, kernels="native")
