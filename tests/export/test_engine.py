@@ -114,13 +114,27 @@ def test_float16_cache(engines):
     assert worst(found, ours) < 2e-3
 
 
+def out_of_panels(values: torch.Tensor, scale: torch.Tensor, experts: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., panels, blocks, bytes / 4, 16, 4] and [..., panels, blocks, 16] by rows; what fills a panel up has the scale 0."""
+    values = values.movedim(-2, -4).flatten(-2).flatten(-4, -3)
+    scale = scale.movedim(-1, -2).flatten(-3, -2)
+    real = int((scale != 0).reshape(-1, *scale.shape[-2:])[0, :, 0].sum())
+    values, scale = values[..., :real, :, :], scale[..., :real, :]
+    return values.flatten(-2) if experts else values, scale
+
+
 def dequantized(checkpoint: Path, out: Path, target: Path) -> Path:
     """The checkpoint with every tensor replaced by what the bundle's stored tensors stand for, decoded here."""
     stored: dict[str, torch.Tensor] = {}
     for file in sorted((out / "files").glob("*.safetensors")):
         with safe_open(file, "pt") as handle:
             stored |= {n: handle.get_tensor(n) for n in sorted(handle.keys())}
-    int4 = next(iter(json.loads((out / "manifest.json").read_text())["targets"].values()))["precision"] == "int4"
+    manifest = json.loads((out / "manifest.json").read_text())
+    int4 = next(iter(manifest["targets"].values()))["precision"] == "int4"
+    (weights,) = manifest["weight_sets"].values()
+    if weights["format"]["layout"] == "panels16":
+        for name in [n for n in stored if f"{n}.scale" in stored]:
+            stored[name], stored[f"{name}.scale"] = out_of_panels(stored[name], stored[f"{name}.scale"], ".experts." in name)
     for name in [n for n in stored if f"{n}.scale" in stored]:
         dense = tuple(f".mlp.{part}_proj.weight" for part in ("gate", "up", "down"))
         eight = "lm_head.weight", "w_uk", "w_uv", "kv_a_proj_with_mqa.weight", *dense

@@ -80,7 +80,7 @@ def refuses(name: str, changes: dict, *words: str) -> None:
     ("mla_attention", {"cached_lengths": torch.tensor([3, 0])}, ["cached_lengths", "torch.int64", "torch.int32"]),
     ("mla_attention", {"q_latent": torch.zeros(4, 3, 6, dtype=torch.float64)}, ["q_latent", "torch.float64", "torch.float32"]),
     ("mla_attention", {"cache": torch.zeros(6, 2, 8, dtype=torch.int8)}, ["cache", "torch.int8", "torch.float16"]),
-    ("mla_attention", {"cache_format": "int4"}, ["cache_format", "'int4'", "'float32'", "'bfloat16'"]),
+    ("mla_attention", {"cache_format": "int5"}, ["cache_format", "'int5'", "'float32'", "'bfloat16'"]),
     ("mla_attention", {"cache": torch.zeros(6, 2, 9)}, ["cache", "(6, 2, 9)", "8"]),
     ("mla_attention", {"cache_format": "float16"}, ["cache", "torch.float32", "float16"]),
     ("mla_prefill", {"w_uk": torch.zeros(3, 5, 7)}, ["w_uk", "(3, 5, 7)", "axis 2", "kv_lora_rank", "6"]),
