@@ -7,7 +7,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from latentrt.plugins.step_graph import DECODE_FORM, Limits
 
-FORMAT_VERSION = 3
+FORMAT_VERSION = 4
 
 
 class _Record(BaseModel):
@@ -205,7 +205,7 @@ class CheckpointInfo(_Record):
 class Manifest(_Record):
     """The bundle's passport."""
 
-    format_version: Literal[3]
+    format_version: Literal[4]
     producer: str
     created: str
     family: str  # model_type of config.json

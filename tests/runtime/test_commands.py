@@ -254,7 +254,7 @@ def test_damaged_bundles_are_refused_by_name(capsys, copy, command, damage):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"format_version": 2}, "format version 2, this version reads 3; build the bundle again"),
+        ({"format_version": 2}, "format version 2, this version reads 4; build the bundle again"),
         ({"surprise": 1}, "surprise"),
         ({"targets": {}}, "has target"),
         ({"config": ...}, "config: Field required"),
