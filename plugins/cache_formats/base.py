@@ -24,6 +24,7 @@ class CacheFormat(ABC):
 
     name: str
     dtype: torch.dtype
+    kernel: str  # of the files *_kernel.py the one that reads and writes it on a GPU
     rotated: bool = False
 
     @abstractmethod
@@ -42,10 +43,26 @@ class CacheFormat(ABC):
         """Elements of `dtype` per token and layer."""
         return self.bytes_per_token(kv_lora_rank, qk_rope_head_dim) // self.dtype.itemsize
 
+    @property
+    def folds(self) -> bool:
+        """Whether a token's latent has one scale: attention may then compute with its codes, and scale scores and weights."""
+        return False
+
+    def start(self, name: str, kv_lora_rank: int, qk_rope_head_dim: int) -> int:
+        """The element of `dtype` in a token at which field `name` begins."""
+        return self._starts(kv_lora_rank, qk_rope_head_dim)[name]
+
     def bytes_per_token(self, kv_lora_rank: int, qk_rope_head_dim: int) -> int:
         """Bytes per token and layer. Every field begins at a whole element of `dtype`."""
-        unit, fields = 8 * self.dtype.itemsize, self.fields(kv_lora_rank, qk_rope_head_dim)
-        return sum(-(-field.elements * field.bits // unit) * unit // 8 for field in fields)
+        return self._starts(kv_lora_rank, qk_rope_head_dim)[""] * self.dtype.itemsize
+
+    def _starts(self, kv_lora_rank: int, qk_rope_head_dim: int) -> dict[str, int]:
+        """Where every field begins; under "" where the last one ends."""
+        starts, at = {}, 0
+        for field in self.fields(kv_lora_rank, qk_rope_head_dim):
+            starts[field.name] = at
+            at += -(-field.elements * field.bits // (8 * self.dtype.itemsize))
+        return starts | {"": at}
 
     def refusal(self, kv_lora_rank: int, qk_rope_head_dim: int) -> str | None:
         """Why the format does not take a model of these sizes, in words; None where it does."""

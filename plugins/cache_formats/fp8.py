@@ -19,6 +19,7 @@ GROUP, LARGEST = 128, 448.0
 class Fp8(CacheFormat):
     name: str = "fp8"
     dtype: torch.dtype = torch.int32
+    kernel: str = "fp8"
 
     def fields(self, kv_lora_rank: int, qk_rope_head_dim: int) -> list[Field]:
         groups = -(-kv_lora_rank // GROUP)

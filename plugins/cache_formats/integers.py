@@ -26,6 +26,7 @@ class Integers(CacheFormat):
     rope_bits: int
     group: int = 0
     dtype: torch.dtype = torch.int32
+    kernel: str = "integers"
     rotated: bool = True
 
     def fields(self, kv_lora_rank: int, qk_rope_head_dim: int) -> list[Field]:
@@ -43,6 +44,10 @@ class Integers(CacheFormat):
         if kv_lora_rank % 32 or qk_rope_head_dim % 8:
             return "it takes a kv_lora_rank that 32 divides, and a qk_rope_head_dim that 8 divides"
         return None
+
+    @property
+    def folds(self) -> bool:
+        return not self.group
 
     def encode(self, latent: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
         group, (rank, rope) = self._group(latent.shape[-1]), (latent.shape[-1], k_pe.shape[-1])

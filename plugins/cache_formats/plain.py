@@ -13,6 +13,7 @@ class Plain(CacheFormat):
 
     name: str
     dtype: torch.dtype
+    kernel: str = "plain"
 
     def fields(self, kv_lora_rank: int, qk_rope_head_dim: int) -> list[Field]:
         sizes = {"latent": kv_lora_rank, "k_pe": qk_rope_head_dim}

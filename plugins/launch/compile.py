@@ -67,7 +67,8 @@ def cache_directory() -> Path:
 
 @lru_cache
 def _sources_digest(op: str) -> str:
-    files = sorted([*(PLUGINS / op).rglob("*kernel*.py"), *PLUGINS.glob("*_kernel.py"), PLUGINS / "launch" / "compile.py"])
+    shared = (*PLUGINS.glob("*_kernel.py"), *(PLUGINS / "cache_formats").glob("*.py"), PLUGINS / "launch" / "compile.py")
+    files = sorted([*(PLUGINS / op).rglob("*kernel*.py"), *shared])
     digest = hashlib.sha256()
     for file in files:
         digest.update(str(file.relative_to(PLUGINS)).encode() + b"\0" + file.read_bytes() + b"\0")

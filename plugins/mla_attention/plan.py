@@ -9,7 +9,7 @@ from latentrt.plugins.launch.plan import ELEMENTS, KernelSpec, Launch, Plan, bin
 from latentrt.plugins.mla_attention.tiles import FEW, TILES, Tile
 
 DTYPES = ("bfloat16", "float16")
-CACHE_FORMATS = ("bfloat16", "float16")
+CACHE_ELEMENTS = ("bf16", "fp16", "i32")
 SEARCH_BLOCK = 128  # sequences looked at together when a program finds its own
 MAX_WIDTH = 576  # elements of a cached token that the tiles leave shared memory for
 COMBINE = {16: 128, 64: 64, 256: 32}  # most splits that a kernel adds up at once, and elements of the rank it does so for
@@ -18,6 +18,24 @@ MAX_PROGRAMS = 4  # splitting makes no more programs than this per multiprocesso
 SPLIT_COST = 4  # blocks of cached tokens that take as long as a program's beginning and end
 PARTIALS = 100  # partial tiles that are written and read again in the time of one block
 _require = partial(require, "mla_attention")
+
+
+def cache_elements(cache_format: str) -> str:
+    """The type of a cache's elements in Triton's words. Formats are asked when a plan is made, since they need torch."""
+    from latentrt.plugins import cache_formats
+
+    return ELEMENTS[str(cache_formats.get(cache_format).dtype).removeprefix("torch.")]
+
+
+def check_format(op: str, cache_format: str, kv_lora_rank: int, qk_rope_head_dim: int) -> None:
+    """PlanError unless kernels take caches of this format and these sizes."""
+    from latentrt.plugins import cache_formats
+
+    accepted = [name for name in cache_formats.NAMES if cache_elements(name) in CACHE_ELEMENTS]
+    require(op, cache_format in accepted, "cache_format", cache_format, ", ".join(accepted))
+    sizes = (kv_lora_rank, qk_rope_head_dim)
+    refusal = cache_formats.get(cache_format).refusal(*sizes)
+    require(op, refusal is None, f"kv_lora_rank, qk_rope_head_dim with cache_format {cache_format}", sizes, refusal)
 
 
 @dataclass(frozen=True)
@@ -34,8 +52,8 @@ class Attention:
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, "dtype", self.dtype, DTYPES)
-        _require(self.cache_format in CACHE_FORMATS, "cache_format", self.cache_format, CACHE_FORMATS)
         rank, rope, page = self.kv_lora_rank, self.qk_rope_head_dim, self.page_size
+        check_format("mla_attention", self.cache_format, rank, rope)
         _require(rank >= 16 and rank == power_of_two(rank), "kv_lora_rank", rank, "powers of two from 16")
         _require(rope > 0 and rope % 16 == 0, "qk_rope_head_dim", rope, "multiples of 16")
         width = rank + power_of_two(rope)
@@ -112,12 +130,14 @@ def _splits(programs: int, blocks: int, ctas: int, target: Gpu) -> int:
 
 def _dims(config: Attention) -> dict[str, int]:
     rope = config.qk_rope_head_dim
-    return dict(RANK=config.kv_lora_rank, ROPE=rope, ROPE_PAD=power_of_two(rope), PAGE=config.page_size)
+    return dict(
+        RANK=config.kv_lora_rank, ROPE=rope, ROPE_PAD=power_of_two(rope), PAGE=config.page_size, FORMAT=config.cache_format
+    )  # fmt: skip
 
 
 def append_kernel(config) -> KernelSpec:
     """The kernel that appends; `config` is an `Attention`, or `mla_prefill`'s."""
-    x, cache = f"*{ELEMENTS[config.dtype]}", f"*{ELEMENTS[config.cache_format]}"
+    x, cache = f"*{ELEMENTS[config.dtype]}", f"*{cache_elements(config.cache_format)}"
     arguments = (
         ("latent", x), ("k_pe", x), ("cache", cache), ("block_table", "*i32"), ("cached_lengths", "*i32"),
         ("query_starts", "*i32"), ("num_tokens", "*i32"), ("tokens", "i32"), ("sequences", "i32"), ("max_pages", "i32"),
@@ -134,7 +154,7 @@ def append(config, numbers: dict[str, int]) -> Launch:
 
 def _attend_kernel(config: Attention, size: str, split: bool, target: Gpu) -> KernelSpec:
     tile, block_h, rows = _tile(config, size, target)
-    q, cache = f"*{ELEMENTS[config.dtype]}", f"*{ELEMENTS[config.cache_format]}"
+    q, cache = f"*{ELEMENTS[config.dtype]}", f"*{cache_elements(config.cache_format)}"
     arguments = (
         ("q_latent", q), ("q_pe", q), ("cache", cache), ("block_table", "*i32"), ("cached_lengths", "*i32"),
         ("query_starts", "*i32"), ("num_tokens", "*i32"), ("output", "*fp32" if split else q), ("lse", "*fp32"),

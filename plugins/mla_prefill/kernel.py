@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 
 from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.cache_formats import kernel as cells_kernel
+from latentrt.plugins.cache_formats.kernel import column, width
 from latentrt.plugins.launch.plan import PlanError
 from latentrt.plugins.launch.torch import contiguous, run, target_of, word
 from latentrt.plugins.mla_prefill.plan import Prefill, plan
@@ -26,7 +28,7 @@ def survey(cached_lengths, query_starts, num_tokens, used, sequences, TOKENS: tl
 @triton.jit(do_not_specialize=["begin", "segment", "sequences", "max_pages"])
 def expand(w_uk, w_uv, cache, block_table, cached_lengths, query_starts, num_tokens, used, keys, keys_pe, values, begin,
            segment, sequences, max_pages, NOPE: tl.constexpr, VALUE: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
-           ROPE_PAD: tl.constexpr, PAGE: tl.constexpr, TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
+           ROPE_PAD: tl.constexpr, PAGE: tl.constexpr, FORMAT: tl.constexpr, TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
            SEARCH: tl.constexpr):  # fmt: skip
     """Slots begin .. begin + segment: keys [H, segment, NOPE], keys_pe [segment, ROPE_PAD], values [H, segment, VALUE].
 
@@ -42,14 +44,14 @@ def expand(w_uk, w_uv, cache, block_table, cached_lengths, query_starts, num_tok
     real = token < tl.load(cached_lengths + sequence) + new
     pages = block_table + sequence.to(tl.int64) * max_pages
     page = tl.load(pages + token // PAGE, mask=real, other=0).to(tl.int64)
-    cells = cache + (page * PAGE + token % PAGE) * (RANK + ROPE)  # [TOKENS]
+    cells = cache + (page * PAGE + token % PAGE) * width(FORMAT, RANK, ROPE)  # [TOKENS]
     slot = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     if head == 0:
         r = tl.arange(0, ROPE_PAD)
-        pe = tl.load(cells[:, None] + RANK + r[None, :], mask=real[:, None] & (r < ROPE)[None, :], other=0.0)
-        tl.store(keys_pe + slot[:, None] * ROPE_PAD + r[None, :], pe.to(keys_pe.dtype.element_ty))
+        pe = cells_kernel.load_rope(cells, real, keys_pe.dtype.element_ty, FORMAT, RANK, ROPE, ROPE_PAD)
+        tl.store(keys_pe + slot[:, None] * ROPE_PAD + r[None, :], pe)
 
-    k = tl.arange(0, BLOCK_K)
+    k = column(tl.arange(0, BLOCK_K), FORMAT)
     d = tl.arange(0, NOPE)
     v = tl.arange(0, VALUE)
     uk = w_uk + head * (NOPE * RANK) + d[:, None] * RANK + k[None, :]
@@ -57,7 +59,7 @@ def expand(w_uk, w_uv, cache, block_table, cached_lengths, query_starts, num_tok
     key = tl.zeros([TOKENS, NOPE], tl.float32)
     value = tl.zeros([TOKENS, VALUE], tl.float32)
     for k0 in tl.range(0, RANK, BLOCK_K, num_stages=STAGES):
-        x = tl.load(cells[:, None] + k0 + k[None, :], mask=real[:, None], other=0.0).to(w_uk.dtype.element_ty)
+        x = cells_kernel.load_latent(cells, real, k0, w_uk.dtype.element_ty, FORMAT, RANK, ROPE, BLOCK_K)
         key = tl.dot(x, tl.trans(tl.load(uk + k0)), key)
         value = tl.dot(x, tl.load(uv + k0 * VALUE), value)
     at = head * segment + slot  # [TOKENS]

@@ -19,7 +19,14 @@ from latentrt.plugins.launch.plan import (
     power_of_two,
     require,
 )
-from latentrt.plugins.mla_attention.plan import CACHE_FORMATS, DTYPES, SEARCH_BLOCK, append, append_kernel
+from latentrt.plugins.mla_attention.plan import (
+    DTYPES,
+    SEARCH_BLOCK,
+    append,
+    append_kernel,
+    cache_elements,
+    check_format,
+)
 from latentrt.plugins.mla_prefill.tiles import TILES
 
 MAX_WIDTH = 320  # elements of a token's key and value in one head that the tiles leave shared memory for
@@ -44,12 +51,12 @@ class Prefill:
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, "dtype", self.dtype, DTYPES)
-        _require(self.cache_format in CACHE_FORMATS, "cache_format", self.cache_format, CACHE_FORMATS)
         for name in ("kv_lora_rank", "qk_nope_head_dim", "v_head_dim", "page_size"):
             value = getattr(self, name)
             _require(value >= 16 and value == power_of_two(value), name, value, "powers of two from 16")
         rope = self.qk_rope_head_dim
         _require(rope > 0 and rope % 16 == 0, "qk_rope_head_dim", rope, "multiples of 16")
+        check_format("mla_prefill", self.cache_format, self.kv_lora_rank, rope)
         width = self.qk_nope_head_dim + power_of_two(rope) + self.v_head_dim
         names = "qk_nope_head_dim + qk_rope_head_dim + v_head_dim"
         _require(width <= MAX_WIDTH, names, width, f"up to {MAX_WIDTH} (shared memory)")
@@ -136,12 +143,12 @@ def _survey_kernel(config: Prefill, target: Gpu) -> KernelSpec:
 def _expand_kernel(config: Prefill, target: Gpu) -> KernelSpec:
     tile, x = TILES[target.capability], f"*{ELEMENTS[config.dtype]}"
     arguments = (
-        ("w_uk", x), ("w_uv", x), ("cache", f"*{ELEMENTS[config.cache_format]}"), ("block_table", "*i32"),
+        ("w_uk", x), ("w_uv", x), ("cache", f"*{cache_elements(config.cache_format)}"), ("block_table", "*i32"),
         ("cached_lengths", "*i32"), ("query_starts", "*i32"), ("num_tokens", "*i32"), ("used", "*i32"), ("keys", x),
         ("keys_pe", x), ("values", x), ("begin", "i32"), ("segment", "i32"), ("sequences", "i32"), ("max_pages", "i32"),
     )  # fmt: skip
     constexprs = _dims(config, target) | dict(
-        RANK=config.kv_lora_rank, PAGE=config.page_size, BLOCK_K=min(tile.block_k, config.kv_lora_rank),
+        RANK=config.kv_lora_rank, PAGE=config.page_size, FORMAT=config.cache_format, BLOCK_K=min(tile.block_k, config.kv_lora_rank),
         STAGES=tile.expand_stages,
     )  # fmt: skip
     grid = f"(slots / {tile.tokens}, {config.heads}) of each segment"

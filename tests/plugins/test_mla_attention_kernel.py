@@ -5,6 +5,7 @@ import math
 import pytest
 import torch
 
+from latentrt.plugins import cache_formats
 from latentrt.plugins.architecture import Gpu
 from latentrt.plugins.launch.plan import PlanError
 from latentrt.plugins.mla_attention import kernel
@@ -19,7 +20,7 @@ SCALE = 0.1147  # V2's softmax scale with mscale^2
 UNITS = {torch.bfloat16: 2 * 2**-8, torch.float16: 2 * 2**-11}
 
 
-def batch(new, past, heads, rank, rope, page_size, dtype, cache_dtype=None, padding=3, shared=0):
+def batch(new, past, heads, rank, rope, page_size, dtype, cache_format=None, padding=3, shared=0):
     """Arguments of the op for B sequences of `new` rows after `past` cached tokens; pages shuffled, unused cache NaN.
 
     The first `shared` tokens of every sequence lie in the same pages.
@@ -33,10 +34,12 @@ def batch(new, past, heads, rank, rope, page_size, dtype, cache_dtype=None, padd
     for b, pages in enumerate(pages_of):
         ids = prefix[: min(common, past[b] // page_size)]
         table[b, :pages] = torch.tensor(ids + [next(free) for _ in range(pages - len(ids))], dtype=torch.int32)
-    cache = torch.full((count + 2, page_size, rank + rope), float("nan"), dtype=cache_dtype or dtype)
+    layout = cache_formats.get(cache_format or str(dtype).removeprefix("torch."))
+    nothing = layout.encode(*torch.full((rank + rope,), float("nan")).split([rank, rope]))
+    cache = nothing.repeat(count + 2, page_size, 1)
     for b, length in enumerate(past):
         for position in range(length):
-            token = torch.randn(rank + rope, generator=generator).to(cache.dtype)
+            token = layout.encode(*torch.randn(rank + rope, generator=generator).split([rank, rope]))
             cache[table[b, position // page_size], position % page_size] = token
     rows = sum(new) + padding
     q, q_pe, latent, k_pe = (
@@ -48,8 +51,8 @@ def batch(new, past, heads, rank, rope, page_size, dtype, cache_dtype=None, padd
     return [q, q_pe, latent, k_pe, cache, table, lengths, starts, num_tokens]
 
 
-def check(arguments, target):
-    cache_format = str(arguments[4].dtype).removeprefix("torch.")
+def check(arguments, target, cache_format=None):
+    cache_format = cache_format or str(arguments[4].dtype).removeprefix("torch.")
     mine = [a.clone() if i == 4 else a for i, a in enumerate(arguments)]
     attended = mla_attention_(*mine, SCALE, cache_format, target)
     expected, cache = mla_attention(*arguments, SCALE, cache_format)
@@ -59,6 +62,7 @@ def check(arguments, target):
     assert not attended[int(arguments[8]) :].any(), "padding rows must be zero"
 
 
+PACKED = [name for name, layout in cache_formats.FORMATS.items() if layout.dtype == torch.int32]
 MIXED = ([7, 1, 0, 13, 1], [5, 0, 3, 130, 63])  # chunks, first token, nothing new, a full page about to begin
 
 
@@ -86,6 +90,20 @@ def test_decode_steps(capability, sms):
 @pytest.mark.parametrize("capability", [89, 90])
 def test_real_width(capability):
     check(batch([1, 2], [70, 0], 16, 512, 64, 64, torch.bfloat16), Gpu.of(capability))
+
+
+@pytest.mark.parametrize("cache_format", PACKED)
+@pytest.mark.parametrize(
+    ("capability", "sms", "heads", "rank", "rope", "page_size", "dtype"),
+    [
+        (90, 1, 16, 512, 64, 64, torch.bfloat16),  # a tile on one multiprocessor
+        (86, 400, 16, 128, 48, 32, torch.float16),  # split, rope parts padded
+        (90, None, 128, 64, 16, 16, torch.bfloat16),  # several tiles of heads, wgmma's form
+    ],
+)
+def test_packed_caches(cache_format, capability, sms, heads, rank, rope, page_size, dtype):
+    new, past = ([2, 0, 1], [70, 3, 0]) if rank == 512 else MIXED
+    check(batch(new, past, heads, rank, rope, page_size, dtype, cache_format), Gpu.of(capability, sms), cache_format)
 
 
 @pytest.mark.parametrize("sms", [1, 400], ids=["direct", "split"])
@@ -123,7 +141,7 @@ def test_shared_pages_are_read_only():
 
 
 def test_cache_of_another_dtype():
-    check(batch([2, 1], [9, 30], 6, 64, 16, 16, torch.bfloat16, cache_dtype=torch.float16), Gpu.of(90))
+    check(batch([2, 1], [9, 30], 6, 64, 16, 16, torch.bfloat16, cache_format="float16"), Gpu.of(90))
 
 
 def test_only_padding_and_only_empty_sequences():
