@@ -22,7 +22,8 @@ def store(slot, latent, k_pe, FORMAT: tl.constexpr, RANK: tl.constexpr, ROPE: tl
     scale = tl.div_rn(tl.max(tl.abs(x), 1), tl.full([GROUPS], 448.0, tl.float32))
     scale = tl.where(scale == 0.0, 1.0, scale)
     scale = tl.where(any_nan(x), float("nan"), scale)
-    codes = _to_e4m3(tl.clamp(tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape)), -448.0, 448.0))
+    scaled = tl.div_rn(x, tl.broadcast_to(scale[:, None], x.shape))
+    codes = _to_e4m3(tl.clamp(scaled, -448.0, 448.0, tl.PropagateNan.ALL))
     store_words(slot, to_words(tl.reshape(codes, [RANK]), 8), RANK // 4)
     scales = (slot + start(FORMAT, "scales", RANK, ROPE)).to(tl.pointer_type(tl.float32))
     tl.store(scales + tl.arange(0, GROUPS), scale)
@@ -50,23 +51,38 @@ def column(d):
 
 
 @triton.jit
-def load_latent(cells, real, first, dtype: tl.constexpr, FORMAT: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
+def load_latent(cells, real, first, go, dtype: tl.constexpr, FORMAT: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
                 K: tl.constexpr):  # fmt: skip
     """Elements first .. first + K of the latents that lie at `cells`, [n, K], in the order of `column`.
 
-    The bits of an e4m3 number are those of a float16 of a 256th of its value, NaN apart, which its scale then is.
+    `go` is None or a condition that always holds: see kernel.py.
     """
     GROUP: tl.constexpr = _group(RANK)
-    GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
-    i = tl.arange(0, K // 4)
-    words = tl.load(cells[:, None] + first // 4 + i[None, :], mask=real[:, None], other=0)
-    even = ((words << 7) & 0x3F803F80) | ((words << 8) & -0x7FFF8000)
-    odd = ((words >> 1) & 0x3F803F80) | (words & -0x7FFF8000)
-    values = tl.reshape(lanes(tl.join(even, odd), tl.float16), [cells.shape[0], GROUPS, K // GROUPS]).to(tl.float32)
-    g = first // GROUP + tl.arange(0, GROUPS)
+    words = tl.load(cells[:, None] + first // 4 + tl.arange(0, K // 4)[None, :], mask=real[:, None], other=0)
+    g = first // GROUP + tl.arange(0, (K + GROUP - 1) // GROUP)
     place = (cells + start(FORMAT, "scales", RANK, ROPE)).to(tl.pointer_type(tl.float32))
     scale = tl.load(place[:, None] + g[None, :], mask=real[:, None], other=0.0) * 256.0
-    return tl.reshape(values * scale[:, :, None], [cells.shape[0], K]).to(dtype)
+    if go is None:
+        latent = _values(words, scale, dtype)
+    else:
+        latent = tl.zeros([cells.shape[0], K], dtype)
+        if go:
+            latent = _values(words, scale, dtype)
+    return latent
+
+
+@triton.jit
+def _values(words, scale, dtype: tl.constexpr):
+    """words [n, K / 4] and 256 times the scales [n, groups] -> [n, K].
+
+    The bits of an e4m3 number are those of a float16 of a 256th of its value, NaN apart, which its scale then is.
+    """
+    K: tl.constexpr = words.shape[1] * 4
+    even = ((words << 7) & 0x3F803F80) | ((words << 8) & -0x7FFF8000)
+    odd = ((words >> 1) & 0x3F803F80) | (words & -0x7FFF8000)
+    values = lanes(tl.join(even, odd), tl.float16)
+    values = tl.reshape(values, [words.shape[0], scale.shape[1], K // scale.shape[1]]).to(tl.float32)
+    return tl.reshape(values * scale[:, :, None], [words.shape[0], K]).to(dtype)
 
 
 @triton.jit

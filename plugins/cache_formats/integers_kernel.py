@@ -91,7 +91,7 @@ def _scale(largest, STEPS: tl.constexpr):
 def _codes(x, scale, HALF: tl.constexpr):
     """x in units of scale [n], whole numbers as float32 [n, m]; their squared error [n]."""
     wide = tl.broadcast_to(scale.to(tl.float32)[:, None], x.shape)
-    codes = nearest(tl.clamp(tl.div_rn(x, wide), -HALF * 1.0, HALF - 1.0))
+    codes = nearest(tl.clamp(tl.div_rn(x, wide), -HALF * 1.0, HALF - 1.0, tl.PropagateNan.ALL))
     error = codes * wide - x
     return codes, tl.sum(error * error, 1)
 
@@ -103,16 +103,40 @@ def column(d):
 
 
 @triton.jit
-def load_codes(cells, real, first, dtype: tl.constexpr, FORMAT: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr):
-    """Elements first .. first + K as base(dtype) + code [n, K], in the order of `column`. `first` is a multiple of 16."""
+def load_codes(cells, real, first, go, dtype: tl.constexpr, FORMAT: tl.constexpr, RANK: tl.constexpr, K: tl.constexpr):
+    """Elements first .. first + K as base(dtype) + code [n, K], in the order of `column`. `first` is a multiple of 16.
+
+    `go` is None or a condition that always holds: see kernel.py.
+    """
     BITS: tl.constexpr = bits(FORMAT, "latent")
-    BASE: tl.constexpr = _base_bits(dtype)
-    i = tl.arange(0, K // 16)
+    left, right, tops = _load_words(cells, real, first, RANK, K, BITS)
+    if go is None:
+        codes = _unpacked(left, right, tops, dtype, BITS)
+    else:
+        codes = tl.zeros([cells.shape[0], K], dtype)
+        if go:
+            codes = _unpacked(left, right, tops, dtype, BITS)
+    return codes
+
+
+@triton.jit
+def _load_words(cells, real, first, RANK: tl.constexpr, K: tl.constexpr, BITS: tl.constexpr):
+    """Words of even and of odd number, and those of the second plane, [n, K / 16] each; that one only for 6 bits."""
+    i = tl.arange(0, K // 16)[None, :]
     there = real[:, None]
-    place = cells[:, None] + first // 8 + i[None, :] * 2
+    place = cells[:, None] + first // 8 + i * 2
     left, right = tl.load(place, mask=there, other=0), tl.load(place + 1, mask=there, other=0)
+    tops = left
     if BITS == 6:
-        tops = tl.load(cells[:, None] + RANK // 8 + first // 16 + i[None, :], mask=there, other=0)
+        tops = tl.load(cells[:, None] + RANK // 8 + first // 16 + i, mask=there, other=0)
+    return left, right, tops
+
+
+@triton.jit
+def _unpacked(left, right, tops, dtype: tl.constexpr, BITS: tl.constexpr):
+    """What `_load_words` gives -> base(dtype) + code [n, K]."""
+    BASE: tl.constexpr = _base_bits(dtype)
+    if BITS == 6:
         low = tops & 0xFFFF
         high = (tops >> 16) & 0xFFFF
         left_pairs = _six_bits(_four_bits(left, BASE), low | (low << 8))  # those of codes e and e + 4 lie 16 bits apart now
@@ -122,7 +146,7 @@ def load_codes(cells, real, first, dtype: tl.constexpr, FORMAT: tl.constexpr, RA
     x0, x1 = tl.join(left_pairs[0], right_pairs[0]), tl.join(left_pairs[1], right_pairs[1])
     x2, x3 = tl.join(left_pairs[2], right_pairs[2]), tl.join(left_pairs[3], right_pairs[3])
     pairs = tl.join(tl.join(x0, x2), tl.join(x1, x3))  # [n, K / 16, 2, 2, 2]
-    return tl.reshape(lanes(pairs, dtype), [cells.shape[0], K])
+    return tl.reshape(lanes(pairs, dtype), [left.shape[0], left.shape[1] * 16])
 
 
 @triton.jit
@@ -152,18 +176,30 @@ def latent_scale(cells, real, FORMAT: tl.constexpr, RANK: tl.constexpr, ROPE: tl
 
 
 @triton.jit
-def load_latent(cells, real, first, dtype: tl.constexpr, FORMAT: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
+def load_latent(cells, real, first, go, dtype: tl.constexpr, FORMAT: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
                 K: tl.constexpr):  # fmt: skip
-    """Elements first .. first + K of the latents that lie at `cells`, [n, K], in the order of `column`."""
+    """Elements first .. first + K of the latents that lie at `cells`, [n, K], in the order of `column`. `go`: `load_codes`."""
+    BITS: tl.constexpr = bits(FORMAT, "latent")
     GROUP: tl.constexpr = group(FORMAT, RANK)
-    GROUPS: tl.constexpr = (K + GROUP - 1) // GROUP
-    ZERO: tl.constexpr = base(dtype) + (1 << (bits(FORMAT, "latent") - 1))
-    codes = load_codes(cells, real, first, dtype, FORMAT, RANK, K).to(tl.float32) - ZERO
-    g = first // GROUP + tl.arange(0, GROUPS)
-    words = tl.load(cells[:, None] + start(FORMAT, "scales", RANK, ROPE) + g[None, :] // 2, mask=real[:, None], other=0)
-    scale = half_of(words, (g % 2)[None, :])
-    codes = tl.reshape(codes, [cells.shape[0], GROUPS, K // GROUPS]) * scale[:, :, None]
-    return tl.reshape(codes, [cells.shape[0], K]).to(dtype)
+    left, right, tops = _load_words(cells, real, first, RANK, K, BITS)
+    g = first // GROUP + tl.arange(0, (K + GROUP - 1) // GROUP)[None, :]
+    place = cells[:, None] + start(FORMAT, "scales", RANK, ROPE) + g // 2
+    scale = half_of(tl.load(place, mask=real[:, None], other=0), g % 2)
+    if go is None:
+        latent = _scaled(_unpacked(left, right, tops, dtype, BITS), scale, BITS)
+    else:
+        latent = tl.zeros([cells.shape[0], K], dtype)
+        if go:
+            latent = _scaled(_unpacked(left, right, tops, dtype, BITS), scale, BITS)
+    return latent
+
+
+@triton.jit
+def _scaled(codes, scale, BITS: tl.constexpr):
+    """base + code [n, K] and scales [n, groups] -> values [n, K] in the type of codes."""
+    ZERO: tl.constexpr = base(codes.dtype) + (1 << (BITS - 1))
+    groups = tl.reshape(codes.to(tl.float32), [codes.shape[0], scale.shape[1], codes.shape[1] // scale.shape[1]])
+    return tl.reshape(groups * scale[:, :, None] - (scale * ZERO)[:, :, None], codes.shape).to(codes.dtype)  # one operation
 
 
 @triton.jit

@@ -1,6 +1,10 @@
 """Triton: how kernels read and write tokens, whatever their format. FORMAT is its name.
 
 `cells` [n] are pointers to tokens. Latents come in an order that suits the format: element d is element column(d) of the token.
+
+`go` is None, or a condition that always holds, which packed latents are then decoded behind. Triton chooses how an operand of
+mma.sync lies in registers by looking back to where its parts were joined, and comes to pairs that ldmatrix cannot load. It
+does not look past a branch. wgmma, which reads the operand in shared memory, is better off without.
 """
 
 import triton
@@ -37,15 +41,15 @@ def column(d, FORMAT: tl.constexpr):
 
 
 @triton.jit
-def load_latent(cells, real, first, dtype: tl.constexpr, FORMAT: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
+def load_latent(cells, real, first, go, dtype: tl.constexpr, FORMAT: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
                 K: tl.constexpr):  # fmt: skip
     """Elements first .. first + K of latents, [n, K]; 0 where not `real`. `first` is a multiple of K."""
     if kind(FORMAT) == "plain":
         return plain_kernel.load_latent(cells, real, first, dtype, K)
     elif kind(FORMAT) == "fp8":
-        return fp8_kernel.load_latent(cells, real, first, dtype, FORMAT, RANK, ROPE, K)
+        return fp8_kernel.load_latent(cells, real, first, go, dtype, FORMAT, RANK, ROPE, K)
     else:
-        return integers_kernel.load_latent(cells, real, first, dtype, FORMAT, RANK, ROPE, K)
+        return integers_kernel.load_latent(cells, real, first, go, dtype, FORMAT, RANK, ROPE, K)
 
 
 @triton.jit

@@ -19,17 +19,19 @@ FORMATS = ("bfloat16", "float16", "float8_e4m3fn")
 PROGRESS_SECONDS = 10
 
 
-def configs(model: dict, weights: str) -> dict[str, object]:
-    """Static parts of the ops for a model; `weights` float8_e4m3fn goes with bfloat16 activations."""
+def configs(model: dict, weights: str, cache_format: str | None = None) -> dict[str, object]:
+    """Static parts of the ops for a model; `weights` float8_e4m3fn goes with bfloat16 activations, which the cache is of, too,
+    unless it is of another format."""
     from latentrt.plugins.mla_attention.plan import Attention
     from latentrt.plugins.mla_prefill.plan import Prefill
     from latentrt.plugins.moe_experts.plan import Experts
     from latentrt.plugins.moe_route.plan import Routing
 
     dtype = "bfloat16" if weights == "float8_e4m3fn" else weights
+    cache = cache_format or dtype
     return {
-        "mla_attention": Attention(model["heads"], 512, 64, 64, dtype, dtype, 0.1147),
-        "mla_prefill": Prefill(model["heads"], 512, 128, 64, 128, 64, dtype, dtype, 0.1147),
+        "mla_attention": Attention(model["heads"], 512, 64, 64, dtype, cache, 0.1147),
+        "mla_prefill": Prefill(model["heads"], 512, 128, 64, 128, 64, dtype, cache, 0.1147),
         "moe_route": Routing(
             model["experts"], "softmax", model["method"], "max", model["n_group"], model["topk_group"], 6, 0, 1.0, False
         ),
@@ -39,12 +41,18 @@ def configs(model: dict, weights: str) -> dict[str, object]:
     }  # fmt: skip
 
 
-def tuned(capability: int, formats: tuple[str, ...] = FORMATS) -> Iterator[tuple[str, KernelSpec]]:
-    """(label, spec) of every kernel of both models on one architecture, each once."""
+def tuned(
+    capability: int, formats: tuple[str, ...] = FORMATS, caches: tuple[str, ...] | None = None
+) -> Iterator[tuple[str, KernelSpec]]:  # fmt: skip
+    """(label, spec) of every kernel of both models on one architecture, each once.
+
+    formats: of weights. caches: packed cache formats, all unless given, each with the first of `formats`.
+    """
     seen = set()
+    chosen = [(f, None) for f in formats] + [(formats[0], c) for c in (packed_caches() if caches is None else caches)]
     for name, model in MODELS.items():
-        for weights in formats:
-            for op, config in configs(model, weights).items():
+        for weights, cache in chosen:
+            for op, config in configs(model, weights, cache).items():
                 try:
                     specs = ops.part(op, "plan").kernels(config, Gpu.of(capability))
                 except PlanError:  # FP8 where the hardware has none
@@ -52,7 +60,15 @@ def tuned(capability: int, formats: tuple[str, ...] = FORMATS) -> Iterator[tuple
                 for spec in specs:
                     if spec not in seen:
                         seen.add(spec)
-                        yield f"{name} {weights}", spec
+                        yield f"{name} {cache or weights}", spec
+
+
+def packed_caches() -> tuple[str, ...]:
+    """The cache formats that lie in words."""
+    from latentrt.plugins import cache_formats
+    from latentrt.plugins.mla_attention.plan import cache_elements
+
+    return tuple(name for name in cache_formats.NAMES if cache_elements(name) == "i32")
 
 
 def _compile(job: tuple[str, KernelSpec, int, Path | None]) -> tuple[str, KernelSpec, int, CompiledKernel | str]:

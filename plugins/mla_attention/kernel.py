@@ -85,11 +85,12 @@ def _attend_pages(q, q_pe, position, cache, pages, lo, hi, scale_log2e, M: tl.co
         token = page.to(tl.int64) * PAGE + n0 % PAGE
         page = tl.load(pages + tl.minimum(n0 + BLOCK_N, hi - 1) // PAGE)
         cells = cache + token * WIDTH + tl.arange(0, BLOCK_N) * WIDTH
+        go = None if UNCHAIN else n0 < hi
         if FOLDS:
-            keys = cells_kernel.load_codes(cells, n < hi, 0, q.dtype, FORMAT, RANK, RANK)
+            keys = cells_kernel.load_codes(cells, n < hi, 0, go, q.dtype, FORMAT, RANK, RANK)
             scale = cells_kernel.latent_scale(cells, n < hi, FORMAT, RANK, ROPE)
         else:
-            keys = cells_kernel.load_latent(cells, n < hi, 0, q.dtype, FORMAT, RANK, ROPE, RANK)
+            keys = cells_kernel.load_latent(cells, n < hi, 0, go, q.dtype, FORMAT, RANK, ROPE, RANK)
             scale = None
         keys_pe = cells_kernel.load_rope(cells, n < hi, q.dtype, FORMAT, RANK, ROPE, ROPE_PAD)
         scores = _score(q, q_pe, keys, keys_pe, shift, scale, n0, lo, hi, M, BLOCK_N, UNCHAIN) * scale_log2e

@@ -104,7 +104,8 @@ def workspace_bytes(config: Attention, target: Gpu) -> int:
 
 def _tile(config: Attention, size: str, target: Gpu) -> tuple[Tile, int, int]:
     """The tile, and the heads and query rows in it."""
-    tile = TILES[target.capability][size]
+    packed = ".packed" if cache_elements(config.cache_format) == "i32" else ""
+    tile = TILES[target.capability][size + packed]
     block_h = min(power_of_two(config.heads), tile.block_m)
     return tile, block_h, tile.block_m // block_h
 

@@ -59,7 +59,7 @@ def expand(w_uk, w_uv, cache, block_table, cached_lengths, query_starts, num_tok
     key = tl.zeros([TOKENS, NOPE], tl.float32)
     value = tl.zeros([TOKENS, VALUE], tl.float32)
     for k0 in tl.range(0, RANK, BLOCK_K, num_stages=STAGES):
-        x = cells_kernel.load_latent(cells, real, k0, w_uk.dtype.element_ty, FORMAT, RANK, ROPE, BLOCK_K)
+        x = cells_kernel.load_latent(cells, real, k0, None, w_uk.dtype.element_ty, FORMAT, RANK, ROPE, BLOCK_K)
         key = tl.dot(x, tl.trans(tl.load(uk + k0)), key)
         value = tl.dot(x, tl.load(uv + k0 * VALUE), value)
     at = head * segment + slot  # [TOKENS]

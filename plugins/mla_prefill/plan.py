@@ -153,8 +153,9 @@ def _expand_kernel(config: Prefill, target: Gpu) -> KernelSpec:
     )  # fmt: skip
     grid = f"(slots / {tile.tokens}, {config.heads}) of each segment"
     return KernelSpec(
-        "mla_prefill", "expand", arguments, tuple(constexprs.items()), tile.expand_warps, tile.expand_stages, grid, "f16"
-    )
+        "mla_prefill", "expand", arguments, tuple(constexprs.items()), tile.expand_warps, tile.expand_stages, grid, "f16",
+        tile.expand_spills_because,
+    )  # fmt: skip
 
 
 def _attend_kernel(config: Prefill, states: bool, target: Gpu) -> KernelSpec:

@@ -30,7 +30,7 @@ def covering_requests():
     for turn, (capability, formats) in enumerate(COVER.items()):
         for weights in formats:
             by_function = {}
-            for _, spec in tuned(capability, (weights,)):
+            for _, spec in tuned(capability, (weights,), ()):
                 by_function.setdefault(spec.function + spec.op, []).append(spec)
             for specs in by_function.values():
                 yield specs[turn % len(specs)], capability
@@ -38,6 +38,13 @@ def covering_requests():
         for model in (V2_LITE, V2):
             config = configs(model, "bfloat16")["mla_attention"]
             yield attention._attend_kernel(config, "many" if model is V2 else "few", True, Gpu.of(capability)), capability
+    for turn, capability in enumerate(ARCHITECTURES):  # every packed cache on one architecture or two, both tiles on all
+        cache = report.packed_caches()[turn % 4]
+        for model in (V2_LITE, V2):
+            config, target = configs(model, "bfloat16", cache), Gpu.of(capability)
+            yield attention._attend_kernel(config["mla_attention"], "many" if model is V2 else "few", True, target), capability
+        yield attention.append_kernel(config["mla_attention"]), capability
+        yield prefill._expand_kernel(config["mla_prefill"], target), capability
 
 
 @pytest.fixture(scope="module")
@@ -63,8 +70,9 @@ def attend_kernels(covering):
     for metadata in [k.metadata for k in covering]:
         spec, constants = metadata["spec"], dict(metadata["spec"]["constexprs"])
         if (spec["op"], spec["function"]) == ("mla_attention", "attend") and "lse" not in constants:
-            pairs = constants["ROWS"] * constants["BLOCK_H"]
-            (tile,) = (t for t in TILES[metadata["architecture"]].values() if t.block_m == pairs)
+            pairs, packed = constants["ROWS"] * constants["BLOCK_H"], constants["FORMAT"] in report.packed_caches()
+            tiles = [t for name, t in TILES[metadata["architecture"]].items() if name.endswith(".packed") == packed]
+            (tile,) = (t for t in tiles if t.block_m == pairs)
             yield metadata, tile
 
 
@@ -74,8 +82,8 @@ def test_as_many_attention_programs_fit_a_multiprocessor_as_plans_assume(coverin
         capability, registers = metadata["architecture"], -(-metadata["registers"] // 8) * 8 * 32 * tile.warps
         shared = (get(capability).shared_bytes + 1024) // (metadata["shared_bytes"] + 1024)  # a block's KiB is the system's
         assert min(shared, 65536 // registers) == tile.ctas, (capability, tile)
-        seen.add((capability, tile.block_m))
-    assert len(seen) == 2 * len(ARCHITECTURES)
+        seen.add((capability, tile.block_m, metadata["spec"]["arguments"][2][1] == "*i32"))
+    assert len(seen) == 4 * len(ARCHITECTURES)
 
 
 def test_hopper_computes_scores_once(covering):
@@ -179,6 +187,6 @@ def test_gates_find_what_is_wrong(tmp_path):
 def test_spec_survives_json():
     from dataclasses import asdict
 
-    for _, spec in tuned(90, FORMATS[:1]):
+    for _, spec in tuned(90, FORMATS[:1], ()):
         assert aot.spec_from_json(json.loads(json.dumps(asdict(spec)))) == spec
     assert set(MODELS) == {"V2", "V2-Lite"}

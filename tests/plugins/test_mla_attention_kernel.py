@@ -102,8 +102,34 @@ def test_real_width(capability):
     ],
 )
 def test_packed_caches(cache_format, capability, sms, heads, rank, rope, page_size, dtype):
-    new, past = ([2, 0, 1], [70, 3, 0]) if rank == 512 else MIXED
+    new, past = MIXED if heads == 16 and rank < 512 else ([2, 0, 1], [70, 3, 0])
     check(batch(new, past, heads, rank, rope, page_size, dtype, cache_format), Gpu.of(capability, sms), cache_format)
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")  # numpy's, of NaN and of what overflows
+@pytest.mark.parametrize("cache_format", PACKED)
+def test_appended_tokens_are_those_that_the_format_encodes(cache_format):
+    """Sizes from what float16 scales cannot hold to what they round to nothing; zeros; NaN; infinity."""
+    rank, rope, layout = 64, 16, cache_formats.get(cache_format)
+    generator = torch.Generator().manual_seed(7)
+    sizes = 2.0 ** torch.arange(-40, 24, 2)
+    latent, k_pe = (torch.randn(len(sizes), n, generator=generator) * sizes[:, None] for n in (rank, rope))
+    special = torch.tensor([0.0, float("nan"), float("inf"), -float("inf"), -0.0])
+    latent[-5:, 3], k_pe[-5:, 2] = special, special.flip(0)
+    latent[0], k_pe[0] = 0.0, 0.0
+    latent, k_pe = latent.bfloat16(), k_pe.bfloat16()
+    rows = len(sizes)
+    cache = torch.zeros(rows // 16 + 1, 16, layout.width(rank, rope), dtype=torch.int32)
+    table = torch.arange(1, rows // 16 + 1, dtype=torch.int32)[None]
+    lengths = [torch.tensor(x, dtype=torch.int32) for x in ([0], [0, rows], [rows])]
+    queries = torch.zeros(rows, 2, rank).bfloat16(), torch.zeros(rows, 2, rope).bfloat16()
+    mla_attention_(*queries, latent, k_pe, cache, table, *lengths, SCALE, cache_format, Gpu.of(90))
+    written, expected = cache[1:].flatten(0, 1), layout.encode(latent, k_pe)
+    decoded = [torch.cat(layout.decode(rows, rank, rope), -1) for rows in (written, expected)]
+    torch.testing.assert_close(*decoded, rtol=0, atol=0, equal_nan=True)
+    finite = ~decoded[1].isnan().any(-1)
+    assert finite.sum() > rows - 6
+    assert torch.equal(written[finite], expected[finite])
 
 
 @pytest.mark.parametrize("sms", [1, 400], ids=["direct", "split"])

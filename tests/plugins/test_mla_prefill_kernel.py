@@ -10,7 +10,7 @@ from latentrt.plugins.launch.plan import PlanError
 from latentrt.plugins.mla_prefill.kernel import mla_prefill_
 from latentrt.plugins.mla_prefill.plan import Prefill, plan
 from latentrt.plugins.mla_prefill.reference import mla_prefill
-from tests.plugins.test_mla_attention_kernel import MIXED, batch
+from tests.plugins.test_mla_attention_kernel import MIXED, PACKED, batch
 
 pytestmark = pytest.mark.slow
 
@@ -32,8 +32,8 @@ def prompt(new, past, heads, widths=WIDTHS, page_size=16, dtype=torch.bfloat16, 
     return [q_nope.to(dtype), *tensors[:3], *expansions, *tensors[3:]]
 
 
-def check(arguments, target, segment=None):
-    cache_format = str(arguments[CACHE].dtype).removeprefix("torch.")
+def check(arguments, target, segment=None, cache_format=None):
+    cache_format = cache_format or str(arguments[CACHE].dtype).removeprefix("torch.")
     mine = [a.clone() if i == CACHE else a for i, a in enumerate(arguments)]
     attended = mla_prefill_(*mine, SCALE, cache_format, target, segment)
     expected, cache = mla_prefill(*arguments, SCALE, cache_format)
@@ -57,6 +57,19 @@ def test_mixed_batch(capability, heads, widths, page_size, dtype, segment):
     check(prompt(*MIXED, heads, widths, page_size, dtype), Gpu.of(capability), segment)
 
 
+@pytest.mark.parametrize("cache_format", PACKED)
+@pytest.mark.parametrize(
+    ("capability", "widths", "dtype"),
+    [
+        (90, dict(rank=512, nope=32, rope=64, v=16), torch.bfloat16),
+        (86, dict(rank=128, nope=16, rope=48, v=32), torch.float16),
+    ],
+)
+def test_packed_caches(cache_format, capability, widths, dtype):
+    arguments = prompt([7, 0, 20], [5, 3, 70], 2, widths, 64, dtype, cache_format=cache_format)
+    check(arguments, Gpu.of(capability), 128, cache_format)
+
+
 @pytest.mark.parametrize("capability", [86, 90])
 def test_chunks_longer_than_a_tile_continue_prefixes(capability):
     """Rows of one tile whose causal limits lie in different segments; sequences that begin inside a segment."""
@@ -75,7 +88,7 @@ def test_shared_pages_are_read_only(segment):
 
 
 def test_cache_of_another_dtype():
-    check(prompt([2, 1], [9, 30], 2, cache_dtype=torch.float16), Gpu.of(90))
+    check(prompt([2, 1], [9, 30], 2, cache_format="float16"), Gpu.of(90))
 
 
 def test_only_padding_and_only_empty_sequences():
