@@ -66,9 +66,8 @@ def tuned(
 def packed_caches() -> tuple[str, ...]:
     """The cache formats that lie in words."""
     from latentrt.plugins import cache_formats
-    from latentrt.plugins.mla_attention.plan import cache_elements
 
-    return tuple(name for name in cache_formats.NAMES if cache_elements(name) == "i32")
+    return cache_formats.PACKED
 
 
 def _compile(job: tuple[str, KernelSpec, int, Path | None]) -> tuple[str, KernelSpec, int, CompiledKernel | str]:

@@ -62,7 +62,7 @@ def check(arguments, target, cache_format=None):
     assert not attended[int(arguments[8]) :].any(), "padding rows must be zero"
 
 
-PACKED = [name for name, layout in cache_formats.FORMATS.items() if layout.dtype == torch.int32]
+PACKED = cache_formats.PACKED
 MIXED = ([7, 1, 0, 13, 1], [5, 0, 3, 130, 63])  # chunks, first token, nothing new, a full page about to begin
 
 

@@ -182,7 +182,9 @@ def find(precision: str, accuracy: str, cache_format: str) -> Tolerances:
     if key not in rows:
         raise KeyError(f"no tolerances for precision {key!r}, known: {', '.join(rows)}")
     own = "bfloat16" if key in ("bf16", "fp8") else "float32"  # what the row itself is for
-    others = {"bf16": {}, "fp8": {}, "int8 fast": _CACHES, "int4 fast": _CACHES}.get(key, {"float16": _CACHES["float16"]})
+    packed = {name: row for name, row in _CACHES.items() if name != "float16"}
+    others = {"bf16": packed, "fp8": packed, "int8 fast": _CACHES, "int4 fast": _CACHES}
+    others = others.get(key, {"float16": _CACHES["float16"]})
     if cache_format not in (own, *others):
         raise KeyError(f"no tolerances for {key} with cache format {cache_format!r}, known: {', '.join((own, *others))}")
     if cache_format == own:

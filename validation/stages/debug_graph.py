@@ -155,7 +155,8 @@ class TorchGraph(DebugGraph):
 
     def empty_caches(self, num_pages: int) -> list[torch.Tensor]:
         shape = (num_pages, self.page_size, self.width)
-        return [torch.full(shape, torch.nan, dtype=self.cache_dtype, device=self.device) for _ in range(self.num_layers)]
+        nothing = torch.nan if self.cache_dtype.is_floating_point else -1  # a packed format's scales are NaN then
+        return [torch.full(shape, nothing, dtype=self.cache_dtype, device=self.device) for _ in range(self.num_layers)]
 
     @torch.inference_mode()
     def execute(self, form: str, feeds: Feeds, caches: list[torch.Tensor]) -> dict[str, np.ndarray]:

@@ -8,7 +8,6 @@ from latentrt.export.options import AUTO, TargetSpec
 PRECISIONS = ("fp32", "int8", "int4")
 ACCURACIES = ("exact", "fast")
 CACHE_FORMATS = ("float32", "float16")
-PACKED = ("fp8", "int6", "int6r", "int4")  # cache formats that only own kernels know
 
 
 @dataclass(frozen=True)
@@ -19,15 +18,28 @@ class CpuOptions:
     accuracy: str = "fast"
     cache_format: str = "float32"
 
+    @property
+    def is_plain(self) -> bool:
+        """Whether ONNX Runtime itself can read the cache, and not only own kernels."""
+        return self.cache_format in CACHE_FORMATS
+
     def check(self) -> None:
         """Raises BuildError that lists the choices."""
-        for name, choices in (("precision", PRECISIONS), ("accuracy", ACCURACIES), ("cache_format", CACHE_FORMATS + PACKED)):
+        accepted = CACHE_FORMATS if self.cache_format in CACHE_FORMATS else CACHE_FORMATS + packed()
+        for name, choices in (("precision", PRECISIONS), ("accuracy", ACCURACIES), ("cache_format", accepted)):
             value = getattr(self, name)
             if value not in choices:
                 raise BuildError(f"{name} is {value!r}, accepted for target cpu: {', '.join(choices)}")
-        if self.cache_format in PACKED and (self.precision == "fp32" or self.accuracy != "fast"):
+        if not self.is_plain and (self.precision == "fp32" or self.accuracy != "fast"):
             found = f"cache_format is {self.cache_format!r}, precision {self.precision}, accuracy {self.accuracy}"
             raise BuildError(f"{found}; packed caches are read by own kernels, which run int8 and int4 at accuracy fast")
+
+
+def packed() -> tuple[str, ...]:
+    """The cache formats of packed tokens. Asked for when one is needed: it takes torch."""
+    from latentrt.plugins import cache_formats
+
+    return cache_formats.PACKED
 
 
 def resolve(spec: TargetSpec) -> CpuOptions:

@@ -77,7 +77,7 @@ class OnnxruntimeLowering(Lowering):
             if self.choices.precision != "fp32" and (own := with_own_kernels(proto)):
                 native = scratch / "native.onnx"
                 native.write_bytes(own.SerializeToString())
-            if self.choices.cache_format in choices.PACKED:
+            if not self.choices.is_plain:
                 if native is None:
                     found = f"cache_format is {self.choices.cache_format!r}"
                     raise BuildError(f"{found}, which own kernels alone read, and these do not take this model")
