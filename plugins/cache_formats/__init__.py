@@ -6,12 +6,12 @@ One file per kind. base.py says what a format answers.
 from latentrt.plugins.cache_formats import fp8, integers, plain
 from latentrt.plugins.cache_formats.base import CacheFormat, Field
 
-__all__ = ["DTYPES", "FORMATS", "NAMES", "PACKED", "CacheFormat", "Field", "get"]
+__all__ = ["ELEMENTS", "FORMATS", "NAMES", "PACKED", "CacheFormat", "Field", "get"]
 
 FORMATS: dict[str, CacheFormat] = {f.name: f for f in (*plain.FORMATS, *fp8.FORMATS, *integers.FORMATS)}
 NAMES = tuple(FORMATS)
 PACKED = tuple(name for name, f in FORMATS.items() if f.kernel != "plain")
-DTYPES = tuple({f.dtype: None for f in FORMATS.values()})
+ELEMENTS = tuple(dict.fromkeys(f.element for f in FORMATS.values()))  # types of caches, in torch's words
 
 
 def get(name: str) -> CacheFormat:

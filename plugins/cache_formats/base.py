@@ -1,9 +1,16 @@
-"""What a cache format answers. Kernels, plans, graphs, backends and validation ask it, and know no format by name."""
+"""What a cache format answers. Kernels, plans, graphs, backends and validation ask it, and know no format by name.
+
+Plans and the options of a build ask before torch is there: only encoding and decoding import it.
+"""
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:
+    import torch
+
+_BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
 
 
 @dataclass(frozen=True)
@@ -17,13 +24,14 @@ class Field:
 
 
 class CacheFormat(ABC):
-    """How one token's latent (kv_lora_rank elements) and k_pe (qk_rope_head_dim) lie in a page [page_size, width] of `dtype`.
+    """How one token's latent (kv_lora_rank elements) and k_pe (qk_rope_head_dim) lie in a page [page_size, width].
 
-    `rotated`: latents are given in the basis of rotation.py, where they have no outliers; the weights see to that.
+    A page's elements are of type `element`, torch's word. `rotated`: latents are given in the basis of rotation.py, where they
+    have no outliers; the weights see to that.
     """
 
     name: str
-    dtype: torch.dtype
+    element: str
     kernel: str  # of the files *_kernel.py the one that reads and writes it on a GPU
     rotated: bool = False
 
@@ -32,16 +40,27 @@ class CacheFormat(ABC):
         """What a token holds, in order."""
 
     @abstractmethod
-    def encode(self, latent: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
+    def encode(self, latent: "torch.Tensor", k_pe: "torch.Tensor") -> "torch.Tensor":
         """[..., kv_lora_rank], [..., qk_rope_head_dim] -> [..., width] of `dtype`."""
 
     @abstractmethod
-    def decode(self, rows: torch.Tensor, kv_lora_rank: int, qk_rope_head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, rows: "torch.Tensor", kv_lora_rank: int, qk_rope_head_dim: int) -> "tuple[torch.Tensor, torch.Tensor]":
         """[..., width] -> latent [..., kv_lora_rank] and k_pe [..., qk_rope_head_dim]: floats."""
 
+    @property
+    def dtype(self) -> "torch.dtype":
+        """`element` as torch's type."""
+        import torch
+
+        return getattr(torch, self.element)
+
+    @property
+    def element_bytes(self) -> int:
+        return _BYTES[self.element]
+
     def width(self, kv_lora_rank: int, qk_rope_head_dim: int) -> int:
-        """Elements of `dtype` per token and layer."""
-        return self.bytes_per_token(kv_lora_rank, qk_rope_head_dim) // self.dtype.itemsize
+        """Elements per token and layer."""
+        return self._starts(kv_lora_rank, qk_rope_head_dim)[""]
 
     @property
     def folds(self) -> bool:
@@ -49,19 +68,19 @@ class CacheFormat(ABC):
         return False
 
     def start(self, name: str, kv_lora_rank: int, qk_rope_head_dim: int) -> int:
-        """The element of `dtype` in a token at which field `name` begins."""
+        """The element of a token at which field `name` begins."""
         return self._starts(kv_lora_rank, qk_rope_head_dim)[name]
 
     def bytes_per_token(self, kv_lora_rank: int, qk_rope_head_dim: int) -> int:
-        """Bytes per token and layer. Every field begins at a whole element of `dtype`."""
-        return self._starts(kv_lora_rank, qk_rope_head_dim)[""] * self.dtype.itemsize
+        """Bytes per token and layer. Every field begins at a whole element."""
+        return self.width(kv_lora_rank, qk_rope_head_dim) * self.element_bytes
 
     def _starts(self, kv_lora_rank: int, qk_rope_head_dim: int) -> dict[str, int]:
         """Where every field begins; under "" where the last one ends."""
         starts, at = {}, 0
         for field in self.fields(kv_lora_rank, qk_rope_head_dim):
             starts[field.name] = at
-            at += -(-field.elements * field.bits // (8 * self.dtype.itemsize))
+            at += -(-field.elements * field.bits // (8 * self.element_bytes))
         return starts | {"": at}
 
     def refusal(self, kv_lora_rank: int, qk_rope_head_dim: int) -> str | None:

@@ -5,12 +5,12 @@ rotated.
 """
 
 from dataclasses import dataclass
-
-import torch
-import torch.nn.functional as F
+from typing import TYPE_CHECKING
 
 from latentrt.plugins.cache_formats.base import CacheFormat, Field
-from latentrt.plugins.cache_formats.words import pack_halves, unpack_halves
+
+if TYPE_CHECKING:
+    import torch
 
 GROUP, LARGEST = 128, 448.0
 
@@ -18,7 +18,7 @@ GROUP, LARGEST = 128, 448.0
 @dataclass(frozen=True)
 class Fp8(CacheFormat):
     name: str = "fp8"
-    dtype: torch.dtype = torch.int32
+    element: str = "int32"
     kernel: str = "fp8"
 
     def fields(self, kv_lora_rank: int, qk_rope_head_dim: int) -> list[Field]:
@@ -30,16 +30,24 @@ class Fp8(CacheFormat):
             return "it takes a kv_lora_rank that 32 divides, and a qk_rope_head_dim that 8 divides"
         return None
 
-    def encode(self, latent: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
+    def encode(self, latent: "torch.Tensor", k_pe: "torch.Tensor") -> "torch.Tensor":
+        import torch
+
+        from latentrt.plugins.cache_formats.words import pack_halves
+
         rank = latent.shape[-1]
-        groups = F.pad(latent.float(), (0, -rank % GROUP)).unflatten(-1, (-1, GROUP))
+        groups = torch.nn.functional.pad(latent.float(), (0, -rank % GROUP)).unflatten(-1, (-1, GROUP))
         scale = groups.abs().amax(-1) / LARGEST
         scale = torch.where(scale == 0, 1.0, scale)
         values = (groups / scale[..., None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).flatten(-2)[..., :rank]
         planes = values.contiguous().view(torch.int32), scale.contiguous().view(torch.int32)
         return torch.cat([*planes, pack_halves(k_pe.to(torch.bfloat16))], -1)
 
-    def decode(self, rows: torch.Tensor, kv_lora_rank: int, qk_rope_head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, rows: "torch.Tensor", kv_lora_rank: int, qk_rope_head_dim: int) -> "tuple[torch.Tensor, torch.Tensor]":
+        import torch
+
+        from latentrt.plugins.cache_formats.words import unpack_halves
+
         groups = -(-kv_lora_rank // GROUP)
         latent, scale, k_pe = rows.split([kv_lora_rank // 4, groups, qk_rope_head_dim // 2], -1)
         values = latent.contiguous().view(torch.float8_e4m3fn).float()

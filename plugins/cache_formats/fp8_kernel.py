@@ -10,7 +10,7 @@ from latentrt.plugins.cache_formats.packed_kernel import any_nan, lanes, nearest
 
 
 @constexpr_function
-def _group(RANK):  # noqa: N803
+def _group(RANK):
     return min(fp8.GROUP, RANK)
 
 

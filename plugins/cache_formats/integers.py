@@ -7,14 +7,14 @@ little and gives finer steps to all. A scale is rounded to float16 before codes 
 """
 
 from dataclasses import dataclass
-
-import torch
+from typing import TYPE_CHECKING
 
 from latentrt.plugins.cache_formats.base import CacheFormat, Field
-from latentrt.plugins.cache_formats.words import pack, pack_halves, unpack, unpack_halves, word_count
+
+if TYPE_CHECKING:
+    import torch
 
 GRID = {8: (127.0,), 6: (31.0, 33.0, 35.0, 38.0), 4: (7.0, 7.5, 8.0, 8.5, 9.0, 10.0)}
-SMALLEST = 2.0**-24  # float16 above 0
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class Integers(CacheFormat):
     latent_bits: int
     rope_bits: int
     group: int = 0
-    dtype: torch.dtype = torch.int32
+    element: str = "int32"
     kernel: str = "integers"
     rotated: bool = True
 
@@ -49,15 +49,22 @@ class Integers(CacheFormat):
     def folds(self) -> bool:
         return not self.group
 
-    def encode(self, latent: torch.Tensor, k_pe: torch.Tensor) -> torch.Tensor:
-        group, (rank, rope) = self._group(latent.shape[-1]), (latent.shape[-1], k_pe.shape[-1])
-        codes, scale = quantize(latent.unflatten(-1, (-1, group)), self.latent_bits)
-        rope_codes, rope_scale = quantize(k_pe[..., None, :], self.rope_bits)
+    def encode(self, latent: "torch.Tensor", k_pe: "torch.Tensor") -> "torch.Tensor":
+        import torch
+
+        from latentrt.plugins.cache_formats.words import pack, pack_halves, quantize
+
+        groups = latent.unflatten(-1, (-1, self._group(latent.shape[-1])))
+        codes, scale = quantize(groups, self.latent_bits, GRID[self.latent_bits])
+        rope_codes, rope_scale = quantize(k_pe[..., None, :], self.rope_bits, GRID[self.rope_bits])
         planes = [pack(codes.flatten(-2), self.latent_bits), pack(rope_codes.flatten(-2), self.rope_bits)]
-        assert (rank, rope) == (codes.flatten(-2).shape[-1], rope_codes.shape[-1])
         return torch.cat([*planes, pack_halves(torch.cat([scale, rope_scale], -1))], -1)
 
-    def decode(self, rows: torch.Tensor, kv_lora_rank: int, qk_rope_head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def decode(self, rows: "torch.Tensor", kv_lora_rank: int, qk_rope_head_dim: int) -> "tuple[torch.Tensor, torch.Tensor]":
+        import torch
+
+        from latentrt.plugins.cache_formats.words import unpack, unpack_halves, word_count
+
         groups = kv_lora_rank // self._group(kv_lora_rank)
         sizes = [word_count(kv_lora_rank, self.latent_bits), word_count(qk_rope_head_dim, self.rope_bits)]
         latent, k_pe, scales = rows.split([*sizes, rows.shape[-1] - sum(sizes)], -1)
@@ -70,26 +77,6 @@ class Integers(CacheFormat):
         if not self.group:
             return kv_lora_rank
         return self.group if kv_lora_rank % self.group == 0 else self.group // 2
-
-
-def quantize(x: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """[..., n] -> codes [..., n] from 0 to 2^bits - 1, int32, and one float16 scale [...]. NaN or infinity make a scale so."""
-    x, half = x.float(), 1 << bits - 1
-    largest = x.abs().amax(-1)
-    best = None
-    for steps in GRID[bits]:
-        scale = (largest / steps).to(torch.float16)
-        scale = torch.where(scale == 0, SMALLEST, scale)  # NaN stays
-        wide = scale.float()[..., None]
-        codes = (x / wide).round().clamp(-half, half - 1)
-        error = (codes * wide - x).square().sum(-1)
-        if best is None:
-            best = codes, scale, error
-        else:
-            better = error < best[2]
-            best = tuple(torch.where(better[..., None] if new.dim() > better.dim() else better, new, old)
-                         for new, old in zip((codes, scale, error), best, strict=True))  # fmt: skip
-    return best[0].nan_to_num(0).to(torch.int32) + half, best[1]
 
 
 FORMATS = (Integers("int6", 6, 8), Integers("int6r", 6, 6), Integers("int4", 4, 8, 64))

@@ -15,13 +15,13 @@ from latentrt.plugins.cache_formats.packed_kernel import any_nan, half_of, lanes
 
 
 @constexpr_function
-def _steps(BITS, i):  # noqa: N803
+def _steps(BITS, i):
     """Candidate i for what a group's largest element becomes."""
     return integers.GRID[BITS][i]
 
 
 @constexpr_function
-def _candidates(BITS):  # noqa: N803
+def _candidates(BITS):
     return len(integers.GRID[BITS])
 
 

@@ -65,6 +65,6 @@ def load_rope(cells, real, dtype: tl.constexpr, FORMAT: tl.constexpr, RANK: tl.c
 
 
 @triton.constexpr_function
-def zero(FORMAT, dtype):  # noqa: N803
+def zero(FORMAT, dtype):
     """Which of load_codes' numbers stands for 0."""
     return _base(dtype) + (1 << (bits(FORMAT, "latent") - 1))

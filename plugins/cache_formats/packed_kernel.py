@@ -14,7 +14,7 @@ def to_words(codes, BITS: tl.constexpr):
 
 @triton.jit
 def spread(words, BITS: tl.constexpr):
-    """int32 [...] -> the integers of BITS bits in each, from the lowest on: [..., 2, 2] for 8 bits, one axis more per halving."""
+    """int32 [...] -> the integers of BITS bits in each, from the lowest on: [..., 2, 2] for 8 bits, each half one axis more."""
     codes = tl.join(words, words >> 16)
     codes = tl.join(codes, codes >> 8)
     if BITS <= 4:

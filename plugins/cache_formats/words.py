@@ -4,8 +4,12 @@
 bits, and behind all of them the upper two from bit 2 (e % 16) of word e // 16 on. What is left of a last word is zero.
 """
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
+
+SMALLEST = 2.0**-24  # float16 above 0
 
 
 def word_count(elements: int, bits: int) -> int:
@@ -43,3 +47,26 @@ def pack_halves(values: torch.Tensor) -> torch.Tensor:
 def unpack_halves(words: torch.Tensor, dtype: torch.dtype, elements: int) -> torch.Tensor:
     """The way back."""
     return words.contiguous().view(dtype)[..., :elements]
+
+
+def quantize(x: torch.Tensor, bits: int, grid: Sequence[float]) -> tuple[torch.Tensor, torch.Tensor]:
+    """[..., n] -> codes [..., n] from 0 to 2^bits - 1, int32, and one float16 scale [...]. NaN or infinity make a scale so.
+
+    grid: what a largest element may become in steps; the candidate whose squared error is smallest is taken.
+    """
+    x, half = x.float(), 1 << bits - 1
+    largest = x.abs().amax(-1)
+    best = None
+    for steps in grid:
+        scale = (largest / steps).to(torch.float16)
+        scale = torch.where(scale == 0, SMALLEST, scale)  # NaN stays
+        wide = scale.float()[..., None]
+        codes = (x / wide).round().clamp(-half, half - 1)
+        error = (codes * wide - x).square().sum(-1)
+        if best is None:
+            best = codes, scale, error
+        else:
+            better = error < best[2]
+            best = tuple(torch.where(better[..., None] if new.dim() > better.dim() else better, new, old)
+                         for new, old in zip((codes, scale, error), best, strict=True))  # fmt: skip
+    return best[0].nan_to_num(0).to(torch.int32) + half, best[1]

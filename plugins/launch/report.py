@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
-from latentrt.plugins import architecture, ops
+from latentrt.plugins import architecture, cache_formats, ops
 from latentrt.plugins.architecture import Gpu
 from latentrt.plugins.launch.compile import CompiledKernel, compile_kernel, findings
 from latentrt.plugins.launch.plan import KernelSpec, PlanError
@@ -49,7 +49,7 @@ def tuned(
     formats: of weights. caches: packed cache formats, all unless given, each with the first of `formats`.
     """
     seen = set()
-    chosen = [(f, None) for f in formats] + [(formats[0], c) for c in (packed_caches() if caches is None else caches)]
+    chosen = [(f, None) for f in formats] + [(formats[0], c) for c in (cache_formats.PACKED if caches is None else caches)]
     for name, model in MODELS.items():
         for weights, cache in chosen:
             for op, config in configs(model, weights, cache).items():
@@ -61,13 +61,6 @@ def tuned(
                     if spec not in seen:
                         seen.add(spec)
                         yield f"{name} {cache or weights}", spec
-
-
-def packed_caches() -> tuple[str, ...]:
-    """The cache formats that lie in words."""
-    from latentrt.plugins import cache_formats
-
-    return cache_formats.PACKED
 
 
 def _compile(job: tuple[str, KernelSpec, int, Path | None]) -> tuple[str, KernelSpec, int, CompiledKernel | str]:

@@ -13,6 +13,8 @@ import torch
 from latentrt.plugins import cache_formats
 from latentrt.plugins.contract import ACTIVATIONS, INT32, AttributeSpec, OpContract, OutputSpec, TensorSpec, register
 
+CACHES = tuple(getattr(torch, element) for element in cache_formats.ELEMENTS)
+
 
 def check_cache(tensors: dict, attributes: dict) -> str | None:
     """What the contract's dimensions cannot say: the cache fits its format."""
@@ -32,7 +34,7 @@ CONTRACT = OpContract(
         TensorSpec("q_pe", ("T", "H", "qk_rope_head_dim"), ACTIVATIONS),
         TensorSpec("latent", ("T", "kv_lora_rank"), ACTIVATIONS),
         TensorSpec("k_pe", ("T", "qk_rope_head_dim"), ACTIVATIONS),
-        TensorSpec("cache", ("num_pages", "page_size", "cache_width"), cache_formats.DTYPES),
+        TensorSpec("cache", ("num_pages", "page_size", "cache_width"), CACHES),
         TensorSpec("block_table", ("B", "max_pages"), (INT32,)),
         TensorSpec("cached_lengths", ("B",), (INT32,)),
         TensorSpec("query_starts", ("B + 1",), (INT32,)),

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from functools import lru_cache, partial
 from math import e, log2
 
+from latentrt.plugins import cache_formats
 from latentrt.plugins.architecture import Gpu
 from latentrt.plugins.launch.plan import ELEMENTS, KernelSpec, Launch, Plan, bind, cdiv, place, power_of_two, require
 from latentrt.plugins.mla_attention.tiles import FEW, TILES, Tile
@@ -21,16 +22,12 @@ _require = partial(require, "mla_attention")
 
 
 def cache_elements(cache_format: str) -> str:
-    """The type of a cache's elements in Triton's words. Formats are asked when a plan is made, since they need torch."""
-    from latentrt.plugins import cache_formats
-
-    return ELEMENTS[str(cache_formats.get(cache_format).dtype).removeprefix("torch.")]
+    """The type of a cache's elements in Triton's words."""
+    return ELEMENTS[cache_formats.get(cache_format).element]
 
 
 def check_format(op: str, cache_format: str, kv_lora_rank: int, qk_rope_head_dim: int) -> None:
     """PlanError unless kernels take caches of this format and these sizes."""
-    from latentrt.plugins import cache_formats
-
     accepted = [name for name in cache_formats.NAMES if cache_elements(name) in CACHE_ELEMENTS]
     require(op, cache_format in accepted, "cache_format", cache_format, ", ".join(accepted))
     sizes = (kv_lora_rank, qk_rope_head_dim)

@@ -28,8 +28,8 @@ def survey(cached_lengths, query_starts, num_tokens, used, sequences, TOKENS: tl
 @triton.jit(do_not_specialize=["begin", "segment", "sequences", "max_pages"])
 def expand(w_uk, w_uv, cache, block_table, cached_lengths, query_starts, num_tokens, used, keys, keys_pe, values, begin,
            segment, sequences, max_pages, NOPE: tl.constexpr, VALUE: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
-           ROPE_PAD: tl.constexpr, PAGE: tl.constexpr, FORMAT: tl.constexpr, TOKENS: tl.constexpr, BLOCK_K: tl.constexpr, STAGES: tl.constexpr,
-           SEARCH: tl.constexpr):  # fmt: skip
+           ROPE_PAD: tl.constexpr, PAGE: tl.constexpr, FORMAT: tl.constexpr, TOKENS: tl.constexpr, BLOCK_K: tl.constexpr,
+           STAGES: tl.constexpr, SEARCH: tl.constexpr):  # fmt: skip
     """Slots begin .. begin + segment: keys [H, segment, NOPE], keys_pe [segment, ROPE_PAD], values [H, segment, VALUE].
 
     A program computes TOKENS slots of one head; slots past the end of their sequence are zero.

@@ -11,7 +11,7 @@ import torch
 
 from latentrt.plugins import cache_formats
 from latentrt.plugins.contract import ACTIVATIONS, INT32, AttributeSpec, OpContract, OutputSpec, TensorSpec, register
-from latentrt.plugins.mla_attention.op import check_cache
+from latentrt.plugins.mla_attention.op import CACHES, check_cache
 
 CONTRACT = OpContract(
     name="mla_prefill",
@@ -23,7 +23,7 @@ CONTRACT = OpContract(
         TensorSpec("k_pe", ("T", "qk_rope_head_dim"), ACTIVATIONS),
         TensorSpec("w_uk", ("H", "qk_nope_head_dim", "kv_lora_rank"), ACTIVATIONS),
         TensorSpec("w_uv", ("H", "kv_lora_rank", "v_head_dim"), ACTIVATIONS),
-        TensorSpec("cache", ("num_pages", "page_size", "cache_width"), cache_formats.DTYPES),
+        TensorSpec("cache", ("num_pages", "page_size", "cache_width"), CACHES),
         TensorSpec("block_table", ("B", "max_pages"), (INT32,)),
         TensorSpec("cached_lengths", ("B",), (INT32,)),
         TensorSpec("query_starts", ("B + 1",), (INT32,)),

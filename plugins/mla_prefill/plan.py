@@ -148,8 +148,8 @@ def _expand_kernel(config: Prefill, target: Gpu) -> KernelSpec:
         ("keys_pe", x), ("values", x), ("begin", "i32"), ("segment", "i32"), ("sequences", "i32"), ("max_pages", "i32"),
     )  # fmt: skip
     constexprs = _dims(config, target) | dict(
-        RANK=config.kv_lora_rank, PAGE=config.page_size, FORMAT=config.cache_format, BLOCK_K=min(tile.block_k, config.kv_lora_rank),
-        STAGES=tile.expand_stages,
+        RANK=config.kv_lora_rank, PAGE=config.page_size, FORMAT=config.cache_format,
+        BLOCK_K=min(tile.block_k, config.kv_lora_rank), STAGES=tile.expand_stages,
     )  # fmt: skip
     grid = f"(slots / {tile.tokens}, {config.heads}) of each segment"
     return KernelSpec(

@@ -83,7 +83,7 @@ def test_extremes_in_a_packed_cache(name):
 @given(st.sampled_from([4, 6]), st.integers(1, 16).map(lambda n: 32 * n), st.integers(0, 2**32))
 def test_searched_scales_are_never_worse_than_the_usual_one(bits, count, seed):
     x = torch.from_numpy(np.random.default_rng(seed).standard_normal((5, count), dtype=np.float32))
-    codes, scale = integers.quantize(x, bits)
+    codes, scale = words.quantize(x, bits, integers.GRID[bits])
     half = 1 << bits - 1
     usual = (x.abs().amax(-1) / (half - 1)).half().float()[:, None]
     plain = ((x / usual).round().clamp(-half, half - 1) * usual - x).double().square().sum(-1)

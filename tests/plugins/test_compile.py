@@ -8,6 +8,7 @@ import pytest
 import typer
 
 from latentrt.commands.kernels import kernels
+from latentrt.plugins import cache_formats
 from latentrt.plugins.architecture import ARCHITECTURES, Gpu, get
 from latentrt.plugins.launch import compile as aot
 from latentrt.plugins.launch import report
@@ -39,7 +40,7 @@ def covering_requests():
             config = configs(model, "bfloat16")["mla_attention"]
             yield attention._attend_kernel(config, "many" if model is V2 else "few", True, Gpu.of(capability)), capability
     for turn, capability in enumerate(ARCHITECTURES):  # every packed cache on one architecture or two, both tiles on all
-        cache = report.packed_caches()[turn % 4]
+        cache = cache_formats.PACKED[turn % 4]
         for model in (V2_LITE, V2):
             config, target = configs(model, "bfloat16", cache), Gpu.of(capability)
             yield attention._attend_kernel(config["mla_attention"], "many" if model is V2 else "few", True, target), capability
@@ -70,7 +71,7 @@ def attend_kernels(covering):
     for metadata in [k.metadata for k in covering]:
         spec, constants = metadata["spec"], dict(metadata["spec"]["constexprs"])
         if (spec["op"], spec["function"]) == ("mla_attention", "attend") and "lse" not in constants:
-            pairs, packed = constants["ROWS"] * constants["BLOCK_H"], constants["FORMAT"] in report.packed_caches()
+            pairs, packed = constants["ROWS"] * constants["BLOCK_H"], constants["FORMAT"] in cache_formats.PACKED
             tiles = [t for name, t in TILES[metadata["architecture"]].items() if name.endswith(".packed") == packed]
             (tile,) = (t for t in tiles if t.block_m == pairs)
             yield metadata, tile

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 from latentrt.export.errors import BuildError
 from latentrt.export.options import AUTO, TargetSpec
+from latentrt.plugins import cache_formats
 
 PRECISIONS = ("fp32", "int8", "int4")
 ACCURACIES = ("exact", "fast")
@@ -25,21 +26,14 @@ class CpuOptions:
 
     def check(self) -> None:
         """Raises BuildError that lists the choices."""
-        accepted = CACHE_FORMATS if self.cache_format in CACHE_FORMATS else CACHE_FORMATS + packed()
-        for name, choices in (("precision", PRECISIONS), ("accuracy", ACCURACIES), ("cache_format", accepted)):
+        caches = CACHE_FORMATS + cache_formats.PACKED
+        for name, choices in (("precision", PRECISIONS), ("accuracy", ACCURACIES), ("cache_format", caches)):
             value = getattr(self, name)
             if value not in choices:
                 raise BuildError(f"{name} is {value!r}, accepted for target cpu: {', '.join(choices)}")
         if not self.is_plain and (self.precision == "fp32" or self.accuracy != "fast"):
             found = f"cache_format is {self.cache_format!r}, precision {self.precision}, accuracy {self.accuracy}"
             raise BuildError(f"{found}; packed caches are read by own kernels, which run int8 and int4 at accuracy fast")
-
-
-def packed() -> tuple[str, ...]:
-    """The cache formats of packed tokens. Asked for when one is needed: it takes torch."""
-    from latentrt.plugins import cache_formats
-
-    return cache_formats.PACKED
 
 
 def resolve(spec: TargetSpec) -> CpuOptions:

@@ -6,8 +6,9 @@ from latentrt.export import targets
 from latentrt.export.errors import BuildError
 from latentrt.export.lowering.tensorrt import package
 from latentrt.export.options import AUTO, TargetSpec
+from latentrt.plugins import cache_formats
 
-CACHE_FORMAT = "bfloat16"  # unless another is asked for
+CACHE_FORMATS = ("bfloat16", *cache_formats.PACKED)  # the first unless another is asked for
 
 
 @dataclass(frozen=True)
@@ -18,19 +19,12 @@ class GpuOptions:
     version: str
 
 
-def _packed() -> tuple[str, ...]:
-    """The cache formats of packed tokens. Asked for when one is needed: it takes torch."""
-    from latentrt.plugins import cache_formats
-
-    return cache_formats.PACKED
-
-
 def resolve(spec: TargetSpec) -> GpuOptions:
     """What the specification chooses. Raises BuildError for what cannot be had."""
     row = spec.target
-    cache_format = CACHE_FORMAT if spec.cache_format == AUTO else spec.cache_format
-    if cache_format != CACHE_FORMAT and cache_format not in _packed():
-        accepted = f"accepted for target {row.name}: auto, {', '.join((CACHE_FORMAT, *_packed()))}"
+    cache_format = CACHE_FORMATS[0] if spec.cache_format == AUTO else spec.cache_format
+    if cache_format not in CACHE_FORMATS:
+        accepted = f"accepted for target {row.name}: auto, {', '.join(CACHE_FORMATS)}"
         raise BuildError(f"cache_format is {spec.cache_format!r}, {accepted}")
     version = package.require(row.backend, row.name)
     if row.backend == "tensorrt":
