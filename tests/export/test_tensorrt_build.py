@@ -70,6 +70,16 @@ def built(traced, tmp_path_factory) -> Path:
     return folder / "bundle"
 
 
+@pytest.fixture(scope="module")
+def packed(traced, tmp_path_factory) -> Path:
+    """The example for one GPU with a cache of 6 bits."""
+    folder = tmp_path_factory.mktemp("packed")
+    with traced.remembered() as patch:
+        patch.setattr(gpu_kernels, "compile_all", lambda specs, capability, progress=None: kernel_files(folder, capability))
+        build(EXAMPLE, folder / "bundle", "sm89", cache_format="int6", prefill="absorbed")
+    return folder / "bundle"
+
+
 @pytest.mark.parametrize(("name", "precision"), [("sm86", "bf16"), ("sm89", "fp8"), ("sm120", "fp8")])
 def test_targets(built, name, precision):
     bundle = Bundle(built)
@@ -267,10 +277,26 @@ def test_prefill_that_cannot_be_had(options, message, tmp_path):
     assert message in str(error.value) and not (tmp_path / "bundle").exists()
 
 
-@pytest.mark.parametrize("form", ["absorbed", "expanded"])
-def test_no_layer_copies_a_cache(built, tmp_path, form):
+def test_a_packed_cache_is_words(packed):
+    """What the manifest says that a token takes, and TensorRT was given, is what the format's formula says."""
+    bundle = Bundle(packed)
+    _, target = bundle.target()
+    rank, rope = (bundle.manifest.config[name] for name in ("kv_lora_rank", "qk_rope_head_dim"))
+    words = (rank * 6 // 8 + rope + 4) // 4  # 6 and 8 bits, two float16 scales
+    assert (target.cache.format, target.cache.dtype, target.cache.bytes_per_token) == ("int6", "int32", LAYERS * words * 4)
+    graph = onnx.load(bundle.file(target.engines["absorbed"].onnx)).graph
+    caches = [v for v in (*graph.input, *graph.output) if v.name.startswith("latent_cache.")]
+    assert len(caches) == 2 * LAYERS
+    for value in caches:
+        assert value.type.tensor_type.elem_type == onnx.TensorProto.INT32
+        assert [d.dim_value for d in value.type.tensor_type.shape.dim][1:] == [64, words]
+    assert bundle.manifest.weight_sets[target.weight_set].rotated
+
+
+@pytest.mark.parametrize(("bundle", "form"), [("built", "absorbed"), ("built", "expanded"), ("packed", "absorbed")])
+def test_no_layer_copies_a_cache(request, tmp_path, bundle, form):
     """The engine's own listing: every cache goes from its network input into the plugin, and out as a network output."""
-    bundle = Bundle(built)
+    bundle = Bundle(request.getfixturevalue(bundle))
     _, target = bundle.target("sm89")
     engine = target.engines[form]
     profiles = [{n: r.model_dump() for n, r in p.items()} for p in engine.profiles.values()]
@@ -291,7 +317,8 @@ def test_no_layer_copies_a_cache(built, tmp_path, form):
         assert re.findall(r", latent_cache\.(\d+) ", inputs) == re.findall(r", latent_cache\.(\d+)\.updated ", outputs)
     largest = max(p["latent_cache.0"].max for p in engine.profiles.values())
     memory = [int(text.split()[-2]) for text in told if text.startswith("Total Activation")]
-    assert len(memory) == len(engine.profiles) and max(memory) < 0.1 * prod(largest) * 2, "bytes of one bfloat16 cache"
+    size = target.cache.bytes_per_token // LAYERS * prod(largest[:2])
+    assert len(memory) == len(engine.profiles) and max(memory) < 0.1 * size, "bytes of one cache"
 
 
 def test_steps_allocate_nothing_so_that_they_can_be_captured(tmp_path):

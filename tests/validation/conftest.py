@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import onnx
@@ -69,8 +70,8 @@ def copied(tiny_bundle, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
-def gpu_bundle(traced, tmp_path_factory) -> Path:
-    """The example for sm86 (bf16) and sm89 (fp8); plans and kernels are stand-ins, which nothing here reads."""
+def stand_ins():
+    """A context in which builds for GPUs get stand-ins for plans and kernels, which nothing here reads."""
     pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13: the package that builds")
     from latentrt.export.lowering.tensorrt import gpu_kernels
     from latentrt.export.lowering.tensorrt import package as tensorrt_package
@@ -79,9 +80,20 @@ def gpu_bundle(traced, tmp_path_factory) -> Path:
         Path(job.plan).write_bytes(b"plan %d" % job.compute_capability)
         Path(job.network).write_text("[]")
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tensorrt_package, "run", run)
-        patch.setattr(gpu_kernels, "compile_all", lambda specs, capability, progress=None: [])
+    @contextmanager
+    def patched():
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(tensorrt_package, "run", run)
+            patch.setattr(gpu_kernels, "compile_all", lambda specs, capability, progress=None: [])
+            yield
+
+    return patched
+
+
+@pytest.fixture(scope="session")
+def gpu_bundle(traced, stand_ins, tmp_path_factory) -> Path:
+    """The example for sm86 (bf16) and sm89 (fp8)."""
+    with stand_ins():
         return traced.build_once("example.gpu", EXAMPLE, tmp_path_factory.mktemp("gpu") / "bundle", "sm86,sm89")
 
 

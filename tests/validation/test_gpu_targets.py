@@ -56,6 +56,15 @@ def test_the_example_passes(judged, target, tolerances):
     assert {LAYER, WORST, KL, FORMULA} <= {c.name for c in comparison.findings.checks if c.limit is not None}
 
 
+def test_a_packed_cache_passes(traced, stand_ins, tmp_path):
+    with stand_ins():
+        path = traced.build_once("example.gpu.int6", EXAMPLE, tmp_path / "bundle", "sm86", cache_format="int6")
+    evidence, comparison = validate(path, EXAMPLE, count=TOKENS, **TORCH_ON_CPU)
+    assert evidence["tolerances"] == "bf16, int6 cache"
+    assert not [c for c in comparison.findings.checks if not c.passed]
+    assert comparison.findings.fidelity["kl_mean"] > 1e-4  # tokens were rounded: bf16 alone has 3e-5
+
+
 def test_the_report_says_what_was_executed(judged, tmp_path):
     evidence, comparison = judged["sm89"]
     executed = evidence["executed"]
