@@ -38,7 +38,11 @@ def parse_file(file: Path, raw: Any, note: Note = lambda text: None) -> Config:
 
 def read(path: Path | str) -> Any:
     """`path`/config.json as it is. ConfigError if that cannot be read."""
-    file = Path(path) / "config.json"
+    return read_file(Path(path) / "config.json")
+
+
+def read_file(file: Path) -> Any:
+    """A configuration's JSON as it is. ConfigError if that cannot be read."""
     try:
         return json.loads(file.read_text(encoding="utf-8-sig"))
     except FileNotFoundError:

@@ -1,0 +1,128 @@
+"""What a model's dimensions tell: parameters, bytes of weights and of cached tokens, operations of a token."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import prod
+
+from latentrt.errors import UserError
+from latentrt.export.models import registry
+from latentrt.export.models.base import Config, Weight
+from latentrt.export.quantization import BFloat16, Fp8, WeightFormat
+from latentrt.plugins import cache_formats
+
+ROUTED = ("gate_up", "down")  # roles of the weights that all routed experts of a layer share
+
+
+@dataclass(frozen=True)
+class Parts:
+    """A sum over a model's weights: of the routed experts, of the embedding, and of all others."""
+
+    routed: float
+    embedding: float
+    rest: float
+
+    @property
+    def total(self) -> float:
+        return self.routed + self.embedding + self.rest
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that plans are made for."""
+
+    config: Config
+    weights: tuple[Weight, ...]
+
+    @classmethod
+    def of(cls, config: Config) -> "Model":
+        return cls(config, tuple(registry.of(config).weights(config)))
+
+    @property
+    def parameters(self) -> Parts:
+        """How many there are; kv_b_proj counts once, as w_uk and w_uv."""
+        return _parts((weight, prod(weight.shape)) for weight in self.weights)
+
+    @property
+    def active(self) -> float:
+        """Parameters that one token meets, embedding and head among them."""
+        return self.parameters.total - self.parameters.routed * (1 - self.chosen_share)
+
+    @property
+    def chosen_share(self) -> float:
+        """The share of a layer's routed experts that one token chooses."""
+        return self.config.num_experts_per_tok / self.config.n_routed_experts
+
+    def touched_share(self, tokens: float) -> float:
+        """The share of the routed experts that `tokens` tokens choose together, if all are equally likely: 1 - (1 - k/E)^n."""
+        return 1 - (1 - self.chosen_share) ** tokens
+
+    def weight_bytes(self, weight_format: WeightFormat) -> Parts:
+        """Bytes as the format stores them."""
+        return _parts((w, sum(prod(s.shape) * s.dtype.itemsize for s in weight_format.stored(w))) for w in self.weights)
+
+    def linear_operations(self, weight_format: WeightFormat, head: float = 1.0) -> tuple[float, float]:
+        """Operations (2 a product and sum) of one token with weights: those with quantized weights, and all others.
+
+        head: the share of tokens that get logits. In bfloat16 nothing is quantized.
+        """
+        quantized = plain = 0.0
+        for weight in self.weights:
+            share = self.chosen_share if weight.role in ROUTED else head if weight.role == "head" else 1.0
+            count = 2 * share * prod(weight.shape) if weight.role != "embedding" else 0.0
+            if weight_format.is_quantized(weight):
+                quantized += count
+            else:
+                plain += count
+        return quantized, plain
+
+    @property
+    def absorbed_operations(self) -> int:
+        """Operations of attention for one new token and one that it sees, over latents: scores and sums of all layers."""
+        c = self.config
+        return c.num_hidden_layers * c.num_attention_heads * 2 * (2 * c.kv_lora_rank + c.qk_rope_head_dim)
+
+    @property
+    def expanded_operations(self) -> int:
+        """The same over keys and values of the heads' own width."""
+        c = self.config
+        return c.num_hidden_layers * c.num_attention_heads * 2 * (c.qk_head_dim + c.v_head_dim)
+
+    def cache_bytes(self, cache_format: str) -> int:
+        """Bytes of a token in all layers. UserError if the format does not take the model's sizes."""
+        sizes = (self.config.kv_lora_rank, self.config.qk_rope_head_dim)
+        layout = cache_formats.get(cache_format)
+        if (refusal := layout.refusal(*sizes)) is not None:
+            raise UserError(f"cache format {cache_format!r} at kv_lora_rank {sizes[0]}, qk_rope_head_dim {sizes[1]}: {refusal}")
+        return layout.bytes_per_token(*sizes) * self.config.num_hidden_layers
+
+    def cache_bits(self, cache_format: str) -> float:
+        """Bits of an element of the cache, scales included."""
+        elements = self.config.kv_lora_rank + self.config.qk_rope_head_dim
+        return 8 * self.cache_bytes(cache_format) / (elements * self.config.num_hidden_layers)
+
+    def taken_caches(self) -> list[str]:
+        """The cache formats that take the model's sizes."""
+        sizes = (self.config.kv_lora_rank, self.config.qk_rope_head_dim)
+        return [name for name in cache_formats.NAMES if cache_formats.get(name).refusal(*sizes) is None]
+
+
+def formats(model: Model) -> dict[str, WeightFormat]:
+    """Weight formats by precision, as builds choose them for this model; int4 is left out where it takes no such experts."""
+    from latentrt.export.errors import BuildError
+    from latentrt.export.lowering.onnxruntime.choices import CpuOptions
+    from latentrt.export.lowering.onnxruntime.lowering import weight_format
+
+    found = {"bf16": BFloat16(), "fp8": Fp8()}
+    for precision in ("fp32", "int8", "int4"):
+        try:
+            found[precision] = weight_format(list(model.weights), CpuOptions(precision))
+        except BuildError:
+            continue
+    return dict(sorted(found.items(), key=lambda item: -model.weight_bytes(item[1]).total))
+
+
+def _parts(counted: Iterable[tuple[Weight, int]]) -> Parts:
+    sums = dict.fromkeys(("routed", "embedding", "rest"), 0)
+    for weight, count in counted:
+        sums["routed" if weight.role in ROUTED else "embedding" if weight.role == "embedding" else "rest"] += count
+    return Parts(**sums)
