@@ -6,7 +6,7 @@ ROOMS = ("export", "plugins", "runtime", "validation")
 
 setup(
     packages=[
-        "latentrt", "latentrt.commands", *(f"latentrt.{room}" for room in ROOMS),
+        "latentrt", *(f"latentrt.{package}" for package in find_packages("latentrt")), *(f"latentrt.{room}" for room in ROOMS),
         *(f"latentrt.{room}.{package}" for room in ROOMS for package in find_packages(room)),
     ],
     package_dir={"latentrt": "latentrt"} | {f"latentrt.{room}": room for room in ROOMS},

@@ -227,6 +227,6 @@ def test_a_folder_without_a_model_is_refused(capsys, tmp_path):
 
 def test_a_cache_that_the_model_does_not_fit_is_refused():
     odd = registry.parse(V2 | {"kv_lora_rank": 20})
-    with pytest.raises(UserError, match="cache format 'int6' at kv_lora_rank 20, .*: it takes a kv_lora_rank that 32 divides"):
+    with pytest.raises(UserError, match=r"cache format 'int6' at kv_lora_rank 20, .*: it takes a kv_lora_rank that 32 divides"):
         plan.plan(odd, gpus.chosen(None), 1, None, "int6")
     assert set(plan.plan(odd, gpus.chosen(None), 1, None, "bfloat16")["caches"]) == {"float32", "float16", "bfloat16"}
