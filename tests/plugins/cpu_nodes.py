@@ -237,7 +237,8 @@ def main(threads: int) -> None:
     cases = [linear(rng, rows, 300, 70, block, bits)[:2] for rows in (1, 7) for block in (128, 64) for bits in (8, 4)]
     cases += [experts(rng, tokens, 5, 3, 256, 128, 64)[:2] for tokens in (1, 9)]
     sizes = 64, 16, 64, 32, 16, 32
-    attention = [mla(rng, [(600, 1), (0, 3)], *sizes), mla(rng, [(300, 40)], *sizes, form="expanded")]
+    attention = [mla(rng, [(600, 1), (4, 3)], *sizes, cache_format=name) for name in ("int6", "int6r", "int4", "fp8")]
+    attention += [mla(rng, [(600, 1), (0, 3)], *sizes), mla(rng, [(300, 40)], *sizes, form="expanded")]
     for found, inputs in cases + [(case.model, case.feeds) for case in attention]:
         print(hashlib.sha256(run(found, inputs, threads=threads)[0].tobytes()).hexdigest())
 

@@ -238,10 +238,11 @@ def digests(isa: str, threads: int) -> list[str]:
 
 
 def test_results_do_not_depend_on_processor_and_threads():
-    """Products have the same bits in every instruction set. Attention sums in another order, but not for other threads."""
+    """Products have the same bits in every instruction set, and so has attention over whole numbers. Attention over floats
+    sums in another order, but not for other threads."""
     first = digests("avx512", 1)
     assert digests("avx512", 2) == digests("avx512", 3) == first
-    assert all(digests(isa, 2)[:-2] == first[:-2] for isa in cpu_nodes.ISAS)
+    assert all(digests(isa, 2)[:-3] == first[:-3] for isa in cpu_nodes.ISAS)
 
 
 def test_without_a_compiler_there_is_no_library(monkeypatch, tmp_path):

@@ -38,6 +38,19 @@ Cells::Cells(const std::string& format, int64_t rank, int64_t rope) : rank_(rank
   if (rank / group_ >= MOST_SCALES) throw std::runtime_error("latentrt: kv_lora_rank is too large for a packed cache");
 }
 
+bool Cells::whole() const {
+  return format_ == INTEGERS && rank_ <= MOST_RANK && rope_ <= MOST_ROPE && rank_ / group_ <= WHOLE_GROUPS;
+}
+
+WholeLayout Cells::layout() const {
+  WholeLayout found;
+  found.rank = int(rank_), found.rope = int(rope_), found.group = int(group_);
+  found.latent_coding = latent_bits_ == 6 ? INT6 : INT4, found.rope_coding = rope_bits_ == 6 ? INT6 : INT8;
+  found.latent_high = plane_bytes(rank_, 4), found.rope_high = plane_bytes(rope_, 4);
+  found.rope_low = latent_bytes_, found.scales = latent_bytes_ + rope_bytes_;
+  return found;
+}
+
 void Cells::read(const Kernels& kernels, const uint8_t* cell, float* x) const {
   if (format_ == FLOAT32) {
     std::memcpy(x, cell, bytes_);

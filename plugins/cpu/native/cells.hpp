@@ -12,12 +12,17 @@ class Cells {
   size_t bytes() const { return bytes_; }
   // Whether a cell is the token itself, in float32.
   bool plain() const { return format_ == FLOAT32; }
+  // Whether a cell is whole numbers times scales that attend_whole takes, and where they lie.
+  bool whole() const;
+  WholeLayout layout() const;
   // The token [rank + rope] as float32.
   void read(const Kernels& kernels, const uint8_t* cell, float* x) const;
   void write(const Kernels& kernels, const float* x, uint8_t* cell) const;
 
  private:
   enum Format { FLOAT32, FLOAT16, FP8, INTEGERS };
+  // Sums of products of 16 bits must stay within 32: those of so many 6-bit numbers do, and of k_pe's 8-bit ones.
+  static constexpr int64_t MOST_RANK = 2047, MOST_ROPE = 511;
   static constexpr int64_t FP8_GROUP = 128;
 
   Format format_;

@@ -47,6 +47,31 @@ struct Partial {
 // How elements of a cached token are stored: whole numbers less half their range, or floats.
 enum Coding { INT4, INT6, INT8, E4M3, BF16 };
 
+// Where whole numbers and scales of a token lie in its cell, which begins with the latent's. high: from a plane's beginning on.
+struct WholeLayout {
+  int rank, rope, group;  // group: elements of the latent that share a scale, a multiple of 32
+  Coding latent_coding, rope_coding;
+  size_t latent_high, rope_low, rope_high, scales;
+};
+constexpr int WHOLE_GROUPS = 64;  // most groups of a latent
+
+// QUERIES queries in 16 bits, two elements side by side: [width / 2][QUERIES][2], and what a step is worth for each query.
+struct WholeQueries {
+  int32_t* pairs;
+  float latent_scale[QUERIES], rope_scale[QUERIES];
+};
+
+struct WholeTokens {
+  const uint8_t* const* cells;
+  int count;
+  WholeLayout layout;
+  // Bytes of memory that attending takes.
+  size_t scratch() const {
+    const size_t pairs = size_t(count + 1) / 2, groups = size_t(layout.rank / layout.group);
+    return 4 * (size_t(count) * (QUERIES + groups + 1) + pairs * size_t(layout.rank + QUERIES)) + 32 * size_t(layout.rank + layout.rope);
+  }
+};
+
 struct Kernels {
   const char* name;
   // For weights of `bits` bits.
@@ -71,6 +96,10 @@ struct Kernels {
   uint16_t (*pack)(const float* x, int count, int bits, uint8_t* low, uint8_t* high);
   float (*pack_e4m3)(const float* x, int count, uint8_t* to);  // gives the scale
   void (*pack_bf16)(const float* x, int count, uint16_t* to);
+  // q [width][QUERIES], of which the first `rank` meet latents, into the pairs and scales of `to`.
+  void (*round_queries)(const float* q, int rank, int width, WholeQueries& to);
+  // At most SPLIT tokens of whole numbers; memory as the tokens say.
+  void (*attend_whole)(const WholeQueries& q, const WholeTokens& tokens, Partial& result, void* memory);
 };
 
 // The fastest kernels that this processor has. LATENTRT_CPU_ISA names others, for tests.

@@ -113,23 +113,33 @@ class Absorbed {
         starts_.push_back(items_.size());
         for (int k = 0; k < splits(rows[r].tokens()); ++k) items_.push_back({r, g, k});
       }
-    static thread_local ort::Scratch memory;
+    static thread_local ort::Scratch memory, query_memory;
+    queries_.resize(rows.size() * groups_);
+    auto* given = query_memory.of<float>(queries_.size() * query_size());
+    for (size_t i = 0; i < queries_.size(); ++i) queries_[i].q = given + i * query_size();
     float* values = memory.of<float>(items_.size() * one_);
     parts_.resize(items_.size());
     for (size_t i = 0; i < items_.size(); ++i) parts_[i].values = values + i * one_;
   }
+
+  // Queries of rows that are worked on in parts.
+  int64_t query_tasks() const { return int64_t(queries_.size()); }
+
+  void query_task(size_t i) { prepare(i / groups_, i % groups_, queries_[i]); }
 
   // What is left of a row's own work, or where rows are few, of a row's SPLIT tokens.
   int64_t attend_tasks() const { return whole_rows_ ? int64_t(rows_.size() * groups_) : int64_t(items_.size()); }
 
   void attend_task(size_t i) {
     if (!whole_rows_) {
-      attend(items_[i].row, queries(items_[i].row, items_[i].group), items_[i].split, parts_[i]);
+      attend(items_[i].row, queries_[items_[i].row * groups_ + items_[i].group], items_[i].split, parts_[i]);
       return;
     }
-    static thread_local ort::Scratch memory;
+    static thread_local ort::Scratch memory, query_memory;
     const size_t row = i / groups_, group = i % groups_;
-    const float* q = queries(row, group);
+    Queries q;
+    q.q = query_memory.of<float>(query_size());
+    prepare(row, group, q);
     float* values = memory.of<float>(2 * one_);
     Partial sum{values, {}, {}}, next{values + one_, {}, {}};
     attend(row, q, 0, sum);
@@ -150,10 +160,16 @@ class Absorbed {
   }
 
  private:
-  // The queries of QUERIES heads of a row (zeros where there are fewer heads), scaled: [width][QUERIES].
-  const float* queries(size_t row, size_t group) const {
-    static thread_local ort::Scratch memory;
-    float* q = memory.of<float>(layer_.width * QUERIES);
+  struct Queries {
+    float* q;  // [width][QUERIES]
+    WholeQueries whole;  // for cells of whole numbers
+  };
+
+  size_t query_size() const { return size_t(layer_.width * QUERIES * (layer_.cells.whole() ? 2 : 1)); }
+
+  // The queries of QUERIES heads of a row (zeros where there are fewer heads), scaled.
+  void prepare(size_t row, size_t group, Queries& to) const {
+    float* q = to.q;
     for (int64_t h = 0; h < QUERIES; ++h) {
       const int64_t head = group * QUERIES + h;
       const bool there = head < layer_.heads;
@@ -162,12 +178,16 @@ class Absorbed {
       for (int64_t d = 0; d < layer_.rank; ++d) q[d * QUERIES + h] = there ? a[d] * scale_ : 0;
       for (int64_t d = 0; d < layer_.rope; ++d) q[(layer_.rank + d) * QUERIES + h] = there ? b[d] * scale_ : 0;
     }
-    return q;
+    if (!layer_.cells.whole()) return;
+    to.whole.pairs = reinterpret_cast<int32_t*>(q + layer_.width * QUERIES);
+    kernels_.round_queries(q, int(layer_.rank), int(layer_.width), to.whole);
   }
 
-  void attend(size_t row, const float* q, int split, Partial& result) const {
+  void attend(size_t row, const Queries& queries, int split, Partial& result) const {
     const int64_t from = int64_t(split) * SPLIT, to = std::min<int64_t>(from + SPLIT, rows_[row].tokens());
+    const float* q = queries.q;
     if (layer_.cells.plain()) return attend(row, q, from, to, result);
+    if (layer_.cells.whole()) return attend(row, queries.whole, from, to, result);
     // Tokens that are unpacked should stay in the second cache until they have been read twice.
     static thread_local ort::Scratch memory;
     Partial next{memory.of<float>(one_), {}, {}};
@@ -176,6 +196,14 @@ class Absorbed {
       attend(row, q, t, std::min(t + UNPACKED, to), next);
       merge(result, next, layer_.rank);
     }
+  }
+
+  void attend(size_t row, const WholeQueries& q, int64_t from, int64_t to, Partial& result) const {
+    static thread_local ort::Scratch memory;
+    const uint8_t* cells[SPLIT];
+    for (int64_t t = from; t < to; ++t) cells[t - from] = layer_.cell(*rows_[row].sequence, t);
+    const WholeTokens tokens{cells, int(to - from), layer_.cells.layout()};
+    kernels_.attend_whole(q, tokens, result, memory.bytes(tokens.scratch()));
   }
 
   void attend(size_t row, const float* q, int64_t from, int64_t to, Partial& result) const {
@@ -214,6 +242,7 @@ class Absorbed {
     int split;
   };
   std::vector<Item> items_;
+  std::vector<Queries> queries_;  // by rows, then groups
   std::vector<size_t> starts_;  // of a row's and group's items
   std::vector<Partial> parts_;
 };
@@ -459,6 +488,7 @@ void Mla::compute(const Call& call) const {
     store_chunk(kernels, q_rows.rows() + h * count, count, part(w_uk, h), first,
                 [&](int64_t r) { return q_latent + (r * heads + h) * layer.rank; });
   };
+  const auto query = [&](size_t i) { attention.query_task(i); };
   const auto attend = [&](size_t i) { attention.attend_task(i); };
   const auto merge = [&](size_t i) { attention.merge_task(i); };
   const auto quantize_latents = [&](size_t i) {
@@ -470,6 +500,6 @@ void Mla::compute(const Call& call) const {
                 [&](int64_t r) { return out + (absorbed[r].row * heads + h) * layer.v; });
   };
   call.run({{expanded.empty() ? prepare_tasks : 0, prepare}, {q_rows.tasks(), quantize_q}, {heads * chunks(layer.rank), to_latent},
-            {attention.attend_tasks(), attend}, {attention.merge_tasks(), merge}, {latents.tasks(), quantize_latents},
+            {attention.query_tasks(), query}, {attention.attend_tasks(), attend}, {attention.merge_tasks(), merge}, {latents.tasks(), quantize_latents},
             {heads * chunks(layer.v), from_latent}});
 }
