@@ -31,7 +31,7 @@ class Panels(WeightFormat):
         self.plain_modules = rows.plain_modules
 
     def keeping(self, patterns: Sequence[str]) -> "Panels":
-        return Panels(self.rows.keeping(patterns)) if patterns else self
+        return Panels(self.rows.keeping(patterns))
 
     @classmethod
     def restored(cls, description: Mapping) -> "Panels":
