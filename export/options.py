@@ -4,13 +4,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from latentrt.export import recipe, targets
+from latentrt.export import targets
 from latentrt.export.errors import BuildError
 from latentrt.export.targets import TargetRow
 from latentrt.plugins.step_graph import ABSORBED, EXPANDED
 
 AUTO = "auto"
-QUANTIZED = ("fp8", "int8", "int4")
 
 
 @dataclass(frozen=True)
@@ -25,12 +24,10 @@ class TargetSpec:
     weights: str = "inputs"  # or "embedded" in the plan; a matter of TensorRT
     activations: str = "dynamic"  # scales of FP8 activations: one per token, or "static": one per linear
     forms: tuple[str, ...] = (ABSORBED,)  # of attention; an engine each
-    plain_modules: tuple[str, ...] = ()  # what a recipe leaves plain
 
     def identity(self) -> dict:
         """For JSON: all fields, the target by name."""
-        lists = {"forms": list(self.forms), "plain_modules": list(self.plain_modules)}
-        return asdict(self) | {"target": self.target.name} | lists
+        return asdict(self) | {"target": self.target.name, "forms": list(self.forms)}
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,6 @@ class BuildOptions:
     calibration: Path | None = None
     prefill: str = AUTO
     force: bool = False
-    recipe: Path | None = None
 
     def specs(self) -> list[TargetSpec]:
         """One per target, in order. BuildError for a value that is not accepted, or that concerns no target of this build."""
@@ -73,8 +69,7 @@ class BuildOptions:
         rows = [targets.find(name) for name in names]
         precisions = {row.name: targets.precision(row, self.precision) for row in rows}
         self._check(precisions)
-        plain = recipe.read(self.recipe) if self.recipe else ()
-        return [self._spec(row, precisions[row.name], plain) for row in rows]
+        return [self._spec(row, precisions[row.name]) for row in rows]
 
     def _check(self, precisions: Mapping[str, str]) -> None:
         """`precisions`: target -> precision."""
@@ -86,19 +81,16 @@ class BuildOptions:
             if value != choice.values[0] and not concerned:
                 built = ", ".join(f"target {name} is built in {precision}" for name, precision in precisions.items())
                 raise BuildError(f"{choice.name} is {value!r}, but only {choice.concerns}, and {built}; leave it out")
-        if self.recipe and not set(precisions.values()) & set(QUANTIZED):
-            built = ", ".join(f"target {name} is built in {precision}" for name, precision in precisions.items())
-            raise BuildError(f"recipe is given, which says what stays plain, but {built}, where all does; leave it out")
         if self.activations == "static" and self.calibration is None:
             raise BuildError("activations is 'static', but there are no sample tokens; give them with --calibration FILE")
         if self.activations == "dynamic" and self.calibration is not None:
             raise BuildError("calibration is given, but activations is 'dynamic', which needs none; add --activations static")
 
-    def _spec(self, row: TargetRow, precision: str, plain: tuple[str, ...]) -> TargetSpec:
+    def _spec(self, row: TargetRow, precision: str) -> TargetSpec:
         chosen = {c.name: getattr(self, c.name) if c.applies(row, precision) else c.values[0] for c in CHOICES}
         forms = _forms(row, chosen["weights"], chosen.pop("prefill"))
         own = {"cache_format": self.cache_format, "max_context": self.max_context or 0, "forms": forms}
-        return TargetSpec(row, precision, **own, **chosen, plain_modules=plain if precision in QUANTIZED else ())
+        return TargetSpec(row, precision, **own, **chosen)
 
 
 def _forms(row: TargetRow, weights: str, prefill: str) -> tuple[str, ...]:

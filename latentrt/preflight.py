@@ -7,11 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from latentrt.export import lowering as lowerings
-from latentrt.export import recipe, samples
+from latentrt.export import samples
 from latentrt.export import text as texts
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.errors import BuildError
-from latentrt.export.models import registry
 from latentrt.export.options import BuildOptions, TargetSpec
 from latentrt.export.samples import Samples
 from latentrt.runtime.bundle import writer
@@ -38,8 +37,6 @@ def check(checkpoint: Path | str, out: Path | str, options: BuildOptions = Build
     opened = Checkpoint(checkpoint)
     opened.check()
     _check_context(opened, options.max_context)
-    for spec in specs:
-        recipe.check(spec.plain_modules, registry.of(opened.config).weights(opened.config))
     previous = writer.previous_manifest(out, discard_unreadable=options.force)
     if previous is None or options.force:  # else it may be up to date, and nothing is written
         writer.check_folder(out)

@@ -30,24 +30,16 @@ class OpCall:
 def bodies(model: onnx.ModelProto) -> list[onnx.FunctionProto]:
     """Bodies of all custom ops in `model`. All inputs of their nodes must have a type and a shape.
 
-    Nodes of an op that are used differently, as experts of which some are quantized, get bodies of their own: overloads.
+    A model has one body for an op: all its nodes must be used alike.
     """
     values, found = _values(model.graph), []
     for onnx_type, contract in ops.contracts().items():
         nodes = [n for n in model.graph.node if (n.domain, n.op_type) == (DOMAIN, onnx_type)]
-        calls = []
-        for node in nodes:
-            call = _call(node, contract, values)
-            if call not in calls:
-                calls.append(call)
-                found.append(ops.part(contract.name, "ort").body(call))
-                found[-1].overload = _overload(len(calls) - 1)
-            node.overload = _overload(calls.index(call))
+        calls = [_call(node, contract, values) for node in nodes]
+        assert all(call == calls[0] for call in calls), calls
+        if calls:
+            found.append(ops.part(contract.name, "ort").body(calls[0]))
     return found
-
-
-def _overload(number: int) -> str:
-    return str(number) if number else ""
 
 
 def _values(graph: onnx.GraphProto) -> dict[str, tuple[int, Shape]]:

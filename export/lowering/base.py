@@ -9,9 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
-from latentrt.export import recipe
 from latentrt.export.errors import BuildError
-from latentrt.export.models import registry
 from latentrt.export.models.base import Config, Weight
 from latentrt.export.options import TargetSpec
 from latentrt.export.quantization import WeightFormat
@@ -97,8 +95,7 @@ class Lowering(ABC):
 
     def options(self) -> dict[str, str | int | float | bool]:
         """What the manifest tells of the choices made."""
-        plain = self.spec.plain_modules
-        return {"plain modules": " ".join(plain)} if plain else {}
+        return {}
 
     def limits(self, config: Config) -> Limits:
         """What the target will take."""
@@ -120,9 +117,6 @@ class Lowering(ABC):
         if reason:
             found = f"kv_lora_rank is {config.kv_lora_rank}, qk_rope_head_dim {config.qk_rope_head_dim}"
             raise BuildError(f"cache_format {self.cache_format!r}: {found}; {reason}")
-        if self.spec.plain_modules:
-            weights = registry.of(config).weights(config)
-            recipe.check(self.spec.plain_modules, weights, self.weight_format(weights).blocks)
 
     def engine_bytes(self, config: Config, weights: int) -> int:
         """What the bundle gets beside the weight set, at most: engines, kernels, tokenizer. `weights`: bytes of the set."""

@@ -1,15 +1,12 @@
 """What every weight format answers."""
 
-import copy
-import hashlib
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 
 import torch
 
-from latentrt.export import recipe
 from latentrt.export.models.base import Weight
 
 _CHUNK = 1 << 17  # elements: two float32 copies of them fit a core's second-level cache
@@ -43,20 +40,10 @@ class WeightFormat(ABC):
     row_values: torch.dtype | None = None  # what a checkpoint's own quantized values must be to be taken over
     blocks: Mapping[str, int] = MappingProxyType({})  # role -> inputs that share a scale, at most; 0: all of a channel
     bits: Mapping[str, int] = MappingProxyType({})  # end of a module's name, or else role -> bits of an element; else 8
-    plain_modules: tuple[str, ...] = ()  # patterns of modules that stay plain, see export/recipe.py
 
     def is_quantized(self, weight: Weight) -> bool:
         """Whether `weight` is stored quantized."""
-        return weight.role in self.blocks and not recipe.keeps(self.plain_modules, weight)
-
-    def keeping(self, patterns: Sequence[str]) -> "WeightFormat":
-        """The same format, which leaves the modules that fit `patterns` plain."""
-        if not patterns:
-            return self
-        found = copy.copy(self)
-        found.plain_modules = tuple(patterns)
-        found.key = f"{self.key}.plain-{hashlib.sha256(repr(found.plain_modules).encode()).hexdigest()[:12]}"
-        return found
+        return weight.role in self.blocks
 
     def bits_of(self, weight: Weight) -> int:
         """Bits of one element of a quantized weight."""
@@ -67,8 +54,7 @@ class WeightFormat(ABC):
     def description(self) -> dict:
         """What a bundle's manifest says of the format (runtime/bundle/manifest.py, WeightFormat)."""
         names = ("name", "layout", "plain", "quantized", "scale", "zero_point")
-        lists = {"blocks": dict(self.blocks), "bits": dict(self.bits), "plain_modules": list(self.plain_modules)}
-        return {name: getattr(self, name) for name in names} | lists
+        return {name: getattr(self, name) for name in names} | {"blocks": dict(self.blocks), "bits": dict(self.bits)}
 
     @classmethod
     def restored(cls, description: Mapping) -> "WeightFormat":

@@ -83,7 +83,6 @@ class WeightFormat(_Record):
     zero_point: int = 0
     blocks: dict[str, int] = {}  # role -> inputs that share a scale, at most; 0: all inputs of an output channel
     bits: dict[str, int] = {}  # end of a module's name, which goes before, or role -> bits of an element; else 8
-    plain_modules: list[str] = []  # patterns over the checkpoint's modules: what fits is stored as plain, whatever its role
 
 
 class WeightSet(_Record):

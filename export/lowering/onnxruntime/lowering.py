@@ -54,10 +54,10 @@ class OnnxruntimeLowering(Lowering):
         return super().tools() | {"own_kernels": OWN_KERNELS}
 
     def options(self) -> dict[str, str | int | float | bool]:
-        return {"accuracy": self.choices.accuracy} | super().options()
+        return {"accuracy": self.choices.accuracy}
 
     def weight_format(self, weights: list[Weight]) -> WeightFormat:
-        return weight_format(weights, self.choices).keeping(self.spec.plain_modules)
+        return weight_format(weights, self.choices)
 
     def stored_weights(self, weights: list[Weight]) -> list[Weight]:
         return stored_weights(weights)

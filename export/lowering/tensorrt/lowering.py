@@ -67,7 +67,7 @@ class TensorrtLowering(Lowering):
 
     def options(self) -> dict[str, str | int | float | bool]:
         float8 = {"activations": self.spec.activations} if self.spec.precision == "fp8" else {}
-        return {"weights": self.spec.weights, "prefill": self.spec.forms[-1]} | float8 | super().options()
+        return {"weights": self.spec.weights, "prefill": self.spec.forms[-1]} | float8
 
     def check(self, config: Config) -> None:
         super().check(config)
@@ -81,7 +81,7 @@ class TensorrtLowering(Lowering):
         return super().engine_bytes(config, weights) + forms * config.num_hidden_layers * _LAYER_BYTES + held
 
     def weight_format(self, weights: list[Weight]) -> WeightFormat:
-        return Fp8().keeping(self.spec.plain_modules) if self.spec.precision == "fp8" else BFloat16()
+        return Fp8() if self.spec.precision == "fp8" else BFloat16()
 
     def lower(
         self, models: Mapping[str, ir.Model], config: Config, weights: list[Weight],
