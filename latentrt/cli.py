@@ -11,7 +11,7 @@ from latentrt import __version__, interrupt
 with interrupt.leaves_at_once():
     import typer
 
-    from latentrt.commands import build, kernels, run, validate
+    from latentrt.commands import build, kernels, rank, run, validate
     from latentrt.errors import UserError
 
 USER_ERROR, DEFECT, BROKEN_PIPE = 2, 3, 141  # exit statuses
@@ -19,7 +19,10 @@ VERSIONED = ("torch", "onnx", "onnxruntime", "tensorrt-rtx-cu13", "tensorrt-cu13
 UsageError = typer.BadParameter.__bases__[0]  # of the click that typer carries inside
 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
-COMMANDS = (build.build, run.info, run.generate, run.chat, run.logits, validate.validate, validate.dequantize, kernels.kernels)
+COMMANDS = (
+    build.build, rank.rank, run.info, run.generate, run.chat, run.logits, validate.validate, validate.dequantize,
+    kernels.kernels,
+)  # fmt: skip
 for _command in COMMANDS:
     app.command()(_command)
 

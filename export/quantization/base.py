@@ -29,7 +29,8 @@ class WeightFormat(ABC):
 
     Weights of the roles in `blocks` are stored as `quantized` elements with scales of type `scale`, named `<weight>.scale`:
     weight = (stored - zero_point) * scale. All others are `plain`, and so are weights of `plain_modules`, whatever their role
-    (export/recipe.py). Types are torch's, without the prefix. Elements of fewer bits than 8 (`bits`) are packed along the inputs, lowest bits first; zero_point is that of an element of 8 bits.
+    (export/recipe.py). Types are torch's, without the prefix. Elements of fewer bits than 8 (`bits`) are packed along the
+    inputs, lowest bits first; zero_point is that of an element of 8 bits.
     """
 
     name: str

@@ -27,7 +27,8 @@ class Panels(WeightFormat):
         self.rows = rows
         self.name, self.key = rows.name, f"{rows.key}.{self.layout}"
         self.plain, self.quantized, self.scale, self.zero_point = rows.plain, rows.quantized, rows.scale, rows.zero_point
-        self.row_values, self.blocks, self.bits, self.plain_modules = rows.row_values, rows.blocks, rows.bits, rows.plain_modules
+        self.row_values, self.blocks, self.bits = rows.row_values, rows.blocks, rows.bits
+        self.plain_modules = rows.plain_modules
 
     def keeping(self, modules: Iterable[str]) -> "Panels":
         return Panels(self.rows.keeping(modules))

@@ -61,7 +61,7 @@ class OnnxruntimeLowering(Lowering):
         absorbed = [w.module for w in weights if w.role == "absorbed" and not found.is_quantized(w)]
         if absorbed and self.choices.cache_format in choices.PACKED:
             kept = f"cache_format is {self.choices.cache_format!r}, and the recipe keeps {absorbed[0]} plain"
-            raise BuildError(f"{kept}; own kernels, which alone read packed caches, have it quantized: take it out of the recipe")
+            raise BuildError(f"{kept}; own kernels, which alone read packed caches, want it quantized: take it out")
         return found
 
     def stored_weights(self, weights: list[Weight]) -> list[Weight]:

@@ -33,7 +33,7 @@ def with_own_kernels(model: onnx.ModelProto) -> onnx.ModelProto | None:
     copy = onnx.ModelProto.FromString(model.SerializeToString())
     replace(copy)
     graph = _Graph(copy)
-    left = any(n.op_type == "MatMulNBits" or n.domain == DOMAIN and not _is_plain(n, graph) for n in copy.graph.node)
+    left = any(n.op_type == "MatMulNBits" or (n.domain == DOMAIN and not _is_plain(n, graph)) for n in copy.graph.node)
     return None if left else copy
 
 
@@ -280,7 +280,7 @@ def _experts(node: onnx.NodeProto, graph: _Graph, heads: list[_HeadProducts]) ->
 
 
 def _is_plain(node: onnx.NodeProto, graph: _Graph) -> bool:
-    """A custom op whose weights a recipe left in float32, over a cache that its ONNX function reads: no product of it is ours."""
+    """A custom op whose weights a recipe left in float32, over a cache that its ONNX function reads."""
     if node.op_type == "MoeExperts":
         return all(graph.initializers[name].data_type == _FLOAT for name in node.input[3:5])
     if node.op_type != "MlaAttention" or _attribute(node, "cache_format").decode() not in _MLA:
