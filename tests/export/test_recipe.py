@@ -1,6 +1,7 @@
 """Recipes: what is refused by name, what a format with plain modules stores, and graphs whose layers differ."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,9 @@ from latentrt.export.models.base import Weight
 from latentrt.export.models.deepseek_v2 import weights as deepseek_v2
 from latentrt.export.quantization import Fp8, Int4, Int8, Panels
 from latentrt.plugins.contract import DOMAIN
+from latentrt.plugins.step_graph import LOGITS, caches, count_caches
 from latentrt.runtime import backends
+from latentrt.runtime.backends.torch.graph import StepProgram
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.validation.dequantize import write_checkpoint
 from tests import checkpoints, ragged
@@ -176,7 +179,8 @@ def test_the_cpu_engine_computes_with_the_weights_it_describes(precision, accura
     assert not torch.equal(decoded.read(rounded), original.read(rounded).float())
     sequences = [np.random.default_rng(n).integers(2, 4096, n).tolist() for n in LENGTHS]
     expected = exact_logits(tmp_path / "decoded", sequences)
-    for kernels in ("onnxruntime", *(["native"] if target.engines["absorbed"].native else [])):
+    own = ["native"] if target.engines["absorbed"].native and shutil.which("g++") else []
+    for kernels in ("onnxruntime", *own):
         with backends.load(bundle, cache_tokens=1000, kernels=kernels) as backend:
             found = np.concatenate(ragged.run(ragged.engine_step(backend), sequences, SCHEDULE, Pages(LENGTHS, 64)))
         if accuracy == "exact":
@@ -207,8 +211,26 @@ def test_layers_of_a_gpus_graph_differ(traced, tmp_path):
         assert inputs == ({7} if name == "fp8" else {5, 7})
         session = CpuGraph(graph, stored(checkpoint, weight_format), Pages(LENGTHS, 64).num_pages)
         logits[name] = np.concatenate(ragged.run(session.step, sequences, SCHEDULE, Pages(LENGTHS, 64)))
+    logits["torch"] = np.concatenate(by_torch(graph, stored(checkpoint, weight_format), sequences))
     exact = exact_logits(EXAMPLE, sequences)
     assert kl(exact, logits["recipe"]) < kl(exact, logits["fp8"]) < 0.02
+    assert kl(exact, logits["torch"]) < kl(exact, logits["fp8"])
+
+
+def by_torch(graph: onnx.ModelProto, tensors: dict[str, torch.Tensor], sequences: list[list[int]]) -> list[np.ndarray]:
+    """The torch backend's interpreter, which fuses and merges products: of pairs, one is plain in some layers."""
+    program, pages = StepProgram(graph, tensors, "cpu", "reference"), Pages(LENGTHS, 64)
+    assert program.op_counts["Stack"] and program.op_counts["Float8Linear"], "others are merged and fused as ever"
+    shapes = {i.name: [d.dim_value or pages.num_pages for d in i.type.tensor_type.shape.dim] for i in graph.graph.input}
+    cached = {name: torch.full(shapes[name], torch.nan, dtype=torch.bfloat16) for name in caches(count_caches(shapes))}
+
+    @torch.inference_mode()
+    def step(inputs: dict) -> np.ndarray:
+        found = program.run({n: torch.from_numpy(x) for n, x in inputs.items()} | cached)
+        cached.update({n: found[updated] for n, updated in caches(len(cached)).items()})
+        return found[LOGITS].float().numpy()
+
+    return ragged.run(step, sequences, SCHEDULE, pages)
 
 
 def test_another_recipe_is_another_target(tiny_checkpoint, tmp_path, fast_trace):
