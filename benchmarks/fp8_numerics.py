@@ -183,16 +183,16 @@ def recipe_costs(model: Emulated) -> dict[str, dict[str, float]]:
 def _with_recipe(model: Emulated, kept: list[Ranked]) -> dict[str, float]:
     names = {m for r in kept for m in r.group.modules}
     costs = model.costs([w.module for w in model.weights if w.module not in names])
-    return costs | {"kept modules": len(names), "kB more": sum(r.plain_bytes for r in kept) / 1e3}
+    return costs | {"kept modules": len(names), "MB more": sum(r.plain_bytes for r in kept) / 1e6}
 
 
 def kinds(model: Emulated) -> dict[str, dict[str, float]]:
     """Every kind of module alone, the worst first, and what its inputs add."""
 
     def row(group: Group) -> dict[str, float]:
-        more = sensitivity.plain_bytes(model.weights, model.format, group.modules) / 1e3
+        more = sensitivity.plain_bytes(model.weights, model.format, group.modules) / 1e6
         costs = model.costs(group.modules)
-        return {k: v for k, v in costs.items() if k.startswith("KL")} | {"kB more if plain": more}
+        return {k: v for k, v in costs.items() if k.startswith("KL")} | {"MB more if plain": more}
 
     found = {g.pattern.removeprefix("model.layers.*."): row(g) for g in sensitivity.groups(model.weights, model.format, "kind")}
     return dict(sorted(found.items(), key=lambda item: -item[1]["KL, weights alone"]))
@@ -208,10 +208,10 @@ def integers(checkpoint: Checkpoint, windows: list) -> dict[str, dict[str, float
         ranked = sensitivity.rank(model, sensitivity.groups(model.weights, model.format, "tensor"))
         kept = sensitivity.within(model, ranked, whole.kl / 2)
         names = {m for r in kept for m in r.group.modules}
-        found[f"{precision}, none"] = {"KL": whole.kl, "top-1": whole.top1, "kept modules": 0, "kB more": 0.0}
+        found[f"{precision}, none"] = {"KL": whole.kl, "top-1": whole.top1, "kept modules": 0, "MB more": 0.0}
         cost = model.cost([m for m in everything if m not in names])
         found[f"{precision}, --by tensor --budget {whole.kl / 2:.2g}"] = {
-            "KL": cost.kl, "top-1": cost.top1, "kept modules": len(names), "kB more": sum(r.plain_bytes for r in kept) / 1e3
+            "KL": cost.kl, "top-1": cost.top1, "kept modules": len(names), "MB more": sum(r.plain_bytes for r in kept) / 1e6
         }  # fmt: skip
     return found
 
