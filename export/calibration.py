@@ -8,19 +8,16 @@ moe_experts keep one scale per token whatever was calibrated. Values beyond the 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from latentrt.export.checkpoint import Checkpoint
+from latentrt.export.layerwise import one_sequence, run_layer, threads_for
 from latentrt.export.models import registry
-from latentrt.export.models.base import Config, Read, Weight, page_shape, weight_name
+from latentrt.export.models.base import Config, Read, Weight, weight_name
 from latentrt.export.quantization.fp8 import LARGEST, SMALLEST_ABSMAX
 from latentrt.export.samples import Samples, Tokens
-from latentrt.plugins.step_graph import ABSORBED, StepBatch, layer_prefix
-
-_PAGE, _CHUNK = 64, 256  # the cache's page; rows at once, which bounds the attention scores [rows, heads, tokens]
-_WIDE = 1024  # hidden_size from which threads help; at 192, two were 7 to 20 times slower than one on two shared cores
+from latentrt.plugins.step_graph import ABSORBED, layer_prefix
 
 
 def activation_scales(
@@ -29,30 +26,19 @@ def activation_scales(
     """Weight name of every linear -> scale of its input: largest |x| / 448. `progress` gets 1 per finished layer."""
     config, scales = checkpoint.config, {}
     weights = registry.of(config).weights(config)
-    with torch.no_grad(), _threads_for(config):
+    with torch.no_grad(), threads_for(config):
         states = _embed(checkpoint, weights, samples)
         for number in range(config.num_hidden_layers):
             prefix = layer_prefix(number)
             members = [w for w in weights if w.name.startswith(prefix)]
             layer = _load_layer(config, number, members, checkpoint.read)
             with _largest_inputs(layer, prefix, members) as largest:
-                states = [(tokens, _run(layer, tokens, hidden, angles, config), angles) for tokens, hidden, angles in states]
+                states = [(ids, run_layer(layer, ids, hidden, angles, config), angles) for ids, hidden, angles in states]
             del layer  # before the next one is loaded
             checkpoint.release()
             scales |= {name: max(value, SMALLEST_ABSMAX) / LARGEST for name, value in largest.items()}
             progress(1)
     return scales
-
-
-@contextmanager
-def _threads_for(config: Config) -> Iterator[None]:
-    """One thread where products are so small that several only wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if config.hidden_size < _WIDE else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
 
 
 def _embed(checkpoint: Checkpoint, weights: list[Weight], samples: Samples) -> list[tuple[Tokens, Tensor, list[Tensor]]]:
@@ -64,7 +50,7 @@ def _embed(checkpoint: Checkpoint, weights: list[Weight], samples: Samples) -> l
     module.load_state_dict(read, strict=False, assign=True)
     found = []
     for sequence in samples.sequences:
-        hidden, *angles = module(_batch(sequence))
+        hidden, *angles = module(one_sequence(sequence))
         found.append((sequence, hidden.float(), angles))
     return found
 
@@ -104,24 +90,3 @@ def _largest_inputs(layer: nn.Module, prefix: str, weights: list[Weight]) -> Ite
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _run(layer: nn.Module, tokens: Tokens, hidden: Tensor, angles: list[Tensor], config: Config) -> Tensor:
-    """One whole sequence through the layer, [T, hidden_size] -> the same, in chunks over a cache of its own."""
-    cache, parts = torch.zeros(-(-len(tokens) // _PAGE), *page_shape(config, "float32", _PAGE)), []
-    for start in range(0, len(tokens), _CHUNK):
-        rows = slice(start, start + _CHUNK)
-        part, cache, *_ = layer(hidden[rows], *(a[rows] for a in angles), cache, _batch(tokens[rows], start))
-        parts.append(part)
-    return torch.cat(parts)
-
-
-def _batch(tokens: Tokens, cached: int = 0) -> dict[str, Tensor]:
-    """The step of one sequence that has `cached` tokens in the cache, on pages 0, 1, ...; no row gets logits."""
-    count = len(tokens)
-    step = StepBatch(
-        input_ids=np.array(tokens), positions=cached + np.arange(count), query_starts=np.array([0, count]),
-        cached_lengths=np.array([cached]), block_table=np.arange(-(-(cached + count) // _PAGE))[None],
-        num_tokens=np.array([count]), logit_rows=np.array([]),
-    )  # fmt: skip
-    return {name: torch.from_numpy(value.astype(np.int32)) for name, value in vars(step).items()}

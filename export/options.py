@@ -6,6 +6,7 @@ from pathlib import Path
 
 from latentrt.export import targets
 from latentrt.export.errors import BuildError
+from latentrt.export.recipe import QUANTIZED_ROLES
 from latentrt.export.targets import TargetRow
 from latentrt.plugins.step_graph import ABSORBED, EXPANDED
 
@@ -24,10 +25,12 @@ class TargetSpec:
     weights: str = "inputs"  # or "embedded" in the plan; a matter of TensorRT
     activations: str = "dynamic"  # scales of FP8 activations: one per token, or "static": one per linear
     forms: tuple[str, ...] = (ABSORBED,)  # of attention; an engine each
+    plain_modules: tuple[str, ...] = ()  # whose weights a recipe leaves unquantized
 
     def identity(self) -> dict:
         """For JSON: all fields, the target by name."""
-        return asdict(self) | {"target": self.target.name, "forms": list(self.forms)}
+        lists = {"forms": list(self.forms), "plain_modules": list(self.plain_modules)}
+        return asdict(self) | {"target": self.target.name} | lists
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,7 @@ class BuildOptions:
     calibration: Path | None = None
     prefill: str = AUTO
     force: bool = False
+    recipe: Path | None = None  # export/recipe.py
 
     def specs(self) -> list[TargetSpec]:
         """One per target, in order. BuildError for a value that is not accepted, or that concerns no target of this build."""
@@ -81,6 +85,10 @@ class BuildOptions:
             if value != choice.values[0] and not concerned:
                 built = ", ".join(f"target {name} is built in {precision}" for name, precision in precisions.items())
                 raise BuildError(f"{choice.name} is {value!r}, but only {choice.concerns}, and {built}; leave it out")
+        if self.recipe is not None and not any(p in QUANTIZED_ROLES for p in precisions.values()):
+            quantized = ", ".join(QUANTIZED_ROLES)
+            built = ", ".join(f"target {name} is built in {precision}" for name, precision in precisions.items())
+            raise BuildError(f"recipe is given, but only {quantized} quantize weights, and {built}; leave it out")
         if self.activations == "static" and self.calibration is None:
             raise BuildError("activations is 'static', but there are no sample tokens; give them with --calibration FILE")
         if self.activations == "dynamic" and self.calibration is not None:

@@ -3,11 +3,11 @@
 No torch, no ONNX: what is refused is refused in less than a second, before the imports that a build needs.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from latentrt.export import lowering as lowerings
-from latentrt.export import samples
+from latentrt.export import recipe, samples
 from latentrt.export import text as texts
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.errors import BuildError
@@ -37,6 +37,7 @@ def check(checkpoint: Path | str, out: Path | str, options: BuildOptions = Build
     opened = Checkpoint(checkpoint)
     opened.check()
     _check_context(opened, options.max_context)
+    specs = _with_recipe(specs, options.recipe, opened)
     previous = writer.previous_manifest(out, discard_unreadable=options.force)
     if previous is None or options.force:  # else it may be up to date, and nothing is written
         writer.check_folder(out)
@@ -44,6 +45,14 @@ def check(checkpoint: Path | str, out: Path | str, options: BuildOptions = Build
         texts.check(folder)
     read = samples.read_samples(options.calibration, opened) if options.calibration else None
     return Order(opened, out, options, specs, read, previous)
+
+
+def _with_recipe(specs: list[TargetSpec], file: Path | None, checkpoint: Checkpoint) -> list[TargetSpec]:
+    """The specifications with the modules that the recipe leaves plain, each in its precision."""
+    if file is None:
+        return specs
+    found = recipe.read(file).modules(checkpoint.weights(), {spec.precision: None for spec in specs})
+    return [replace(spec, plain_modules=found[spec.precision]) for spec in specs]
 
 
 def _check_context(checkpoint: Checkpoint, max_context: int | None) -> None:

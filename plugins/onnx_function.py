@@ -30,16 +30,25 @@ class OpCall:
 def bodies(model: onnx.ModelProto) -> list[onnx.FunctionProto]:
     """Bodies of all custom ops in `model`. All inputs of their nodes must have a type and a shape.
 
-    A model has one body for an op: all its nodes must be used alike.
+    Nodes of an op that are used alike share a body. Where some are used otherwise (experts of some layers in other types), each
+    further kind gets a body of its own, and its nodes in `model` that overload's name.
     """
     values, found = _values(model.graph), []
     for onnx_type, contract in ops.contracts().items():
         nodes = [n for n in model.graph.node if (n.domain, n.op_type) == (DOMAIN, onnx_type)]
-        calls = [_call(node, contract, values) for node in nodes]
-        assert all(call == calls[0] for call in calls), calls
-        if calls:
-            found.append(ops.part(contract.name, "ort").body(calls[0]))
+        kinds: list[OpCall] = []
+        for node, call in ((node, _call(node, contract, values)) for node in nodes):
+            if call not in kinds:
+                kinds.append(call)
+                found.append(ops.part(contract.name, "ort").body(call))
+                found[-1].overload = _overload(kinds.index(call))
+            node.overload = _overload(kinds.index(call))
     return found
+
+
+def _overload(kind: int) -> str:
+    """The first kind needs none."""
+    return f"kind{kind}" if kind else ""
 
 
 def _values(graph: onnx.GraphProto) -> dict[str, tuple[int, Shape]]:

@@ -9,6 +9,7 @@ from pathlib import Path
 import onnx_ir as ir
 import torch
 
+from latentrt.export import recipe
 from latentrt.export.errors import BuildError
 from latentrt.export.models.base import Config, Weight
 from latentrt.export.options import TargetSpec
@@ -95,7 +96,7 @@ class Lowering(ABC):
 
     def options(self) -> dict[str, str | int | float | bool]:
         """What the manifest tells of the choices made."""
-        return {}
+        return {"recipe": recipe.digest(self.spec.plain_modules)} if self.spec.plain_modules else {}
 
     def limits(self, config: Config) -> Limits:
         """What the target will take."""

@@ -32,6 +32,11 @@ class Weight:
     stored: tuple[int, int] | None = None
     computed: bool = False
 
+    @property
+    def module(self) -> str:
+        """The checkpoint's module that this is a weight of; all routed experts of a layer are one, `<layer>.mlp.experts`."""
+        return self.name.rpartition(".")[0]
+
     def slabs(self, read: Read) -> Iterator[Tensor]:
         """The tensor's slabs along axis 0, in order, in the checkpoint's dtype; `read` gives a checkpoint tensor."""
         return (self.slab(read, index) for index in range(len(self.sources)))

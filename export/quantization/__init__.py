@@ -20,7 +20,7 @@ def restore(description: Mapping) -> WeightFormat:
     name = description["name"]
     if name not in FORMATS:
         raise ValueError(f"unknown weight format {name!r}, accepted: {', '.join(FORMATS)}")
-    found = FORMATS[name].restored(description)
+    found = FORMATS[name].restored(description).keeping(description["plain_modules"])
     if description["layout"] == Panels.layout:
         found = Panels(found)
     if found.description() != dict(description):

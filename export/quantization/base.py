@@ -1,12 +1,15 @@
 """What every weight format answers."""
 
+import copy
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
+from typing import Self
 
 import torch
 
+from latentrt.export import recipe
 from latentrt.export.models.base import Weight
 
 _CHUNK = 1 << 17  # elements: two float32 copies of them fit a core's second-level cache
@@ -25,8 +28,9 @@ class WeightFormat(ABC):
     """A way to store weights. `key` identifies all that the stored bytes depend on beside checkpoint and gate_up_layout.
 
     Weights of the roles in `blocks` are stored as `quantized` elements with scales of type `scale`, named `<weight>.scale`:
-    weight = (stored - zero_point) * scale. All others are `plain`. Types are torch's, without the prefix. Elements of
-    fewer bits than 8 (`bits`) are packed along the inputs, lowest bits first; zero_point is that of an element of 8 bits.
+    weight = (stored - zero_point) * scale. All others are `plain`, and so are weights of `plain_modules`, whatever their role
+    (export/recipe.py). Types are torch's, without the prefix. Elements of fewer bits than 8 (`bits`) are packed along the
+    inputs, lowest bits first; zero_point is that of an element of 8 bits.
     """
 
     name: str
@@ -39,11 +43,19 @@ class WeightFormat(ABC):
     zero_point: int = 0
     row_values: torch.dtype | None = None  # what a checkpoint's own quantized values must be to be taken over
     blocks: Mapping[str, int] = MappingProxyType({})  # role -> inputs that share a scale, at most; 0: all of a channel
+    plain_modules: tuple[str, ...] = ()  # sorted; see Weight.module
     bits: Mapping[str, int] = MappingProxyType({})  # end of a module's name, or else role -> bits of an element; else 8
 
     def is_quantized(self, weight: Weight) -> bool:
         """Whether `weight` is stored quantized."""
-        return weight.role in self.blocks
+        return weight.role in self.blocks and weight.module not in self.plain_modules
+
+    def keeping(self, modules: Iterable[str]) -> Self:
+        """This format with the weights of these modules plain."""
+        found, names = copy.copy(self), tuple(sorted(set(modules)))
+        found.plain_modules = names
+        found.key = f"{self.key}.plain-{recipe.digest(names)}" if names else self.key
+        return found
 
     def bits_of(self, weight: Weight) -> int:
         """Bits of one element of a quantized weight."""
@@ -54,11 +66,13 @@ class WeightFormat(ABC):
     def description(self) -> dict:
         """What a bundle's manifest says of the format (runtime/bundle/manifest.py, WeightFormat)."""
         names = ("name", "layout", "plain", "quantized", "scale", "zero_point")
-        return {name: getattr(self, name) for name in names} | {"blocks": dict(self.blocks), "bits": dict(self.bits)}
+        described = {name: getattr(self, name) for name in names}
+        mappings = {"blocks": dict(self.blocks), "bits": dict(self.bits)}
+        return described | mappings | {"plain_modules": list(self.plain_modules)}
 
     @classmethod
     def restored(cls, description: Mapping) -> "WeightFormat":
-        """The format with this description."""
+        """The format with this description, its `plain_modules` and layout left to `restore`."""
         return cls()
 
     @abstractmethod

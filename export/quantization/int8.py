@@ -70,7 +70,7 @@ class Int8(WeightFormat):
         return list(_quantize(slab, linear_block(inputs, self.block_size)))
 
     def takes_over(self, weight: Weight) -> bool:
-        return weight.role in ("linear", "head", "gate_up", "down")  # absorbed products have scales along another axis
+        return self.is_quantized(weight) and weight.role != "absorbed"  # which has scales along another axis
 
     def take_over(self, weight: Weight, values: torch.Tensor, scale: torch.Tensor) -> list[torch.Tensor]:
         """Every block of a row gets the row's scale."""

@@ -6,7 +6,7 @@ rows, in another place: [..., outputs, blocks, bytes] becomes [..., outputs / 16
 [..., outputs, blocks] become [..., outputs / 16, blocks, 16]. Outputs are filled up with zeros whose scale is 0.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 
 import torch
@@ -28,6 +28,10 @@ class Panels(WeightFormat):
         self.name, self.key = rows.name, f"{rows.key}.{self.layout}"
         self.plain, self.quantized, self.scale, self.zero_point = rows.plain, rows.quantized, rows.scale, rows.zero_point
         self.row_values, self.blocks, self.bits = rows.row_values, rows.blocks, rows.bits
+        self.plain_modules = rows.plain_modules
+
+    def keeping(self, modules: Iterable[str]) -> "Panels":
+        return Panels(self.rows.keeping(modules))
 
     @classmethod
     def restored(cls, description: Mapping) -> "Panels":

@@ -9,11 +9,13 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Line
 
-from latentrt.runtime.bundle.manifest import EndToken, Target, Text
+from latentrt.runtime.bundle.manifest import EndToken, Target, Text, WeightFormat
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.chat import Conversation
 from latentrt.runtime.engine.sequence import Event, GenerationResult
 from latentrt.runtime.errors import BundleError, RequestError
+
+_NAMED = 8  # modules of a recipe that are shown
 
 
 def info_table(bundle: Bundle) -> Table:
@@ -63,12 +65,20 @@ def _target_rows(bundle: Bundle, name: str, target: Target) -> dict[str, str]:
         f"target {name}": f"{target.backend} {target.backend_version}, {target.compute_capability or 'any CPU'}",
         "precision": f"{target.precision}{f' ({options})' if options else ''}",
         "weights": f"{weights.format.name}, {_bytes(sum(ref.size for ref in weights.files))} in {len(weights.files)} files",
+        **_plain_rows(weights.format),
         "engines": ", ".join(f"{form} ({_bytes(engine.graph.size)})" for form, engine in target.engines.items()),
         "latent cache": f"{cache.format}, pages of {cache.page_size}: {per_token} per token, {per_context} per context",
         "limits": f"context {limits.max_context}, {limits.max_batch_tokens} rows and {limits.max_sequences} sequences a step",
         "executed": f"{target.executed.date} on {target.executed.machine}" if target.executed else "never",
         "evidence": evidence or "none: run latentrt validate",
     }
+
+
+def _plain_rows(weight_format: WeightFormat) -> dict[str, str]:
+    """What a recipe left unquantized; in bundles without one, nothing."""
+    modules = weight_format.plain_modules
+    more = f" and {len(modules) - _NAMED} more" if len(modules) > _NAMED else ""
+    return {f"kept {weight_format.plain}": "\n".join(modules[:_NAMED]) + more} if modules else {}
 
 
 def _add(table: Table, rows: dict[str, str]) -> None:

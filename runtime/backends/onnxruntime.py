@@ -58,8 +58,8 @@ def _session(bundle: Bundle, target: Target, options: BackendOptions) -> tuple[b
         )
     files = target.engines[DECODE_FORM]
     if options.kernels == "native" and not files.native:
-        found = f"kernels is 'native', but {bundle.path} has no graph for them"
-        raise RequestError(f"{found}: only int8 and int4 at accuracy fast have one")
+        missing = f"{bundle.path} has no graph for them: only int8 and int4 at accuracy fast have one"
+        raise RequestError(f"kernels is 'native', but {missing}")
     library = _own_kernels(options, insist=files.native == files.graph) if files.native else None
     path = bundle.file(files.native if library else files.graph)
     try:

@@ -68,7 +68,8 @@ class WeightTensor(_Record):
 
 
 class WeightFormat(_Record):
-    """How weights are stored: those whose role is in `blocks` as `quantized` elements, all others as `plain` ones.
+    """How weights are stored: those whose role is in `blocks` as `quantized` elements, all others as `plain` ones, and so are
+    all weights of `plain_modules` (a weight's module is its name without the last part).
 
     weight = (stored - zero_point) * scale. Scales have the type `scale`, and are tensors named `<weight>.scale`. Elements of
     fewer bits than 8 are packed along the inputs, the first in the lowest bits, and their zero point is `zero_point` shifted
@@ -82,6 +83,7 @@ class WeightFormat(_Record):
     scale: str | None = None
     zero_point: int = 0
     blocks: dict[str, int] = {}  # role -> inputs that share a scale, at most; 0: all inputs of an output channel
+    plain_modules: list[str] = []  # what a recipe left unquantized
     bits: dict[str, int] = {}  # end of a module's name, which goes before, or role -> bits of an element; else 8
 
 

@@ -19,6 +19,7 @@ def runnable(model: onnx.ModelProto) -> onnx.ModelProto:
     """A copy of `model` with function bodies and casts. Every value of it must have a type (value_info)."""
     result = onnx.ModelProto()
     result.CopyFrom(model)
+    functions = bodies(result)
     graph = result.graph
     types = {v.name: v.type.tensor_type.elem_type for v in (*graph.input, *graph.output, *graph.value_info)}
     types |= {t.name: t.data_type for t in graph.initializer}
@@ -26,7 +27,7 @@ def runnable(model: onnx.ModelProto) -> onnx.ModelProto:
     nodes = [copy for node in graph.node for copy in casts.around(node)]
     del graph.node[:], graph.value_info[:]
     graph.node.extend(nodes)
-    result.functions.extend(bodies(model))
+    result.functions.extend(functions)
     return result
 
 

@@ -225,7 +225,7 @@ def test_a_wrong_scale_of_one_channel_is_found_by_name(faulty):
 
 def test_without_room_the_layers_are_skipped_by_name(gpu_bundle, monkeypatch):
     monkeypatch.setattr(Comparison, "_early_stages", lambda self: None)
-    monkeypatch.setattr(engine_graph, "_free_memory", lambda device: 5e6)
+    monkeypatch.setattr(engine_graph, "free_memory", lambda device: 5e6)
     evidence, _ = validate(gpu_bundle, EXAMPLE, "sm86", count=TOKENS, **TORCH_ON_CPU)
     assert evidence["verdict"] == "pass" and "engine" not in evidence["layers"]
     (note,) = evidence["notes"]

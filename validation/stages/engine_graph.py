@@ -23,7 +23,7 @@ def load(executor: Executor, backend: Backend, threads: int, notes: list[str]) -
         return OnnxRuntimeGraph(torch_graph.read(graph), graph.parent, cache.page_size, cache.width, cache.dtype, threads)
     device = _device(executor, backend)
     needed = _COPIES * sum(ref.size for ref in bundle.manifest.weight_sets[target.weight_set].files)
-    free = _free_memory(device)
+    free = free_memory(device)
     if needed > free:
         notes.append(
             f"not compared layer by layer: target {executor.name}'s graph in PyTorch takes about {needed / 1e9:.1f} GB on "
@@ -52,7 +52,7 @@ def _device(executor: Executor, backend: Backend) -> torch.device:
     return torch.device("cuda", executor.gpu) if torch.cuda.is_available() else torch.device("cpu")
 
 
-def _free_memory(device: torch.device) -> float:
+def free_memory(device: torch.device) -> float:
     """Bytes that can be had; infinite where the system does not say."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

@@ -54,10 +54,15 @@ class OnnxruntimeLowering(Lowering):
         return super().tools() | {"own_kernels": OWN_KERNELS}
 
     def options(self) -> dict[str, str | int | float | bool]:
-        return {"accuracy": self.choices.accuracy}
+        return super().options() | {"accuracy": self.choices.accuracy}
 
     def weight_format(self, weights: list[Weight]) -> WeightFormat:
-        return weight_format(weights, self.choices)
+        found = weight_format(weights, self.choices).keeping(self.spec.plain_modules)
+        absorbed = [w.module for w in weights if w.role == "absorbed" and not found.is_quantized(w)]
+        if absorbed and not self.choices.is_plain:
+            kept = f"cache_format is {self.choices.cache_format!r}, and the recipe keeps {absorbed[0]} plain"
+            raise BuildError(f"{kept}; own kernels, which alone read packed caches, want it quantized: take it out")
+        return found
 
     def stored_weights(self, weights: list[Weight]) -> list[Weight]:
         return stored_weights(weights)

@@ -20,7 +20,7 @@ from latentrt.plugins.onnx_function import MICROSOFT
 CPU_DOMAIN = "latentrt.cpu"
 INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits
 PANEL = 16  # outputs
-_UINT8 = onnx.TensorProto.UINT8
+_UINT8, _FLOAT = onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT
 _MLA = {"float32": "Mla", "float16": "MlaHalf"}  # by the element type of the cache
 
 
@@ -32,7 +32,8 @@ def with_own_kernels(model: onnx.ModelProto) -> onnx.ModelProto | None:
     """
     copy = onnx.ModelProto.FromString(model.SerializeToString())
     replace(copy)
-    left = copy.functions or any(n.op_type == "MatMulNBits" for n in copy.graph.node)
+    graph = _Graph(copy)
+    left = any(n.op_type == "MatMulNBits" or (n.domain == DOMAIN and not _is_plain(n, graph)) for n in copy.graph.node)
     return None if left else copy
 
 
@@ -42,8 +43,10 @@ def replace(model: onnx.ModelProto) -> int:
     heads = _head_products(graph)
     for op_type, change in (("MlaAttention", _mla), ("MoeRoute", _route), ("MoeExperts", _experts)):
         nodes = [n for n in model.graph.node if (n.domain, n.op_type) == (DOMAIN, op_type)]
-        if nodes and all([change(node, graph, heads) for node in nodes]):
-            _assign(model.functions, [f for f in model.functions if (f.domain, f.name) != (DOMAIN, op_type)])
+        for node in nodes:
+            change(node, graph, heads)
+    called = {(n.domain, n.op_type, n.overload) for n in model.graph.node}
+    _assign(model.functions, [f for f in model.functions if (f.domain, f.name, f.overload) in called])
     for node in model.graph.node:
         if _quantizes_activations(node, graph):
             weights = [graph.panels(name).name for name in node.input[1:3]]
@@ -270,15 +273,30 @@ def _experts(node: onnx.NodeProto, graph: _Graph, heads: list[_HeadProducts]) ->
     weights = [graph.panels(name) for name in node.input[3:]]
     if None in weights:
         return False
-    node.domain, node.op_type = CPU_DOMAIN, "Experts"
+    node.domain, node.op_type, node.overload = CPU_DOMAIN, "Experts", ""
     node.input[3:] = [w.name for w in weights]
     node.attribute.append(helper.make_attribute("bits", 8 // (_integer(node, "packed") or 1)))
     return True
 
 
+def _is_plain(node: onnx.NodeProto, graph: _Graph) -> bool:
+    """A custom op whose weights a recipe left in float32, over a cache that its ONNX function reads."""
+    if node.op_type == "MoeExperts":
+        return all(graph.initializers[name].data_type == _FLOAT for name in node.input[3:5])
+    if node.op_type != "MlaAttention" or _attribute(node, "cache_format").decode() not in _MLA:
+        return False
+    behind = [n for n in graph.graph.node if node.output[0] in n.input]
+    try:
+        products = [graph.maker(graph.maker(node.input[0], "Transpose").input[0], "MatMul")]
+        products += [n for turned in behind for n in graph.graph.node if turned.output[0] in n.input]
+    except _OtherPatternError:
+        return False
+    return all(n.op_type == "MatMul" and n.input[1] in graph.initializers for n in products)
+
+
 def _use(node: onnx.NodeProto, op_type: str, inputs: list[str], **attributes) -> None:
     """Makes another node of a node, which keeps its name and outputs."""
-    node.domain, node.op_type = CPU_DOMAIN, op_type
+    node.domain, node.op_type, node.overload = CPU_DOMAIN, op_type, ""
     node.input[:] = inputs
     _assign(node.attribute, [helper.make_attribute(k, v) for k, v in attributes.items()])
 

@@ -67,13 +67,15 @@ class TensorrtLowering(Lowering):
 
     def options(self) -> dict[str, str | int | float | bool]:
         float8 = {"activations": self.spec.activations} if self.spec.precision == "fp8" else {}
-        return {"weights": self.spec.weights, "prefill": self.spec.forms[-1]} | float8
+        return super().options() | {"weights": self.spec.weights, "prefill": self.spec.forms[-1]} | float8
 
     def check(self, config: Config) -> None:
         super().check(config)
         shapes = Shapes(config, self.dtype, self.cache_format, self.page_size)
         for form in self.spec.forms:
-            gpu_kernels.check(shapes, self.capability, form, self.spec.precision == "fp8")
+            kinds = {self.spec.precision == "fp8"} | ({False} if self.spec.plain_modules else set())  # of experts' weights
+            for float8 in kinds:
+                gpu_kernels.check(shapes, self.capability, form, float8)
 
     def engine_bytes(self, config: Config, weights: int) -> int:
         forms = len(self.spec.forms)
@@ -81,7 +83,8 @@ class TensorrtLowering(Lowering):
         return super().engine_bytes(config, weights) + forms * config.num_hidden_layers * _LAYER_BYTES + held
 
     def weight_format(self, weights: list[Weight]) -> WeightFormat:
-        return Fp8() if self.spec.precision == "fp8" else BFloat16()
+        found = Fp8() if self.spec.precision == "fp8" else BFloat16()
+        return found.keeping(self.spec.plain_modules)
 
     def lower(
         self, models: Mapping[str, ir.Model], config: Config, weights: list[Weight],
