@@ -220,8 +220,38 @@ def passages(checkpoint: Checkpoint, ids: list[int]) -> dict[str, dict[str, floa
     return found
 
 
-def main(windows: Annotated[int, typer.Option(help="Of 2,048 tokens for weights and caches.")] = 4) -> None:
-    """Prints the tables as Markdown; writes benchmarks/results/cache-evidence.json."""
+def draw(record: dict) -> None:
+    """docs/cache-evidence.png: KL by position, by turn, and by bytes a token at 512 + 64."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(1, 3, figsize=(12, 3.4), layout="constrained")
+    for axis, part, label in ((axes[0], "8,192 tokens", "position, tokens"), (axes[1], "chat", "turn")):
+        for cache in CACHES[1:]:
+            columns = {k: v for k, v in record[part][cache].items() if k.startswith("KL")}
+            axis.plot([int(k.rpartition("-")[2]) for k in columns], list(columns.values()), "o-", ms=3, label=cache)
+        axis.set(yscale="log", xlabel=label, ylabel="KL to a float32 cache, nats")
+    axes[0].legend(fontsize=8, frameon=False)
+    for cache in CACHES[1:]:
+        size, kl = cache_formats.get(cache).bytes_per_token(512, 64), record["8,192 tokens"][cache]["KL 4096-8192"]
+        axes[2].plot(size, kl, "o")
+        axes[2].annotate(cache, (size, kl), textcoords="offset points", xytext=(6, 2), fontsize=8)
+    axes[2].set(yscale="log", xlabel="bytes a token and layer at 512 + 64", ylabel="KL, tokens 4,096 to 8,192")
+    for axis in axes:
+        axis.grid(True, color="#e6eaee")
+    figure.savefig(ROOT / "docs" / "cache-evidence.png", dpi=110)
+
+
+def main(
+    windows: Annotated[int, typer.Option(help="Of 2,048 tokens for weights and caches.")] = 4,
+    only_draw: Annotated[bool, typer.Option("--only-draw", help="Of the results that are there.")] = False,
+) -> None:
+    """Prints the tables as Markdown; writes benchmarks/results/cache-evidence.json and docs/cache-evidence.png."""
+    results = ROOT / "benchmarks" / "results" / "cache-evidence.json"
+    if only_draw:
+        return draw(json.loads(results.read_text()))
     torch.set_num_threads(1)  # a model this small only loses by more
     checkpoint, text = Checkpoint(EXAMPLE), (EXAMPLE / "held_out.txt").read_text()
     tokenizer = tokenizers.Tokenizer.from_file(str(EXAMPLE / "tokenizer.json"))
@@ -238,7 +268,8 @@ def main(windows: Annotated[int, typer.Option(help="Of 2,048 tokens for weights 
     for title, measure in parts.items():
         record[title] = measure()
         print(table(title, record[title], ".3g"), "\n", flush=True)
-        (ROOT / "benchmarks" / "results" / "cache-evidence.json").write_text(json.dumps(record, indent=1) + "\n")
+        results.write_text(json.dumps(record, indent=1) + "\n")
+    draw(record)
 
 
 if __name__ == "__main__":

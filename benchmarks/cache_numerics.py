@@ -99,6 +99,8 @@ def variants() -> dict[str, callable]:
     ways["int4, largest / 7"] = lambda x, pe: _with_grid({4: (7.0,)}, "int4", x, pe)
     ways["int6, 64 levels of a Gaussian"] = lambda x, pe: (_lloyd(x, 64), through("int6", x, pe)[1])
     ways["int4 codes, 16 levels of a Gaussian"] = lambda x, pe: (_lloyd(x, 16), through("int4", x, pe)[1])
+    ways["int6, lowest and highest clipped apart"] = lambda x, pe: (_asymmetric(x, 63, RANK), through("int6", x, pe)[1])
+    ways["int4, lowest and highest clipped apart"] = lambda x, pe: (_asymmetric(x, 15, 64), through("int4", x, pe)[1])
     ways["int6, k_pe in bfloat16"] = lambda x, pe: (through("int6", x, pe)[0], pe.bfloat16())
     return ways
 
@@ -116,6 +118,21 @@ def _with_grid(grid: dict, name: str, latent: torch.Tensor, k_pe: torch.Tensor) 
         return through(name, latent, k_pe)
     finally:
         integers.GRID.update(before)
+
+
+def _asymmetric(latent: torch.Tensor, steps: int, group: int) -> torch.Tensor:
+    """Rotated latents in `steps` steps between a lowest and a highest value, each clipped as is best for the group."""
+    x = rotate(latent).unflatten(-1, (-1, group))
+    low, high, best, least = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), None, None
+    for bottom in (1.0, 0.92, 0.85, 0.78):
+        for top in (1.0, 0.92, 0.85, 0.78):
+            scale = ((high * top - low * bottom) / steps).clamp_min(1e-12)
+            found = ((x - low * bottom) / scale).round().clamp(0, steps) * scale + low * bottom
+            error = (found - x).square().sum(-1, keepdim=True)
+            better = error < least if least is not None else torch.ones_like(error, dtype=torch.bool)
+            best = found if best is None else torch.where(better, found, best)
+            least = error if least is None else torch.minimum(error, least)
+    return rotate(best.flatten(-2))
 
 
 def _lloyd(latent: torch.Tensor, levels: int) -> torch.Tensor:

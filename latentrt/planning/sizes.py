@@ -1,6 +1,6 @@
 """What a model's dimensions tell: parameters, bytes of weights and of cached tokens, operations of a token."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from math import prod
 
@@ -107,7 +107,13 @@ class Model:
 
 
 def formats(model: Model) -> dict[str, WeightFormat]:
-    """Weight formats by precision, as builds choose them for this model; int4 is left out where it takes no such experts."""
+    """`formats_of` the model's weights, the largest first."""
+    found = formats_of(model.weights)
+    return dict(sorted(found.items(), key=lambda item: -model.weight_bytes(item[1]).total))
+
+
+def formats_of(weights: Sequence[Weight]) -> dict[str, WeightFormat]:
+    """Weight formats by precision, as builds choose them for these weights; int4 is left out where it takes no such experts."""
     from latentrt.export.errors import BuildError
     from latentrt.export.lowering.onnxruntime.choices import CpuOptions
     from latentrt.export.lowering.onnxruntime.lowering import weight_format
@@ -115,10 +121,10 @@ def formats(model: Model) -> dict[str, WeightFormat]:
     found = {"bf16": BFloat16(), "fp8": Fp8()}
     for precision in ("fp32", "int8", "int4"):
         try:
-            found[precision] = weight_format(list(model.weights), CpuOptions(precision))
+            found[precision] = weight_format(list(weights), CpuOptions(precision))
         except BuildError:
             continue
-    return dict(sorted(found.items(), key=lambda item: -model.weight_bytes(item[1]).total))
+    return found
 
 
 def _parts(counted: Iterable[tuple[Weight, int]]) -> Parts:
