@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 
 from benchmarks.gpu.run import BF16_FLOPS, HBM, Run, relative_error, timed
+from latentrt.plugins import cache_formats
 from latentrt.plugins.mla_attention.kernel import mla_attention_
 from latentrt.plugins.mla_attention.reference import mla_attention
 
@@ -24,17 +25,23 @@ CASES = {  # new tokens, cached tokens of every sequence
 DRY_CASES = {"mixed": ([7, 1, 0, 3], [5, 0, 3, 130]), "decode": ([1, 1], [64, 65])}
 
 
-def batch(run: Run, new: list[int], past: list[int], heads: int, dtype: torch.dtype, rank=512, rope=64, padding=3) -> list:
+def batch(
+    run: Run, new: list[int], past: list[int], heads: int, dtype: torch.dtype, rank=512, rope=64, padding=3,
+    cache_format: str | None = None,
+) -> list:  # fmt: skip
     """Arguments of the op: shuffled pages, NaN in every cache cell that holds no token, padding rows, wild table entries."""
     counts = [-(-(n + p) // PAGE) for n, p in zip(new, past, strict=True)]
     free = iter((torch.randperm(sum(counts), generator=torch.Generator().manual_seed(sum(past))) + 1).tolist())
     table = torch.full((len(new), max(*counts, 1) + 2), 2**30, dtype=torch.int32)
-    cache = torch.full((sum(counts) + 2, PAGE, rank + rope), float("nan"), dtype=dtype, device=run.device)
+    layout = cache_formats.get(cache_format or str(dtype).removeprefix("torch."))
+    nothing = layout.encode(*torch.full((rank + rope,), float("nan"), device=run.device).split([rank, rope]))
+    cache = nothing.repeat(sum(counts) + 2, PAGE, 1)
     for b, count in enumerate(counts):
         pages = torch.tensor([next(free) for _ in range(count)], dtype=torch.int32)
         table[b, :count] = pages
         at = torch.arange(past[b])
-        cache[pages.long()[at // PAGE], at % PAGE] = run.randn(past[b], rank + rope, dtype=dtype)
+        tokens = run.randn(past[b], rank + rope, dtype=dtype).split([rank, rope], -1)
+        cache[pages.long()[at // PAGE], at % PAGE] = layout.encode(*tokens)
     rows = sum(new) + padding
     starts = torch.tensor([0, *torch.tensor(new).cumsum(0).tolist()], dtype=torch.int32)
     shapes = (rows, heads, rank), (rows, heads, rope), (rows, rank), (rows, rope)
@@ -44,7 +51,7 @@ def batch(run: Run, new: list[int], past: list[int], heads: int, dtype: torch.dt
 
 
 def check(run: Run) -> None:
-    """Both head counts, both dtypes, every case; the cache must come out bit for bit."""
+    """Both head counts, both dtypes, every case, and packed caches; the cache must come out bit for bit."""
     sizes = dict(rank=64, rope=16) if run.dry else {}
     for dtype in (torch.bfloat16,) if run.dry else (torch.bfloat16, torch.float16):
         for heads in (16,) if run.dry else (16, 128):
@@ -52,6 +59,14 @@ def check(run: Run) -> None:
                 label = f"{name}, {heads} heads, {dtype}"
                 if not run.late(label):
                     _check_case(run, label, batch(run, new, past, heads, dtype, **sizes))
+    for cache_format in cache_formats.PACKED:
+        for heads in (16,) if run.dry else (16, 128):
+            for name in ("mixed", "decode"):
+                label = f"{name}, {heads} heads, {cache_format} cache"
+                if not run.late(label):
+                    case = (DRY_CASES if run.dry else CASES)[name]
+                    arguments = batch(run, *case, heads, torch.bfloat16, **sizes, cache_format=cache_format)
+                    _check_case(run, label, arguments, cache_format)
     _prefill().check(run)
 
 
@@ -61,9 +76,9 @@ def _prefill():
     return prefill
 
 
-def _check_case(run: Run, name: str, arguments: list) -> None:
+def _check_case(run: Run, name: str, arguments: list, cache_format: str | None = None) -> None:
     dtype, count = arguments[0].dtype, int(arguments[8])
-    cache_format = str(dtype).removeprefix("torch.")
+    cache_format = cache_format or str(dtype).removeprefix("torch.")
     mine = [a.clone() if i == 4 else a for i, a in enumerate(arguments)]
     attended = mla_attention_(*mine, SCALE, cache_format)
     wide = [a.double() if i < 2 else a for i, a in enumerate(arguments)]
@@ -94,6 +109,37 @@ def measure(run: Run) -> None:
                     run.skip(label, "the cache does not fit into this GPU's memory")
                 elif not run.late(label):
                     _measure_one(run, ahead, label, cache, h, b, length)
+    measure_packed(run)
+
+
+def measure_packed(run: Run) -> None:
+    """Decode over packed caches, all of whose cells hold one random token, beside bfloat16: the time of one step."""
+    from benchmarks.gpu.ahead import jit
+
+    heads, lengths, batches = ((16,), (128,), (2,)) if run.dry else ((16, 128), (4096, 16384), (1, 64))
+    rank, rope = (64, 16) if run.dry else (512, 64)
+    for name in ("bfloat16", *cache_formats.PACKED):
+        layout = cache_formats.get(name)
+        for h in heads:
+            for length in lengths:
+                for b in batches:
+                    label = f"decode {h} heads, batch {b}, context {length}, {name} cache"
+                    if run.late(label):
+                        continue
+                    token = layout.encode(run.randn(rank), run.randn(rope))
+                    cache = token.repeat(2 + b * (length // PAGE + 1), PAGE, 1)
+                    sets = _input_sets(run, cache, h, b, length, rank, rope)
+
+                    def step(sets=sets, name=name) -> None:
+                        for arguments in sets:
+                            mla_attention_(*arguments, SCALE, name)
+
+                    seconds = timed(run, {"latentrt": step}, len(sets))["latentrt"]
+                    read = b * length * layout.bytes_per_token(rank, rope)
+                    run.measure(
+                        label, us=seconds * 1e6, GBps=read / seconds / 1e9, of_roofline=read / HBM / seconds, kernels=jit(),
+                        sets=len(sets),
+                    )  # fmt: skip
 
 
 def _measure_one(run: Run, ahead, label: str, cache: torch.Tensor, heads: int, sequences: int, length: int) -> None:
@@ -126,16 +172,18 @@ def _ours(ahead, sets: list[list]) -> tuple[Callable[[], None], str]:
     return ahead.calls("mla_attention", sets, attributes) or (ours, jit())
 
 
-def _input_sets(run: Run, cache: torch.Tensor, heads: int, sequences: int, length: int) -> list[list]:
+def _input_sets(
+    run: Run, cache: torch.Tensor, heads: int, sequences: int, length: int, rank: int | None = None, rope: int | None = None
+) -> list[list]:
     """Arguments that read disjoint pages, together several times what the L2 holds, as far as the cache has room."""
-    width, rank = (length + PAGE - 1) // PAGE, 64 if run.dry else 512
+    width, rank = (length + PAGE - 1) // PAGE, rank or (64 if run.dry else 512)
     per_set = sequences * width
     count = max(1, min(run.sets(per_set * cache[0].nbytes), (cache.shape[0] - 1) // per_set))
     order = torch.randperm(cache.shape[0] - 1, device=run.device).int() + 1
     integers = dict(dtype=torch.int32, device=run.device)
     lengths = torch.full((sequences,), length - 1, **integers)
     starts, number = torch.arange(sequences + 1, **integers), torch.tensor([sequences], **integers)
-    rope = cache.shape[2] - rank
+    rope = rope or cache.shape[2] - rank
     shapes = (sequences, heads, rank), (sequences, heads, rope), (sequences, rank), (sequences, rope)
     sets = []
     for i in range(count):

@@ -15,7 +15,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from latentrt.plugins import ops, trt_base
+from latentrt.plugins import cache_formats, ops, trt_base
 from latentrt.plugins.architecture import Gpu
 from latentrt.plugins.mla_attention import plan as attention
 from latentrt.plugins.mla_prefill import plan as prefill
@@ -38,25 +38,27 @@ def ints(*shape):
     return torch.zeros(shape, dtype=I32)
 
 
-def attend(tokens, sequences, max_pages, heads=16):
+def attend(tokens, sequences, max_pages, heads=16, cache_format="bfloat16"):
+    layout = cache_formats.get(cache_format)
     inputs = dict(
         q_latent=torch.zeros(tokens, heads, 512, dtype=BF16), q_pe=torch.zeros(tokens, heads, 64, dtype=BF16),
         latent=torch.zeros(tokens, 512, dtype=BF16), k_pe=torch.zeros(tokens, 64, dtype=BF16),
-        cache=torch.zeros(4, 64, 576, dtype=BF16), block_table=ints(sequences, max_pages), cached_lengths=ints(sequences),
+        cache=torch.zeros(4, 64, layout.width(512, 64), dtype=layout.dtype),
+        block_table=ints(sequences, max_pages), cached_lengths=ints(sequences),
         query_starts=ints(sequences + 1), num_tokens=ints(1),
     )  # fmt: skip
-    attributes = dict(softmax_scale=0.1147, cache_format="bfloat16")
-    config = attention.Attention(heads, 512, 64, 64, "bfloat16", "bfloat16", struct.unpack("f", struct.pack("f", 0.1147))[0])
+    attributes = dict(softmax_scale=0.1147, cache_format=cache_format)
+    config = attention.Attention(heads, 512, 64, 64, "bfloat16", cache_format, struct.unpack("f", struct.pack("f", 0.1147))[0])
     return "mla_attention", inputs, attributes, attention.kernels, config
 
 
-def expand(tokens, sequences, max_pages, heads=16):
-    _, inputs, attributes, _, config = attend(tokens, sequences, max_pages, heads)
+def expand(tokens, sequences, max_pages, heads=16, cache_format="bfloat16"):
+    _, inputs, attributes, _, config = attend(tokens, sequences, max_pages, heads, cache_format)
     queries = dict(q_nope=torch.zeros(tokens, heads, 128, dtype=BF16))
     rows = {k: inputs[k] for k in ("q_pe", "latent", "k_pe")}
     weights = dict(w_uk=torch.zeros(heads, 128, 512, dtype=BF16), w_uv=torch.zeros(heads, 512, 128, dtype=BF16))
     batch = {k: v for k, v in inputs.items() if k not in ("q_latent", *rows)}
-    config = prefill.Prefill(heads, 512, 128, 64, 128, 64, "bfloat16", "bfloat16", config.softmax_scale)
+    config = prefill.Prefill(heads, 512, 128, 64, 128, 64, "bfloat16", cache_format, config.softmax_scale)
     return "mla_prefill", queries | rows | weights | batch, attributes, prefill.kernels, config
 
 
@@ -85,6 +87,8 @@ CASES = {
     "128 heads": attend(5, 5, 32, heads=128),
     "an expanded prompt": expand(300, 2, 8),
     "an expanded prompt in segments": expand(40, 2, 100, heads=128),
+    "a decode batch over a cache of 6 bits": attend(16, 16, 8, cache_format="int6"),
+    "an expanded prompt into an fp8 cache": expand(300, 2, 8, cache_format="fp8"),
     "group-limited routing": choose(37),
     "greedy sigmoid routing": choose(3, scoring_func="sigmoid", topk_method="greedy", n_group=1, topk_group=1),
     "one token's experts": compute(1),
