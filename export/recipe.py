@@ -6,6 +6,8 @@ Patterns are globs over the checkpoint's names of modules; `*` also crosses dots
 model.layers.<i>.mlp.experts, and kv_b_proj is one, however the graph splits it. No torch: a build checks recipes first.
 """
 
+from __future__ import annotations
+
 import hashlib
 import tomllib
 from collections.abc import Iterable
@@ -13,9 +15,12 @@ from dataclasses import dataclass
 from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from latentrt.export.errors import BuildError
-from latentrt.export.models.base import Weight
+
+if TYPE_CHECKING:
+    from latentrt.export.models.base import Weight
 
 _EXPERTS = ("gate_up", "down")
 QUANTIZED_ROLES = {  # precision -> roles that its weight format quantizes; export/quantization/ has the formats

@@ -11,6 +11,7 @@ import pytest
 import torch
 from safetensors import safe_open
 
+from latentrt import cli
 from latentrt.export import quantization, recipe, weight_set
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.errors import BuildError
@@ -188,6 +189,13 @@ def test_the_cpu_engine_computes_with_the_weights_it_describes(precision, accura
         else:
             assert kl(expected, found) < 0.01
     assert (target.engines["absorbed"].native is not None) == (accuracy == "fast"), "a recipe must not cost own kernels"
+
+
+def test_info_names_what_is_kept(tmp_path, fast_trace, tiny_checkpoint, capsys):
+    build(tiny_checkpoint, tmp_path / "bundle", "cpu", "int8", recipe=written(tmp_path, "lm_head", "*.o_proj"))
+    assert cli.main(["info", str(tmp_path / "bundle")]) == 0
+    shown = capsys.readouterr().out
+    assert "kept float32" in shown and "lm_head" in shown and "model.layers.2.self_attn.o_proj" in shown
 
 
 def test_layers_of_a_gpus_graph_differ(traced, tmp_path):

@@ -130,6 +130,23 @@ def test_static_scales_keep_fp8_products(fast_trace, tmp_path):
     assert found["bf16", "bf16", "bf16"] == len(engine.profiles) * (ABSORBED + 1)
 
 
+def test_a_recipe_keeps_products_of_single_layers_in_bf16(fast_trace, tmp_path):
+    """All output projections and one layer's experts: so many FP8 products fewer in the plan, and so many bf16 ones more."""
+    file, out = tmp_path / "recipe.toml", tmp_path / "bundle"
+    file.write_text('plain = ["*.self_attn.o_proj", "model.layers.2.mlp.experts"]')
+    build(EXAMPLE, out, "sm86,sm89", recipe=file, prefill="absorbed")
+    bundle = Bundle(out)
+    _, target = bundle.target("sm89")
+    tensors = bundle.manifest.weight_sets[target.weight_set].tensors
+    assert [tensors[f"model.layers.{i}.mlp.experts.down_proj"].dtype for i in (1, 2)] == ["float8_e4m3fn", "bfloat16"]
+    assert "recipe" in target.options and "recipe" not in bundle.manifest.targets["sm86"].options, "bf16 quantizes nothing"
+    found, profiles = products(bundle.file(target.engines["absorbed"].graph)), len(target.engines["absorbed"].profiles)
+    if not found:
+        pytest.skip("this TensorRT-RTX writes no readable instructions")
+    assert found["fp8_e4m3", "fp8_e4m3", "bf16"] == profiles * (LINEARS["fp8"] - LAYERS)
+    assert found["bf16", "bf16", "bf16"] == profiles * (LAYERS + ABSORBED + 1)
+
+
 def test_weights_are_inputs_that_targets_share(built):
     bundle = Bundle(built)
     targets = bundle.manifest.targets
