@@ -127,7 +127,8 @@ def measure_packed(run: Run) -> None:
                     if run.late(label):
                         continue
                     token = layout.encode(run.randn(rank), run.randn(rope))
-                    cache = token.repeat(2 + b * (length // PAGE + 1), PAGE, 1)
+                    pages = b * (length // PAGE)
+                    cache = token.repeat(1 + pages * run.sets(pages * PAGE * token.nbytes), PAGE, 1)
                     sets = _input_sets(run, cache, h, b, length, rank, rope)
 
                     def step(sets=sets, name=name) -> None:
