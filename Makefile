@@ -1,4 +1,5 @@
 # make demo: the main job, end to end, on this machine's CPU.   make test: all tests.   make test-fast: those to run while working.
+# make numerics: what packed caches and FP8 cost in accuracy, measured anew (docs/numerics.md; 20 minutes).
 # make gpu-check: everything that needs a GPU, checked and measured (docs/gpu.md). They set themselves up in .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
@@ -7,7 +8,7 @@ EXAMPLE := examples/tiny-deepseek-v2
 DEMO := demo
 JOBS ?= 2
 
-.PHONY: demo test test-fast kernels gpu-check lint clean
+.PHONY: demo test test-fast kernels numerics gpu-check lint clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python examples/demo.py --checkpoint $(EXAMPLE) --out $(DEMO)
@@ -20,6 +21,11 @@ test-fast: $(VENV)/installed
 
 kernels: $(VENV)/installed
 	$(BIN)/python -m latentrt kernels --all
+
+numerics: $(VENV)/installed
+	$(BIN)/python -m benchmarks.cache_numerics --windows 10
+	$(BIN)/python -m benchmarks.cache_evidence
+	$(BIN)/python -m benchmarks.fp8_numerics
 
 gpu-check: $(VENV)/installed
 	$(BIN)/python benchmarks/gpu_check.py $(ARGS)
