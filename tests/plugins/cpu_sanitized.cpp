@@ -80,8 +80,72 @@ static bool attend() {
   return right;
 }
 
+// A code of 4, 6 or 8 bits into a token's planes, as plugins/cache_formats/words.py lays them out.
+static void put(uint8_t* low, uint8_t* high, int bits, int e, int code) {
+  if (bits == 8) {
+    low[e] = uint8_t(code);
+    return;
+  }
+  low[e / 2] |= uint8_t((code & 15) << (e % 2 * 4));
+  if (bits == 6) high[e / 4] |= uint8_t(code >> 4 << (e % 4 * 2));
+}
+
+static size_t words(int elements, int bits) { return size_t((elements * bits + 31) / 32) * 4; }
+static size_t planes(int elements, int bits) { return bits == 6 ? words(elements, 4) + words(elements, 2) : words(elements, bits); }
+
+static bool attend_whole() {
+  const int rank = 32 * between(1, 6), rope = 8 * between(1, 9), count = between(1, SPLIT), width = rank + rope;
+  const int bits = between(0, 1) ? 6 : 4, rope_bits = between(0, 1) ? 8 : 6;
+  const int group = bits == 6 ? rank : rank % 64 ? 32 : 64, groups = rank / group;
+  const size_t latent = planes(rank, bits), pe = planes(rope, rope_bits), size = latent + pe + words(groups + 1, 16);
+  const Kernels& kernels = ::kernels();
+  Exact<float> q(size_t(width) * QUERIES), real(size_t(count) * width), scale(groups + 1), sums(size_t(QUERIES) * rank);
+  Exact<int32_t> pairs(size_t(width / 2) * QUERIES);
+  Exact<uint8_t> cells(size * count);
+  Exact<const uint8_t*> cell(count);
+  for (int i = 0; i < width * QUERIES; ++i) *(q + i) = float(between(-90, 90)) / 900;
+  for (int t = 0; t < count; ++t) {
+    uint8_t* to = cells + size * t;
+    *(cell + t) = to;
+    Exact<uint16_t> halves(groups + 1);
+    for (int g = 0; g <= groups; ++g) *(scale + g) = float(between(1, 64)) / 1024;  // float16 holds it
+    kernels.narrow(scale + 0, groups + 1, halves + 0);
+    std::memcpy(to + latent + pe, halves + 0, size_t(groups + 1) * 2);
+    for (int e = 0; e < width; ++e) {
+      const bool is_latent = e < rank;
+      const int n = is_latent ? bits : rope_bits, place = is_latent ? e : e - rank, code = between(0, (1 << n) - 1);
+      uint8_t* low = is_latent ? to : to + latent;
+      put(low, low + words(is_latent ? rank : rope, 4), n, place, code);
+      *(real + size_t(t) * width + e) = float(code - (1 << (n - 1))) * *(scale + (is_latent ? e / group : groups));
+    }
+  }
+  WholeQueries queries{pairs + 0, {}, {}};
+  kernels.round_queries(q + 0, rank, width, queries);
+  WholeTokens tokens{cell + 0, count, {rank, rope, group, bits == 6 ? INT6 : INT4, rope_bits == 6 ? INT6 : INT8,
+                                       words(rank, 4), latent, words(rope, 4), latent + pe}};
+  Exact<uint8_t> memory(tokens.scratch());
+  Partial result{sums + 0, {}, {}};
+  kernels.attend_whole(queries, tokens, result, memory + 0);
+  bool right = true;
+  for (int h = 0; h < QUERIES; ++h) {
+    double total = 0, first = 0, last = 0, largest = 0;
+    for (int t = 0; t < count; ++t) {
+      const float* x = real + size_t(t) * width;
+      double score = 0;
+      for (int d = 0; d < width; ++d) score += double(*(q + d * QUERIES + h)) * x[d];
+      const double weight = std::exp(score - result.largest[h]);
+      total += weight, first += weight * x[0], last += weight * x[rank - 1];
+      largest = std::fmax(largest, weight * std::fmax(std::fabs(x[0]), std::fabs(x[rank - 1])));
+    }
+    const double near = 1e-3 * total * std::fmax(largest, 1e-3);  // 16 bits of queries and weights
+    right &= std::fabs(total - result.total[h]) < 1e-3 * total && std::fabs(first - *(sums + size_t(h) * rank)) < near;
+    right &= std::fabs(last - *(sums + size_t(h) * rank + rank - 1)) < near;
+  }
+  return right;
+}
+
 int main() {
   for (int i = 0; i < 150; ++i)
-    if (!product() || !attend()) return std::printf("%s: case %d is wrong\n", kernels().name, i), 1;
+    if (!product() || !attend() || !attend_whole()) return std::printf("%s: case %d is wrong\n", kernels().name, i), 1;
   std::printf("%s: fine\n", kernels().name);
 }

@@ -182,6 +182,11 @@ def test_mla_over_several_splits(sequences, cache_format, expanded):
     check_mla(cpu_nodes.mla(np.random.default_rng(4), sequences, 64, 4, 64, 32, 16, 24, 0, cache_format, form), expanded)
 
 
+def test_latents_too_wide_for_sums_of_32_bits_are_unpacked():
+    """2,080 elements: sums of products of 16 bits might not fit."""
+    check_mla(cpu_nodes.mla(np.random.default_rng(7), [(5, 1), (0, 2)], 4, 2, 2080, 8, 16, 8, 0, "int6", "absorbed", 32), False)
+
+
 @pytest.mark.parametrize(("sequence", "form"), [((0, 100), "expanded"), ((1000, 2), "absorbed"), ((1000, 200), "expanded")])
 def test_a_form_is_chosen_for_each_sequence(sequence, form):
     """The bits are those of the form, whatever else is in the step."""
