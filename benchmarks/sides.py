@@ -66,7 +66,7 @@ class Ours(Side):
         for b in range(batch):
             cache.reserve(b, depth + new)
         table = cache.block_table(list(range(batch)))
-        ids, chunk = tokens(batch, new), self.backend.prefill_chunk
+        ids, chunk = tokens(batch, new), self.backend.lone_prefill_chunk
         self.batches = []
         for start in range(0, new, chunk):
             part = ids[:, start : start + chunk]

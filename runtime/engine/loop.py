@@ -23,13 +23,14 @@ from latentrt.runtime.errors import EngineError, EngineLostError
 class EngineLoop:
     """Runs sequences on a backend. Any thread may submit, abort, or pull a stream: whoever pulls runs the next step for all.
 
-    chunk: rows of prompts in one step, the backend's own number by default.
+    chunk: rows of prompts in one step, the backend's own numbers by default.
     """
 
     def __init__(self, backend: Backend, chunk: int | None = None):
         self.backend = backend
         cache = LatentCache(backend.num_pages, backend.target.cache.page_size)
-        self.scheduler = Scheduler(backend.target.limits, cache, chunk or backend.prefill_chunk)
+        chunks = chunk or backend.prefill_chunk, chunk or backend.lone_prefill_chunk
+        self.scheduler = Scheduler(backend.target.limits, cache, *chunks)
         self.steps = 0
         self._lock = RLock()
         self._lost: EngineLostError | None = None

@@ -41,12 +41,12 @@ class Scheduled:
 class Scheduler:
     """Sequences that wait and run, and their pages. Runs nothing itself. Not for several threads at once.
 
-    chunk: rows of prompts in one step.
+    chunk: rows of prompts in one step; lone_chunk: where no sequence decodes beside them, the same by default.
     """
 
-    def __init__(self, limits: Limits, cache: LatentCache, chunk: int):
+    def __init__(self, limits: Limits, cache: LatentCache, chunk: int, lone_chunk: int | None = None):
         self.limits, self.cache = limits, cache
-        self.chunk = min(chunk, limits.max_batch_tokens)
+        self.chunk, self.lone_chunk = (min(n, limits.max_batch_tokens) for n in (chunk, lone_chunk or chunk))
         self.max_running = min(limits.max_sequences, limits.max_batch_tokens)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
@@ -137,7 +137,8 @@ class Scheduler:
     def _plan(self) -> list[Scheduled]:
         """One row of every sequence that decodes, and chunks of prompts in what is left."""
         missing = [(s, len(s.tokens) - s.cached) for s in self.running]
-        room = min(self.chunk, self.limits.max_batch_tokens - sum(1 for _, rows in missing if rows == 1))
+        decoding = sum(1 for _, rows in missing if rows == 1)
+        room = min(self.chunk if decoding else self.lone_chunk, self.limits.max_batch_tokens - decoding)
         plan = []
         for sequence, rows in missing:
             taken = 1 if rows == 1 else min(rows, room)

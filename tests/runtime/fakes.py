@@ -22,7 +22,8 @@ class HistoryBackend(Backend):
 
     name = "fake"
 
-    def __init__(self, cache_tokens=None, page_size=4, max_context=64, max_batch_tokens=16, max_sequences=8, prefill_chunk=256):
+    def __init__(self, cache_tokens=None, page_size=4, max_context=64, max_batch_tokens=16, max_sequences=8, prefill_chunk=256,
+                 lone_prefill_chunk=None):  # fmt: skip
         cache = CacheSpec(format="tokens", dtype="int32", page_size=page_size, width=1, layers=1, bytes_per_token=4, fields=[])
         limits = Limits(max_context=max_context, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
         logits = TensorInfo(name="logits", dtype="float", shape=["N", VOCAB])
@@ -30,11 +31,15 @@ class HistoryBackend(Backend):
         self.num_pages = pages_for(self.target, cache_tokens)
         self.pages = np.full((self.num_pages, page_size), UNWRITTEN, np.int32)
         self.batches: list[StepBatch] = []
-        self.chunk = prefill_chunk
+        self.chunk, self.lone_chunk = prefill_chunk, lone_prefill_chunk or prefill_chunk
 
     @property
     def prefill_chunk(self) -> int:
         return self.chunk
+
+    @property
+    def lone_prefill_chunk(self) -> int:
+        return self.lone_chunk
 
     def step(self, batch: StepBatch) -> StepResult:
         self.batches.append(batch)

@@ -95,6 +95,16 @@ def test_the_chunk_is_the_backends_unless_it_is_given(chunk, prefill_chunk, expe
     assert [np.diff(b.query_starts).tolist() for b in engine.backend.batches][: len(expected)] == expected
 
 
+def test_prompts_alone_go_in_longer_chunks():
+    """A prompt by 8 while nothing decodes, the next one by 3 beside the first one's tokens."""
+    engine = fake_engine(max_batch_tokens=16, prefill_chunk=3, lone_prefill_chunk=8)
+    prompts = [list(range(9)), list(range(13))]
+    results = engine.generate(prompts, SamplingParams(max_new_tokens=6))
+    assert [r.token_ids for r in results] == [greedy(p, 6) for p in prompts]
+    rows = [np.diff(b.query_starts).tolist() for b in engine.backend.batches]
+    assert rows[:3] == [[8], [1, 3], [1, 3]]
+
+
 def test_closing_a_stream_frees_its_pages():
     engine = fake_engine()
     stream = engine.stream([[1, 2, 3], [4]], SamplingParams(max_new_tokens=30))
