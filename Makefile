@@ -1,5 +1,5 @@
 # make demo: the main job, end to end, on this machine's CPU.   make test: all tests.   make test-fast: those to run while working.
-# make numerics: what packed caches and FP8 cost in accuracy, measured anew (docs/numerics.md; 20 minutes).
+# make numerics: what packed caches and FP8 cost in accuracy, measured anew (docs/numerics.md; about 25 minutes).
 # make gpu-check: everything that needs a GPU, checked and measured (docs/gpu.md). They set themselves up in .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv

@@ -1,4 +1,4 @@
-"""GPUs that plans are made for, one row each: what their vendor's data sheets say."""
+"""GPUs that plans are made for, one row each. `source` says where its figures were read, and what was only remembered."""
 
 from dataclasses import dataclass
 
@@ -18,20 +18,22 @@ class GpuRow:
     source: str
 
 
-_ADA = "NVIDIA Ada GPU architecture, white paper, table of GeForce RTX GPUs"
-_HOPPER = "NVIDIA H100 data sheet, SXM; half of the figures with sparsity"
+_READ = "a third party's copy of the data sheet, read 2026-11-27"
+_MEMORY = "from memory, not read again"
+_HOPPER = f"{_READ}: half of the figures with sparsity"
+_BLACKWELL = f"{_READ}: memory, and sparse FP16 with FP16 sums, of which bf16 is a quarter and FP8 a half"
 GPUS = {
     gpu.name: gpu
     for gpu in (
-        GpuRow("RTX 3090", "sm86", 24, 936, 71, None, "NVIDIA Ampere GA102 white paper, table of GeForce RTX GPUs"),
-        GpuRow("RTX 4090", "sm89", 24, 1008, 165.2, 330.3, _ADA),
-        GpuRow("RTX 5090", "sm120", 32, 1792, 209.5, 419, "NVIDIA RTX Blackwell GPU architecture, white paper"),
-        GpuRow("L40S", "sm89", 48, 864, 362, 733, "NVIDIA L40S data sheet; half of the figures with sparsity"),
-        GpuRow("A100", "sm80", 80, 2039, 312, None, "NVIDIA A100 data sheet, SXM 80 GB"),
+        GpuRow("RTX 3090", "sm86", 24, 936, 71, None, _MEMORY),
+        GpuRow("RTX 4090", "sm89", 24, 1008, 165.2, 330.3, _READ),
+        GpuRow("RTX 5090", "sm120", 32, 1792, 209.5, 419, _BLACKWELL),
+        GpuRow("L40S", "sm89", 48, 864, 362, 733, _HOPPER),
+        GpuRow("A100", "sm80", 80, 2039, 312, None, _MEMORY),
         GpuRow("H100", "sm90", 80, 3350, 989, 1979, _HOPPER),
-        GpuRow("H800", "sm90", 80, 3350, 989, 1979, f"{_HOPPER}; H800 differs in NVLink and float64 alone"),
-        GpuRow("H200", "sm90", 141, 4800, 989, 1979, "NVIDIA H200 data sheet, SXM; half of the figures with sparsity"),
-        GpuRow("B200", "sm100", 180, 8000, 2250, 4500, "NVIDIA HGX B200 data sheet, an eighth of it; half of sparse figures"),
+        GpuRow("H800", "sm90", 80, 3350, 989, 1979, f"as H100, {_MEMORY}: it differs in NVLink and float64 alone"),
+        GpuRow("H200", "sm90", 141, 4800, 989, 1979, _HOPPER),
+        GpuRow("B200", "sm100", 180, 8000, 2250, 4500, f"{_READ}: memory, bandwidth, FP8; bf16 is half of FP8"),
     )
 }
 
