@@ -92,13 +92,13 @@ class Engine:
         lists = [self.prompt_tokens(tokens, f"token list {index}") for index, tokens in enumerate(token_lists)]
         return self.loop.logit_blocks(lists)
 
-    def sequence(self, tokens: list[int], params: SamplingParams, sink: deque[Event], index: int = 0, keep: bool = False):
+    def sequence(self, tokens: list[int], params: SamplingParams, sink: deque[Event], index: int = 0, salt: str = ""):
         """The state of a new request for checked tokens; for `loop.stream`."""
         if params.stop and self.tokenizer is None:
             raise RequestError(f"stop strings need a tokenizer, {self.bundle.path} has none; give no stop strings")
         known = self.tokenizer
         text = TextStream(known.decode, params.stop, known.hidden_tokens if params.stop else {}) if known else None
-        return Sequence(index, tokens, params, text, self.eos_ids, sink, keep)
+        return Sequence(index, tokens, params, text, self.eos_ids, sink, salt)
 
     def prompt_tokens(self, prompt: Prompt, where: str = "prompt") -> list[int]:
         """Checked token ids of a prompt. Raises RequestError that calls it `where`."""

@@ -1,6 +1,6 @@
 """A conversation: every turn renders the whole history with the chat template, and computes only what is new of it.
 
-The sequence of the last turn stays in the latent cache; the next one takes it over as far as its tokens are the same.
+The last turn's tokens stay in the latent cache as long as there is room, and the next one begins with the same.
 """
 
 from collections import deque
@@ -21,14 +21,12 @@ class Conversation:
     def __init__(self, engine: Engine, params: SamplingParams, system: str | None = None):
         self._engine, self._params = engine, params
         self._system = [{"role": "system", "content": system}] if system else []
-        self._last: Sequence | None = None
         self.messages = list(self._system)
         engine.chat_tokens([*self.messages, {"role": "user", "content": ""}])
 
     def reset(self) -> None:
         """Forgets the history, except for the system message."""
         self.messages = list(self._system)
-        self._forget()
 
     def say(self, text: str) -> Generator[Event, None, None]:
         """The answer to a message, as events. Closing the iterator ends the answer; what was said so far is kept.
@@ -40,20 +38,13 @@ class Conversation:
             tokens = self._engine.chat_tokens(asked)
         except RequestError as error:
             raise RequestError(f"{error} (/reset begins anew)") from None
-        sequence = self._engine.sequence(tokens, self._params, deque(), keep=True)
+        sequence = self._engine.sequence(tokens, self._params, deque())
         return self._answer(asked, sequence)
 
     def _answer(self, asked: list[dict], sequence: Sequence) -> Generator[Event, None, None]:
-        events = self._engine.loop.stream([sequence], after=self._last)
-        self._forget()
-        self._last = sequence
+        events = self._engine.loop.stream([sequence])
         try:
             yield from events
         finally:
             events.close()
             self.messages = [*asked, {"role": "assistant", "content": sequence.text.text.strip()}]
-
-    def _forget(self) -> None:
-        if self._last is not None:
-            self._engine.loop.forget(self._last)
-        self._last = None

@@ -130,6 +130,10 @@ class Backend(ABC):
     def step(self, batch: StepBatch) -> StepResult:
         """Runs one step; appends to the cache. EngineLostError if no later step can run either."""
 
+    @abstractmethod
+    def copy_pages(self, pages: Sequence[tuple[int, int]]) -> None:
+        """Copies pages of all latent caches, (from, to) each, before the next step. No page is both."""
+
     def close(self) -> None:  # noqa: B027 (most backends leave it to Python)
         """Gives back what the backend holds; a second call does nothing. No step may follow."""
 

@@ -7,6 +7,7 @@ their library can be compiled. Their weights stay mapped from the bundle's files
 
 import os
 import sys
+from collections.abc import Sequence
 
 import numpy as np
 import onnxruntime as ort
@@ -44,6 +45,11 @@ class OnnxRuntimeBackend(Backend):
         binding.bind_output(LOGITS, "cpu")
         self._session.run_with_iobinding(binding)
         return StepResult(binding.get_outputs()[-1].numpy())
+
+    def copy_pages(self, pages: Sequence[tuple[int, int]]) -> None:
+        for cache in self.caches:
+            for source, target in pages:
+                cache[target] = cache[source]
 
     def close(self) -> None:
         self._session, self._bound, self.caches = None, [], []

@@ -35,29 +35,24 @@ class EngineLoop:
         self._lock = RLock()
         self._lost: EngineLostError | None = None
 
-    def stream(self, sequences: list[Sequence], after: Sequence | None = None) -> "Stream":
+    def stream(self, sequences: list[Sequence]) -> "Stream":
         """Queues requests that share a sink, at once; the stream gives their events.
 
-        `after`: a kept sequence whose cached prefix they may use. EngineLostError if the engine cannot run any more.
+        EngineLostError if the engine cannot run any more.
         """
         with self._lock:
             if self._lost:
                 raise EngineLostError(str(self._lost)) from self._lost
             for sequence in sequences:
-                self.scheduler.add(sequence, after)
+                self.scheduler.add(sequence)
         return Stream(self, sequences)
 
     def abort(self, sequence: Sequence) -> None:
-        """Ends a request that has not ended, without an event; its pages are free, or kept if it asked for that."""
+        """Ends a request that has not ended, without an event; its pages are free."""
         with self._lock:
             if not sequence.ended:
                 sequence.ended = True
                 self.scheduler.retire(sequence)
-
-    def forget(self, sequence: Sequence) -> None:
-        """Gives back the pages of an ended sequence that asked to keep them."""
-        with self._lock:
-            self.scheduler.forget(sequence)
 
     def logit_blocks(self, lists: list[list[int]]) -> Iterator[np.ndarray]:
         """Logits [rows, vocab_size] float32 at every position of token lists, in their order; see teacher_forcing."""
@@ -101,7 +96,9 @@ class EngineLoop:
 
     def _run(self, step: list[Scheduled]) -> None:
         try:
-            table = self.scheduler.block_table(step)
+            copies, table = self.scheduler.cache.take_copies(), self.scheduler.block_table(step)
+            if copies:
+                self.backend.copy_pages(copies)
             result = self.backend.step(pack([s.batch_rows() for s in step], table))
             sampling = [s.sequence for s in step if s.samples]
             tokens = choose(result, [s.sampler for s in sampling]) if sampling else []
@@ -109,7 +106,7 @@ class EngineLoop:
             self._failed(step, error)
             return
         for part in step:
-            part.sequence.cached += part.rows
+            self.scheduler.advance(part.sequence, part.rows)
         for sequence, token in zip(sampling, tokens, strict=True):
             self._deliver(sequence, token)
 
@@ -119,9 +116,10 @@ class EngineLoop:
                 raise token
             sequence.accept(token, self.scheduler.limits.max_context)
         except Exception as error:
-            self._end(sequence, error)
-        if sequence.ended:
-            self.scheduler.retire(sequence)
+            self._fail(sequence, error)
+        else:
+            if sequence.ended:
+                self.scheduler.retire(sequence)
 
     def _failed(self, step: list[Scheduled], error: Exception) -> None:
         """Ends the step's requests; all of them, if no step can follow."""
@@ -130,15 +128,14 @@ class EngineLoop:
             self._lost = error
             concerned = [*self.scheduler.running, *self.scheduler.waiting]
         for sequence in concerned:
-            self._end(sequence, error)
-            self.scheduler.retire(sequence)
+            self._fail(sequence, error)
 
-    def _end(self, sequence: Sequence, error: Exception) -> None:
-        """With pages that nobody may take over: nobody knows what was written."""
-        sequence.keep = False
+    def _fail(self, sequence: Sequence, error: Exception) -> None:
+        """With pages that nobody may use: nobody knows what was written."""
         wrapped = EngineError(f"the step failed ({type(error).__name__}: {error})")
         wrapped.__cause__ = error
         sequence.fail(error if isinstance(error, EngineError) else wrapped)
+        self.scheduler.retire(sequence, sound=False)
 
 
 class Stream(Iterator[Event]):

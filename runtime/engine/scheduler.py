@@ -3,20 +3,23 @@
 A step holds one row for every sequence that decodes and, in the room left, chunks of prompts, oldest first.
 Requests enter in the order they came, as soon as pages for their tokens and one more are free.
 
-When a sequence needs a page and none is free: conversations that are kept for their next turn lose theirs first; then
-the youngest sequence gives its pages back, waits, and is computed anew later from the tokens it has, so that nobody's
-answer is cut because of others. A sequence that fills the whole cache alone ends with reason "cache".
+What a prompt shares with earlier tokens, of any request, is not computed again: see pages.py. A request that shares more with
+a prompt that is being read waits until that is done.
+
+When a sequence needs a page and none is free, the youngest gives its pages back, waits, and goes on later from what is
+still known of its tokens by then, so that nobody's answer is cut because of others. A sequence that fills the whole cache
+alone ends with reason "cache".
 """
 
 from collections import deque
 from dataclasses import dataclass
-from itertools import count, takewhile
+from itertools import count
 
 import numpy as np
 
 from latentrt.plugins.step_graph import Limits
 from latentrt.runtime.backends.base import SequenceRows
-from latentrt.runtime.engine.pages import LatentCache
+from latentrt.runtime.engine.pages import LatentCache, Match
 from latentrt.runtime.engine.sequence import Sequence
 
 
@@ -50,21 +53,20 @@ class Scheduler:
         self.max_running = min(limits.max_sequences, limits.max_batch_tokens)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
-        self.kept: list[Sequence] = []  # ended, pages held for a next turn; oldest first
+        self.asked_tokens = self.reused_tokens = 0  # of the prompts that have entered, and of those what was known
         self._ids = count(1)
+        self._matches: dict[int, tuple[int, Match]] = {}  # of waiting sequences, with the version of the cache
 
     def new_id(self) -> int:
         """A fresh name for a sequence in the latent cache."""
         return next(self._ids)
 
-    def add(self, sequence: Sequence, after: Sequence | None = None) -> None:
-        """Queues a request; its prompt must fit the limits. `after` is a kept sequence whose prefix it may use."""
+    def add(self, sequence: Sequence) -> None:
+        """Queues a request; its prompt must fit the limits."""
         sequence.id = self.new_id()
         if len(sequence.tokens) >= self.limits.max_context:
             sequence.finish("context")
             return
-        if after in self.kept:
-            self._take_over(sequence, after)
         self.waiting.append(sequence)
 
     def schedule(self) -> list[Scheduled]:
@@ -77,43 +79,32 @@ class Scheduler:
         """[B, max_pages] int32 of a step's sequences."""
         return self.cache.block_table([s.sequence.id for s in step])
 
-    def retire(self, sequence: Sequence) -> None:
-        """Takes a sequence out, wherever it is. Its pages stay if it is to be kept."""
+    def retire(self, sequence: Sequence, sound: bool = True) -> None:
+        """Takes a sequence out, wherever it is. Its tokens stay known unless its pages are not `sound`."""
         for queue in (self.waiting, self.running):
             if sequence in queue:
                 queue.remove(sequence)
-        if sequence.keep and sequence.cached:
-            self.kept.append(sequence)
+        self._matches.pop(sequence.id, None)
+        if sound:
+            self._release(sequence)
         else:
-            self._release(sequence)
+            self.cache.discard(sequence.id)
 
-    def forget(self, sequence: Sequence) -> None:
-        """Gives back what a kept sequence holds."""
-        if sequence in self.kept:
-            self._release(sequence)
+    def advance(self, sequence: Sequence, rows: int) -> None:
+        """`rows` more of a sequence's tokens are in the cache."""
+        sequence.cached += rows
+        self.cache.learn(sequence.id, sequence.tokens, sequence.cached)
 
     def reserve(self, sequence: int, length: int) -> bool:
-        """Room for the first `length` tokens of a sequence, at the expense of what does not run; False if there is none."""
-        while not self.cache.fits(sequence, length):
-            idle = [s for s in [*self.kept, *reversed(self.waiting)] if s.cached and s.id != sequence]
-            if not idle:
-                return False
-            self._release(idle[0])
-        self.cache.reserve(sequence, length)
-        return True
+        """Room for the first `length` tokens of a sequence; False if there is none."""
+        fits = self.cache.fits(sequence, length)
+        if fits:
+            self.cache.reserve(sequence, length)
+        return fits
 
     def _release(self, sequence: Sequence) -> None:
-        self.cache.release(sequence.id)
+        self.cache.release(sequence.id, sequence.tokens, sequence.cached)
         sequence.cached = 0
-        if sequence in self.kept:
-            self.kept.remove(sequence)
-
-    def _take_over(self, sequence: Sequence, after: Sequence) -> None:
-        known = zip(after.tokens[: after.cached], sequence.tokens[:-1], strict=False)
-        common = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], known))
-        self.kept.remove(after)
-        self.cache.truncate(after.id, common)
-        sequence.id, sequence.cached = after.id, common
 
     def _grow(self) -> None:
         """Room for the next token of every running sequence."""
@@ -127,12 +118,42 @@ class Scheduler:
                 self.waiting.appendleft(youngest)
 
     def _admit(self) -> None:
-        while self.waiting and len(self.running) < self.max_running:
-            sequence = self.waiting[0]
-            if not self.reserve(sequence.id, min(len(sequence.tokens) + 1, self.cache.capacity)):
+        for sequence in list(self.waiting):
+            if len(self.running) >= self.max_running:
                 return
-            sequence.start()
-            self.running.append(self.waiting.popleft())
+            match = self._match(sequence)
+            if self._is_read(sequence, len(match.pages) * self.cache.page_size):
+                continue
+            cached = self.cache.attach(sequence.id, match, min(len(sequence.tokens) + 1, self.cache.capacity))
+            if cached is None:
+                return
+            self._enter(sequence, cached)
+
+    def _enter(self, sequence: Sequence, cached: int) -> None:
+        sequence.cached = cached
+        self.asked_tokens += len(sequence.tokens)
+        self.reused_tokens += cached
+        sequence.start()
+        self.waiting.remove(sequence)
+        self.running.append(sequence)
+        del self._matches[sequence.id]
+
+    def _match(self, sequence: Sequence) -> Match:
+        version, match = self._matches.get(sequence.id, (None, None))
+        if version != self.cache.version:
+            match = self.cache.match(sequence.tokens, sequence.salt)
+            self._matches[sequence.id] = self.cache.version, match
+        return match
+
+    def _is_read(self, sequence: Sequence, known: int) -> bool:
+        """Whether another sequence is reading a page or more of what this one begins with, beyond the `known` tokens."""
+        size, tokens = self.cache.page_size, sequence.tokens
+        for other in self.running:
+            soon = min(other.prompt_tokens, len(tokens) - 1) // size * size
+            reads = other.cached < other.prompt_tokens and other.salt == sequence.salt
+            if reads and soon > known and other.tokens[:soon] == tokens[:soon]:
+                return True
+        return False
 
     def _plan(self) -> list[Scheduled]:
         """One row of every sequence that decodes, and chunks of prompts in what is left."""

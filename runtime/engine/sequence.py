@@ -56,11 +56,11 @@ class Event:
 
 
 class Sequence:
-    """The state of one request. `sink` is where its events go; `keep` asks for its pages to stay for a next turn."""
+    """The state of one request. `sink` is where its events go; only requests with the same `salt` share cached tokens."""
 
     def __init__(self, index: int, prompt: list[int], params: SamplingParams, text: TextStream | None, eos: frozenset[int],
-                 sink: deque[Event], keep: bool = False):  # fmt: skip
-        self.index, self.params, self.text, self.sink, self.keep = index, params, text, sink, keep
+                 sink: deque[Event], salt: str = ""):  # fmt: skip
+        self.index, self.params, self.text, self.sink, self.salt = index, params, text, sink, salt
         self.tokens = list(prompt)  # prompt and answer
         self.prompt_tokens = len(prompt)
         self.cached = self.reused = 0  # leading tokens whose latents are in the cache

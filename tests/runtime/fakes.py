@@ -51,19 +51,23 @@ class HistoryBackend(Backend):
                 assert position == cached + row - batch.query_starts[b]
                 page = batch.block_table[b, position // self.pages.shape[1]]
                 assert page > 0, "a token would be written to the scratch page"
+                assert (batch.block_table == page).sum() == 1, "a token would be written to a page that two sequences share"
                 self.pages[page, position % self.pages.shape[1]] = batch.input_ids[row]
                 history = self.pages[batch.block_table[b]].ravel()[: position + 1]
                 assert (history >= 0).all(), "a token was read that this sequence never wrote"
                 rows.append(logits_after(history))
         return StepResult(np.stack(rows)[batch.logit_rows] if len(batch.logit_rows) else np.zeros((0, VOCAB), np.float32))
 
+    def copy_pages(self, pages) -> None:
+        for source, target in pages:
+            assert 0 not in (source, target) and source != target
+            self.pages[target] = self.pages[source]
+
 
 def _check(batch: StepBatch, limits: Limits) -> None:
     assert 0 < len(batch.input_ids) <= limits.max_batch_tokens
     assert len(batch.cached_lengths) <= limits.max_sequences
     assert batch.num_tokens[0] == batch.query_starts[-1] == len(batch.input_ids) == len(batch.positions)
-    pages = batch.block_table[batch.block_table > 0]
-    assert len(set(pages)) == len(pages), "two sequences share a page"
     assert all(value.dtype == np.int32 for value in vars(batch).values())
 
 

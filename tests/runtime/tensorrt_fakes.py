@@ -47,6 +47,9 @@ class FakeDevice:
     def zero(self, address, size, stream=0):
         self.log.append(("zero", address, size, stream))
 
+    def copy(self, target, source, size, stream):
+        self.log.append(("copy", target, source, size, stream))
+
     def upload(self, address, array):
         self.uploaded[address] = bytes(array)
 

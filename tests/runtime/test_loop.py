@@ -50,7 +50,7 @@ def failing(engine: Engine, steps: set[int], error: Exception) -> Engine:
 
 def all_free(engine: Engine) -> bool:
     scheduler = engine.loop.scheduler
-    idle = not scheduler.running and not scheduler.waiting and not scheduler.kept
+    idle = not scheduler.running and not scheduler.waiting
     return idle and scheduler.cache.free_tokens == scheduler.cache.capacity
 
 

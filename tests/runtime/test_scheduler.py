@@ -1,6 +1,6 @@
 """Continuous batching, chunks and pages, exactly: every answer must be that of the prompt alone."""
 
-from collections import deque
+from collections import Counter, deque
 
 import numpy as np
 import pytest
@@ -48,12 +48,14 @@ def test_seeded_sampling_does_not_depend_on_the_batch(temperature):
 
 
 def test_the_youngest_waits_when_pages_run_out_and_goes_on_later():
-    engine = fake_engine(cache_tokens=32, page_size=4)
+    engine = fake_engine(cache_tokens=32, page_size=4, max_batch_tokens=20)
     prompts = [[1] * 10, [2] * 10]
     results = engine.generate(prompts, SamplingParams(max_new_tokens=15))
     assert [r.token_ids for r in results] == [greedy(p, 15) for p in prompts]
     lengths = [tuple(b.cached_lengths) for b in engine.backend.batches]
-    assert any(len(n) == 2 for n in lengths) and sum(0 in n for n in lengths) == 2  # prefilled together, one of them again
+    assert lengths[0] == (0, 0) and sum(len(n) == 1 for n in lengths) > 1  # read together, then one alone
+    again = [np.diff(b.query_starts).max() for b in engine.backend.batches[1:]]
+    assert sum(rows > 1 for rows in again) == 1  # what had to be forgotten is computed once more
 
 
 def test_a_sequence_that_fills_the_cache_alone_ends_with_cache():
@@ -98,7 +100,7 @@ def test_the_chunk_is_the_backends_unless_it_is_given(chunk, prefill_chunk, expe
 def test_prompts_alone_go_in_longer_chunks():
     """A prompt by 8 while nothing decodes, the next one by 3 beside the first one's tokens."""
     engine = fake_engine(max_batch_tokens=16, prefill_chunk=3, lone_prefill_chunk=8)
-    prompts = [list(range(9)), list(range(13))]
+    prompts = [list(range(9)), list(range(20, 33))]
     results = engine.generate(prompts, SamplingParams(max_new_tokens=6))
     assert [r.token_ids for r in results] == [greedy(p, 6) for p in prompts]
     rows = [np.diff(b.query_starts).tolist() for b in engine.backend.batches]
@@ -122,54 +124,59 @@ def test_interleaved_streams_share_the_steps():
     assert engine.loop.steps < 12
 
 
-def test_a_kept_sequence_is_taken_over_as_far_as_it_agrees():
-    engine = fake_engine(page_size=4)
-    first = engine.sequence([1, 2, 3], SamplingParams(max_new_tokens=8), deque(), keep=True)
-    answer = list(engine.loop.stream([first]))[-1].result.token_ids
-    prompt = [1, 2, 3, *answer[:5], 49, 48]  # leaves the history in the middle of a page
-    second = engine.sequence(prompt, SamplingParams(max_new_tokens=8), deque(), keep=True)
-    result = list(engine.loop.stream([second], after=first))[-1].result
-    assert (result.token_ids, result.reused_tokens) == (greedy(prompt, 8), 8)
-    engine.loop.forget(second)
-    assert engine.loop.scheduler.cache.free_tokens == engine.loop.scheduler.cache.capacity
+def reused(engine, prompt: list[int], new: int) -> int:
+    """How many tokens of a prompt were known; its answer must be right."""
+    result = engine.generate([prompt], SamplingParams(max_new_tokens=new))[0]
+    assert result.token_ids == greedy(prompt, new)
+    return result.reused_tokens
 
 
-def keep(engine, prompt: list[int], new: int):
-    """A finished sequence whose pages stay."""
-    sequence = engine.sequence(prompt, SamplingParams(max_new_tokens=new), deque(), keep=True)
-    list(engine.loop.stream([sequence]))
-    return sequence
-
-
-def test_pages_given_back_by_a_take_over_may_go_to_others_at_once():
-    engine = fake_engine(page_size=4, cache_tokens=40)
-    first = keep(engine, [1, 2, 3], 14)
-    prompt = [*first.tokens[:9], 49]
-    other = engine.stream([[7] * 20], SamplingParams(max_new_tokens=3))  # queued before, so served before
-    again = engine.sequence(prompt, SamplingParams(max_new_tokens=4), deque())
-    result = list(engine.loop.stream([again], after=first))[-1].result
-    assert (result.token_ids, result.reused_tokens) == (greedy(prompt, 4), 9)
-    assert tuple(event.token for event in other) == greedy([7] * 20, 3)
+def test_a_prompt_uses_what_is_known_even_of_a_part_of_a_page():
+    engine = fake_engine(page_size=8)
+    assert reused(engine, [1, 2, 3], 9) == 0
+    history = [1, 2, 3, *greedy([1, 2, 3], 9)]  # 11 of them are cached: a page and 3 tokens
+    assert reused(engine, [*history[:8], 49, 48], 3) == 8
+    assert reused(engine, [*history[:6], 49, 48], 3) == 6  # copied
+    assert reused(engine, [*history[:3], 49, 48], 3) == 0  # too little to be worth a copy
+    assert reused(engine, [*history, 7], 8) == 8  # of three tokens more, no copy is worth it
+    assert reused(engine, [*history, 7, *greedy([*history, 7], 8), 5], 2) == 20  # its tail is taken over, or copied
 
 
 def test_a_prompt_that_is_cached_entirely_computes_its_last_token_again():
+    engine = fake_engine(page_size=8)
+    prompt = list(range(16))
+    assert reused(engine, prompt, 3) == 0
+    assert reused(engine, prompt, 3) == 15
+    assert reused(engine, prompt[:8], 3) == 7
+
+
+def test_requests_that_begin_alike_share_pages_while_they_run():
+    engine = fake_engine(page_size=4, cache_tokens=48)
+    shared = list(range(20))
+    prompts = [[*shared, n] for n in range(6)]  # 6 times 24 tokens, in room for 48
+    results = engine.generate(prompts, SamplingParams(max_new_tokens=3))
+    assert [r.token_ids for r in results] == [greedy(p, 3) for p in prompts]
+    assert [r.reused_tokens for r in results] == [0, 20, 20, 20, 20, 20]
+    assert max(len(b.cached_lengths) for b in engine.backend.batches) == 6
+    assert sum(len(b.input_ids) for b in engine.backend.batches) == 21 + 5 + 6 * 2
+
+
+def test_a_salt_keeps_tokens_apart():
     engine = fake_engine()
-    first = keep(engine, [1, 2, 3], 6)
-    prompt = first.tokens[: first.cached]
-    again = engine.sequence(prompt, SamplingParams(max_new_tokens=3), deque())
-    result = list(engine.loop.stream([again], after=first))[-1].result
-    assert (result.token_ids, result.reused_tokens) == (greedy(prompt, 3), len(prompt) - 1)
+    results = []
+    for salt in ("a", "b", "a", ""):
+        sequence = engine.sequence(list(range(9)), SamplingParams(max_new_tokens=2), deque(), salt=salt)
+        results.append(list(engine.loop.stream([sequence]))[-1].result)
+    assert [r.reused_tokens for r in results] == [0, 0, 8, 0]
+    assert {r.token_ids for r in results} == {greedy(list(range(9)), 2)}
 
 
-def test_a_waiting_sequence_does_not_give_up_its_own_prefix():
-    engine = fake_engine(page_size=4, cache_tokens=32)
-    first = keep(engine, [1, 2, 3], 6)
-    other = engine.stream([[7] * 19], SamplingParams(max_new_tokens=1))  # leaves too little for the second turn
-    prompt = [*first.tokens[:8], *[5] * 8]
-    again = engine.sequence(prompt, SamplingParams(max_new_tokens=2), deque())
-    result = list(engine.loop.stream([again], after=first))[-1].result
-    assert (result.token_ids, result.reused_tokens) == (greedy(prompt, 2), 8)
-    assert next(other).token == greedy([7] * 19, 1)[0]
+def test_who_reads_the_same_prompt_is_not_waited_for_after_an_abort():
+    engine = fake_engine(chunk=4)
+    streams = [engine.stream([list(range(14))], SamplingParams(max_new_tokens=4)) for _ in range(2)]
+    engine.loop.step()
+    streams[0].close()
+    assert [event.token for event in streams[1]] == list(greedy(list(range(14)), 4))
 
 
 def test_who_had_to_wait_goes_on_before_those_who_came_later():
@@ -183,15 +190,47 @@ def test_who_had_to_wait_goes_on_before_those_who_came_later():
     assert [r.token_ids for r in results] == [greedy(p, 15) for p in prompts]
 
 
-def test_a_kept_sequence_yields_to_running_ones():
+def test_what_is_known_yields_to_running_requests_the_oldest_first():
     engine = fake_engine(cache_tokens=16, page_size=4)
-    kept = engine.sequence([1, 2, 3], SamplingParams(max_new_tokens=8), deque(), keep=True)
-    list(engine.loop.stream([kept]))
-    assert engine.generate([[7] * 12], SamplingParams(max_new_tokens=4))[0].token_ids == greedy([7] * 12, 4)
-    assert kept.cached == 0
-    again = engine.sequence([1, 2, 3, 4], SamplingParams(max_new_tokens=2), deque())
-    result = list(engine.loop.stream([again], after=kept))[-1].result
-    assert (result.token_ids, result.reused_tokens) == (greedy([1, 2, 3, 4], 2), 0)
+    assert reused(engine, [1, 2, 3, 4, 5], 4) == 0  # 8 tokens stay known
+    assert reused(engine, [7] * 5, 4) == 0
+    assert reused(engine, [8] * 5, 4) == 0  # needs the first one's pages
+    assert reused(engine, [7] * 6, 1) == 5 - 5 % 4
+    assert reused(engine, [1, 2, 3, 4, 5], 1) == 0
+
+
+@settings(max_examples=150, deadline=None)
+@given(data=st.data(), page_size=st.sampled_from([1, 2, 4, 8]), cache_tokens=st.sampled_from([24, 40, 64]))
+def test_any_admissions_aborts_and_evictions_lose_no_page_and_change_no_token(data, page_size, cache_tokens):
+    """Prompts begin alike often. Every answer is that of the prompt alone, and in the end every page can be had."""
+    chunk, new_tokens = data.draw(st.sampled_from([2, 7, 64])), st.lists(token, min_size=1, max_size=6)
+    engine = fake_engine(chunk, cache_tokens=cache_tokens, page_size=page_size, max_sequences=3)
+    cache, streams = engine.loop.scheduler.cache, []
+    for _ in range(data.draw(st.integers(1, 14))):
+        action = data.draw(st.sampled_from(["ask", "ask", "step", "step", "abort"]))
+        if action == "ask":
+            prompt = [*[1, 2, 3, 4, 5, 6, 7, 8, 9][: data.draw(st.integers(0, 9))], *data.draw(new_tokens)]
+            new = data.draw(st.integers(1, 8))
+            streams.append((prompt, new, engine.stream([prompt], SamplingParams(max_new_tokens=new))))
+        elif action == "step":
+            engine.loop.step()
+        elif streams:
+            streams.pop(data.draw(st.integers(0, len(streams) - 1)))[2].close()
+        owned(cache)
+    for prompt, new, stream in streams:
+        assert tuple(event.token for event in stream) == greedy(prompt, new)
+    owned(cache)
+    assert cache.free_tokens == cache.capacity
+
+
+def owned(cache) -> None:
+    """Every page is free, known and unused, or used as often as the books say; shared pages are full and known."""
+    used = Counter(page for held in cache._held.values() for page in held.pages) + Counter(cache._copies.values())
+    assert sorted([*cache._free, *cache._unused, *used]) == list(range(1, cache.num_pages))
+    assert {page: n for page, n in enumerate(cache._users) if n} == used
+    for page, n in used.items():
+        assert n == 1 or page in cache._known
+    assert {page for pages in cache._after.values() for _, page in pages} == cache._known.keys() >= cache._unused.keys()
 
 
 def test_logits_that_are_not_numbers_are_an_error_and_the_engine_lives_on():

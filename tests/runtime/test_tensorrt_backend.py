@@ -120,6 +120,13 @@ def test_everything_is_bound_once(backend, device):
     assert ("synchronize", 0) in device.log[last:], "the stream of steps does not wait for the default one"
 
 
+def test_pages_are_copied_in_the_order_of_the_steps(backend, device):
+    backend.copy_pages([(2, 5)])
+    size = fakes.PAGE * fakes.WIDTH * 2
+    copies = [entry for entry in device.log if entry[0] == "copy"]
+    assert copies == [("copy", c + 5 * size, c + 2 * size, size, backend.runner.stream) for c in backend.caches]
+
+
 def test_decode_is_captured_once_and_replayed(backend, device):
     logits = backend.step(decode_batch(3)).logits()
     assert logits.shape == (3, fakes.VOCAB) and logits.dtype == np.float32

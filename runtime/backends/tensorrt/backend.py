@@ -10,6 +10,7 @@ import hashlib
 import importlib
 import json
 import time
+from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
 
@@ -87,6 +88,12 @@ class TensorRtBackend(Backend):
             self._save()
         return StepResult(logits)
 
+    def copy_pages(self, pages: Sequence[tuple[int, int]]) -> None:
+        self.device.activate()
+        for cache in self.caches:
+            for source, target in pages:
+                self.device.copy(cache + target * self._page, cache + source * self._page, self._page, self.runner.stream)
+
     def close(self) -> None:
         """Keeps what was compiled, and frees all that it holds on the GPU; kernels stay for other backends of the process."""
         if not self.engines:
@@ -108,7 +115,8 @@ class TensorRtBackend(Backend):
             if output.name not in named.values():
                 fixed[output.name] = self.device.allocate(limits.logit_rows * output.shape[-1] * _BYTES[output.dtype])
         self.num_pages = _pages(self.target, cache_tokens, self.device.free_memory())
-        size = self.num_pages * spec.page_size * spec.width * _BYTES[spec.dtype]
+        self._page = spec.page_size * spec.width * _BYTES[spec.dtype]  # bytes
+        size = self.num_pages * self._page
         self.caches = [self.device.allocate(size) for _ in range(spec.layers)]
         for address in self.caches:
             self.device.zero(address, size)

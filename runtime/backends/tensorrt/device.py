@@ -68,6 +68,10 @@ class Device:
         """Zeroes memory in stream order; nothing waits for it."""
         self._call("cuMemsetD8Async", address, 0, size, stream)
 
+    def copy(self, target: int, source: int, size: int, stream) -> None:
+        """Copies memory of the GPU in stream order; nothing waits for it."""
+        self._call("cuMemcpyDtoDAsync", target, source, size, stream)
+
     def upload(self, address: int, array: np.ndarray) -> None:
         """Copies a contiguous host array, and waits."""
         self._call("cuMemcpyHtoD", address, array.ctypes.data, array.nbytes)

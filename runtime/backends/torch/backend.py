@@ -1,5 +1,6 @@
 """PyTorch, for any CUDA GPU and the CPU: interprets a target's ONNX step graph. Custom ops run as Triton kernels on a GPU."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import onnx
@@ -52,6 +53,11 @@ class TorchBackend(Backend):
 
     def step(self, batch: StepBatch) -> StepResult:
         return self.runner.step(batch)
+
+    def copy_pages(self, pages: Sequence[tuple[int, int]]) -> None:
+        for cache in self.caches:
+            for source, target in pages:
+                cache[target].copy_(cache[source])
 
     def close(self) -> None:
         self.runner, self.caches = None, []
