@@ -96,9 +96,15 @@ class Engine:
         """The state of a new request for checked tokens; for `loop.stream`."""
         if params.stop and self.tokenizer is None:
             raise RequestError(f"stop strings need a tokenizer, {self.bundle.path} has none; give no stop strings")
+        wrong = [t for t in (*params.stop_token_ids, *(t for t, _ in params.logit_bias)) if t >= self.vocab_size]
+        if wrong:
+            given = f"stop_token_ids or logit_bias has token {wrong[0]}"
+            raise RequestError(f"{given}, accepted: 0 to {self.vocab_size - 1} (vocab_size)")
+        return Sequence(index, tokens, params, self._text(params), self.eos_ids, sink, salt)
+
+    def _text(self, params: SamplingParams) -> TextStream | None:
         known = self.tokenizer
-        text = TextStream(known.decode, params.stop, known.hidden_tokens if params.stop else {}) if known else None
-        return Sequence(index, tokens, params, text, self.eos_ids, sink, salt)
+        return TextStream(known.decode, params.stop, known.hidden_tokens if params.stop else {}) if known else None
 
     def prompt_tokens(self, prompt: Prompt, where: str = "prompt") -> list[int]:
         """Checked token ids of a prompt. Raises RequestError that calls it `where`."""

@@ -3,8 +3,12 @@
 import math
 from dataclasses import dataclass
 from numbers import Integral, Real
+from typing import TYPE_CHECKING
 
 from latentrt.runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from latentrt.runtime.structured import Constraint
 
 GREEDY = 0.0
 
@@ -14,7 +18,13 @@ class SamplingParams:
     """How one answer is sampled and when it ends. Raises RequestError for a value that is not accepted.
 
     temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off; seed None draws a fresh one.
-    `stop` strings are cut from the text. The answer ends at an end-of-sequence token unless `ignore_eos`.
+    `stop` strings are cut from the text. The answer ends at an end-of-sequence token unless `ignore_eos`, and always at one
+    of `stop_token_ids`; at none of them before `min_new_tokens`. presence_penalty is subtracted from the logits of tokens in
+    the answer, frequency_penalty as often as they are in it; logit_bias, pairs of token and bias, is added.
+
+    logprobs: how many of the likeliest tokens are told beside each token's own log probability; prompt_logprobs: the same
+    for the prompt, which is then computed as a whole; None: nothing. constraint: what the answer must follow, see
+    runtime/structured.py.
     """
 
     temperature: float = GREEDY
@@ -26,6 +36,14 @@ class SamplingParams:
     max_new_tokens: int = 64  # tokens
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
+    stop_token_ids: tuple[int, ...] = ()
+    min_new_tokens: int = 0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    constraint: "Constraint | None" = None
 
     def __post_init__(self):
         object.__setattr__(self, "stop", _stop_strings(self.stop))
@@ -37,6 +55,23 @@ class SamplingParams:
         _check_integer("max_new_tokens", self.max_new_tokens, 1, "1 or more")
         if self.seed is not None:
             _check_integer("seed", self.seed, 0, "0 or more, or None for a fresh one")
+        self._check_more()
+
+    def _check_more(self) -> None:
+        _check_integer("min_new_tokens", self.min_new_tokens, 0, "0 or more")
+        if self.min_new_tokens > self.max_new_tokens:
+            longest = f"max_new_tokens, {self.max_new_tokens}"
+            raise RequestError(f"min_new_tokens is {self.min_new_tokens}, accepted: up to {longest}")
+        for name in ("presence_penalty", "frequency_penalty"):
+            _check_real(name, getattr(self, name), "-2 to 2 (0 is off)", lambda v: -2 <= v <= 2)
+        for name in ("logprobs", "prompt_logprobs"):
+            if getattr(self, name) is not None:
+                _check_integer(name, getattr(self, name), 0, "0 or more, or None for none")
+        for token in self.stop_token_ids:
+            _check_integer("a token in stop_token_ids", token, 0, "0 or more")
+        for token, bias in self.logit_bias:
+            _check_integer("a token in logit_bias", token, 0, "0 or more")
+            _check_real(f"logit_bias of token {token}", bias, "-100 to 100", lambda v: -100 <= v <= 100)
         if not isinstance(self.ignore_eos, bool):
             raise RequestError(f"ignore_eos is {self.ignore_eos!r}, accepted: True or False")
 

@@ -81,6 +81,7 @@ class TextStream:
         marked = list(stops)
         for id, mark in sorted(self._marks.items(), key=lambda item: -len(hidden[item[0]])):  # the longest content first
             marked = [stop.replace(hidden[id], mark) for stop in marked]
+        self._given = dict(zip(marked, stops, strict=True))
         self._detokenizer, self._stops = Detokenizer(decode), StopStrings([*dict.fromkeys([*stops, *marked])])
         self._unmarked = dict.fromkeys(map(ord, self._marks.values()))
         self.text = ""
@@ -89,6 +90,11 @@ class TextStream:
     def stopped(self) -> bool:
         """Whether a stop string was met."""
         return self._stops.found is not None
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that was met, as it was given."""
+        return self._given.get(self._stops.found, self._stops.found)
 
     def add(self, token: int) -> str:
         """Text that a token makes certain."""

@@ -11,8 +11,9 @@ from typing import Self
 
 import numpy as np
 
-from latentrt.runtime.backends.base import Backend, pack
+from latentrt.runtime.backends.base import Backend, StepResult, pack
 from latentrt.runtime.engine import teacher_forcing
+from latentrt.runtime.engine.logprobs import TokenLogprobs, token_logprobs
 from latentrt.runtime.engine.pages import LatentCache
 from latentrt.runtime.engine.sampler import choose
 from latentrt.runtime.engine.scheduler import Scheduled, Scheduler
@@ -100,21 +101,23 @@ class EngineLoop:
             if copies:
                 self.backend.copy_pages(copies)
             result = self.backend.step(pack([s.batch_rows() for s in step], table))
+            result = _tell_prompts(step, result)
             sampling = [s.sequence for s in step if s.samples]
             tokens = choose(result, [s.sampler for s in sampling]) if sampling else []
+            told = _logprobs(result, sampling, tokens)
         except Exception as error:
             self._failed(step, error)
             return
         for part in step:
             self.scheduler.advance(part.sequence, part.rows)
-        for sequence, token in zip(sampling, tokens, strict=True):
-            self._deliver(sequence, token)
+        for row in zip(sampling, tokens, told, strict=True):
+            self._deliver(*row)
 
-    def _deliver(self, sequence: Sequence, token: int | EngineError) -> None:
+    def _deliver(self, sequence: Sequence, token: int | EngineError, told: TokenLogprobs | None) -> None:
         try:
             if isinstance(token, EngineError):
                 raise token
-            sequence.accept(token, self.scheduler.limits.max_context)
+            sequence.accept(token, self.scheduler.limits.max_context, told)
         except Exception as error:
             self._fail(sequence, error)
         else:
@@ -136,6 +139,28 @@ class EngineLoop:
         wrapped.__cause__ = error
         sequence.fail(error if isinstance(error, EngineError) else wrapped)
         self.scheduler.retire(sequence, sound=False)
+
+
+def _tell_prompts(step: list[Scheduled], result: StepResult) -> StepResult:
+    """Hands out the logits of prompts; those that are left are of the rows that are sampled."""
+    if not any(part.prompt_rows for part in step):
+        return result
+    logits, row, sampled = result.logits(), 0, []
+    for part in step:
+        part.sequence.tell_prompt(logits[row : row + part.prompt_rows])
+        row += part.prompt_rows
+        sampled += [row] if part.samples else []
+        row += part.samples
+    return StepResult(logits[sampled])
+
+
+def _logprobs(result: StepResult, sequences: list[Sequence], tokens: list[int | EngineError]) -> list[TokenLogprobs | None]:
+    """Of the tokens whose requests asked for that."""
+    asked = [s.params.logprobs for s in sequences]
+    if all(count is None for count in asked):
+        return [None] * len(sequences)
+    rows = zip(result.logits(), tokens, asked, strict=True)
+    return [None if n is None or isinstance(t, EngineError) else token_logprobs(row, t, n) for row, t, n in rows]
 
 
 class Stream(Iterator[Event]):

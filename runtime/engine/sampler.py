@@ -19,6 +19,7 @@ from functools import cache
 import numpy as np
 
 from latentrt.runtime.backends.base import StepResult
+from latentrt.runtime.engine.processors import Guide, Processors
 from latentrt.runtime.errors import EngineError
 from latentrt.runtime.sampling_params import GREEDY, SamplingParams
 
@@ -33,17 +34,22 @@ PEAKED = 3000  # tokens within 1e-3 of the likeliest; where there are more, floa
 
 
 class Sampler:
-    """The sampling state of one request: its random generator and the tokens seen so far."""
+    """The sampling state of one request: its random generator, and what it changes about logits.
 
-    def __init__(self, params: SamplingParams, prompt: list[int]):
+    ends: tokens that end the answer, which may not come before min_new_tokens; guide: a grammar to follow.
+    """
+
+    def __init__(
+        self, params: SamplingParams, prompt: list[int], ends: frozenset[int] = frozenset(), guide: Guide | None = None
+    ):  # fmt: skip
         self.params = params
         self._random = np.random.default_rng(params.seed)
-        self._seen = np.unique(np.asarray(prompt, np.int64)) if params.repetition_penalty != 1 else None
+        self._processors = Processors(params, prompt, ends, guide)
 
     @property
     def takes_largest(self) -> bool:
         """Whether the next token is that of the largest logit."""
-        return self.params.temperature == GREEDY and self._seen is None
+        return self.params.temperature == GREEDY and not self._processors.active
 
     def next(self, logits: np.ndarray) -> int | EngineError:
         """The next token for logits [vocab] float32, which are left as they are; see `choose` for errors."""
@@ -51,16 +57,22 @@ class Sampler:
         largest = logits[token]
         if not math.isfinite(largest):
             return _not_finite(largest)
-        if self._seen is not None:
-            logits = penalize(logits, self._seen, self.params.repetition_penalty)
+        if self._processors.active:
+            logits = self._processors.apply(logits)
             token = int(logits.argmax())
             largest = logits[token]
             if not math.isfinite(largest):
-                return EngineError(f"repetition_penalty {self.params.repetition_penalty} makes the largest logit {largest}")
+                return self._processors.refused(largest)
         if self.params.temperature != GREEDY:
             token = _choose(logits, float(largest), self.params, self._random.random())
-        if self._seen is not None and token not in self._seen:
-            self._seen = np.append(self._seen, token)
+        return self._accept(token)
+
+    def _accept(self, token: int) -> int | EngineError:
+        if self._processors.active:
+            try:
+                self._processors.accept(token)
+            except EngineError as error:
+                return error
         return token
 
 
@@ -88,15 +100,6 @@ def _threads() -> ThreadPoolExecutor:
 
 def _not_finite(largest: float) -> EngineError:
     return EngineError(f"logits are not finite (largest is {largest}); the weights or the cache are damaged")
-
-
-def penalize(logits: np.ndarray, seen: np.ndarray, penalty: float) -> np.ndarray:
-    """Logits [vocab] with those of `seen` ids divided by `penalty` where positive, multiplied where negative."""
-    logits = logits.copy()
-    chosen, factor = logits[seen], logits.dtype.type(penalty)
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):  # whoever samples looks at the largest
-        logits[seen] = np.where(chosen < 0, chosen * factor, chosen / factor)
-    return logits
 
 
 def distribution(logits: np.ndarray, params: SamplingParams) -> tuple[np.ndarray, np.ndarray]:

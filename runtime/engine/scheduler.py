@@ -22,10 +22,13 @@ from latentrt.runtime.backends.base import SequenceRows
 from latentrt.runtime.engine.pages import LatentCache, Match
 from latentrt.runtime.engine.sequence import Sequence
 
+LOGIT_ROWS = 256  # of one step: every row has logits [vocab_size], and a plan's profiles take as many
+
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A sequence's part of a step: `rows` of its tokens from `cached` on. The last token known of it gets logits."""
+    """A sequence's part of a step: `rows` of its tokens from `cached` on. The last token known of it gets logits, and the
+    tokens of a prompt whose logits are wanted."""
 
     sequence: Sequence
     rows: int
@@ -35,10 +38,17 @@ class Scheduled:
         """Whether its next token is sampled after the step."""
         return self.sequence.cached + self.rows == len(self.sequence.tokens)
 
+    @property
+    def prompt_rows(self) -> int:
+        """How many rows, from the first on, get logits that tell of the prompt's next token."""
+        sequence = self.sequence
+        return max(0, min(self.rows, sequence.prompt_tokens - 1 - sequence.cached)) if sequence.reads_prompt else 0
+
     def batch_rows(self) -> SequenceRows:
         """What goes into the step's batch."""
         start = self.sequence.cached
-        return SequenceRows(self.sequence.tokens[start : start + self.rows], start, [self.rows - 1] if self.samples else [])
+        logits = [*range(self.prompt_rows), *([self.rows - 1] if self.samples else [])]
+        return SequenceRows(self.sequence.tokens[start : start + self.rows], start, logits)
 
 
 class Scheduler:
@@ -141,13 +151,15 @@ class Scheduler:
     def _match(self, sequence: Sequence) -> Match:
         version, match = self._matches.get(sequence.id, (None, None))
         if version != self.cache.version:
-            match = self.cache.match(sequence.tokens, sequence.salt)
+            match = self.cache.match([] if sequence.reads_prompt else sequence.tokens, sequence.salt)
             self._matches[sequence.id] = self.cache.version, match
         return match
 
     def _is_read(self, sequence: Sequence, known: int) -> bool:
         """Whether another sequence is reading a page or more of what this one begins with, beyond the `known` tokens."""
         size, tokens = self.cache.page_size, sequence.tokens
+        if sequence.reads_prompt:
+            return False
         for other in self.running:
             soon = min(other.prompt_tokens, len(tokens) - 1) // size * size
             reads = other.cached < other.prompt_tokens and other.salt == sequence.salt
@@ -160,9 +172,13 @@ class Scheduler:
         missing = [(s, len(s.tokens) - s.cached) for s in self.running]
         decoding = sum(1 for _, rows in missing if rows == 1)
         room = min(self.chunk if decoding else self.lone_chunk, self.limits.max_batch_tokens - decoding)
+        told = LOGIT_ROWS - len(self.running)  # rows of prompts whose logits are wanted
         plan = []
         for sequence, rows in missing:
             taken = 1 if rows == 1 else min(rows, room)
+            if sequence.reads_prompt and rows > 1:
+                taken = min(taken, max(told, 1))
+                told -= taken
             room -= 0 if rows == 1 else taken
             if taken:
                 plan.append(Scheduled(sequence, taken))

@@ -5,6 +5,10 @@ from collections import deque
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
+
+from latentrt.runtime.engine.logprobs import TokenLogprobs, token_logprobs
+from latentrt.runtime.engine.processors import Guide
 from latentrt.runtime.engine.sampler import Sampler
 from latentrt.runtime.errors import EngineError
 from latentrt.runtime.sampling_params import SamplingParams
@@ -30,7 +34,8 @@ class GenerationResult:
     finish_reason: "stop" (end-of-sequence token or stop string), "length" (max_new_tokens), "context" (the model's or
     the target's max_context), "cache" (the sequence alone fills the latent cache). `token_ids` has every sampled
     token, the end-of-text token and those of a stop string included; `text` has neither, and is None without a
-    tokenizer. `reused_tokens` of the prompt were in the cache already.
+    tokenizer. `reused_tokens` of the prompt were in the cache already. stopped_by: the stop string, or the one of
+    stop_token_ids. prompt_logprobs: None for the first token, which nothing comes before.
     """
 
     text: str | None
@@ -39,11 +44,13 @@ class GenerationResult:
     reused_tokens: int
     finish_reason: FinishReason
     timings: Timings
+    stopped_by: int | str | None = None
+    prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
 @dataclass(frozen=True)
 class Event:
-    """One token of one request, or its end, or both. `text` is what became certain, possibly "".
+    """One token of one request, or its end, or both. `text` is what became certain, possibly "". `logprobs` if asked for.
 
     A request ends with a `result`, or with the `error` that ended it.
     """
@@ -53,21 +60,24 @@ class Event:
     text: str
     result: GenerationResult | None = None
     error: EngineError | None = None
+    logprobs: TokenLogprobs | None = None
 
 
 class Sequence:
     """The state of one request. `sink` is where its events go; only requests with the same `salt` share cached tokens."""
 
     def __init__(self, index: int, prompt: list[int], params: SamplingParams, text: TextStream | None, eos: frozenset[int],
-                 sink: deque[Event], salt: str = ""):  # fmt: skip
+                 sink: deque[Event], salt: str = "", guide: Guide | None = None):  # fmt: skip
         self.index, self.params, self.text, self.sink, self.salt = index, params, text, sink, salt
         self.tokens = list(prompt)  # prompt and answer
         self.prompt_tokens = len(prompt)
         self.cached = self.reused = 0  # leading tokens whose latents are in the cache
         self.ended = False  # it has a result or an error, or was aborted: it takes no further step
         self.id = 0  # in the latent cache; given by the scheduler
-        self.sampler = Sampler(params, self.tokens)
         self._eos = frozenset() if params.ignore_eos else eos
+        self._ends = self._eos | set(params.stop_token_ids)
+        self.sampler = Sampler(params, self.tokens, self._ends, guide)
+        self._prompt_logprobs: list[TokenLogprobs | None] = [None] * len(prompt)
         self._submitted, self._started, self._first, self._last = time.perf_counter(), None, None, None
 
     def start(self) -> None:
@@ -75,27 +85,44 @@ class Sequence:
         if self._started is None:
             self._started, self.reused = time.perf_counter(), self.cached
 
-    def accept(self, token: int, max_context: int) -> None:
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether logits of its whole prompt are wanted: then nothing that is cached is of use."""
+        return self.params.prompt_logprobs is not None
+
+    def tell_prompt(self, logits: np.ndarray) -> None:
+        """Takes logits [rows, vocab] of prompt tokens from `cached` on, which tell of the tokens after them."""
+        first = self.cached + 1
+        tokens = self.tokens[first : first + len(logits)]
+        told = [token_logprobs(row, token, self.params.prompt_logprobs) for row, token in zip(logits, tokens, strict=True)]
+        self._prompt_logprobs[first : first + len(told)] = told
+
+    def accept(self, token: int, max_context: int, told: TokenLogprobs | None = None) -> None:
         """Takes the next token, sends it, and ends the request if that was the last."""
         self.tokens.append(token)
         self._last = time.perf_counter()
         self._first = self._first or self._last
-        stopped = token in self._eos
+        stopped = token in self._ends
         piece = self.text.add(token) if self.text and not stopped else ""
         reason = self._reason(stopped, max_context)
         if reason is None:
-            self.sink.append(Event(self.index, token, piece))
+            self.sink.append(Event(self.index, token, piece, logprobs=told))
         else:
-            self.finish(reason, token, piece)
+            self.finish(reason, token, piece, told)
 
-    def finish(self, reason: FinishReason, token: int | None = None, piece: str = "") -> None:
+    def finish(
+        self, reason: FinishReason, token: int | None = None, piece: str = "", told: TokenLogprobs | None = None
+    ) -> None:  # fmt: skip
         """Ends the request and sends its result."""
         piece += self.text.finish() if self.text else ""
         answer = tuple(self.tokens[self.prompt_tokens :])
         text, timings = self.text.text if self.text else None, self._timings(len(answer))
-        result = GenerationResult(text, answer, self.prompt_tokens, self.reused, reason, timings)
+        known = tuple(self._prompt_logprobs) if self.reads_prompt else None
+        result = GenerationResult(
+            text, answer, self.prompt_tokens, self.reused, reason, timings, self._stopped_by(reason, token), known
+        )
         self.ended = True
-        self.sink.append(Event(self.index, token, piece, result))
+        self.sink.append(Event(self.index, token, piece, result, logprobs=told))
 
     def fail(self, error: EngineError) -> None:
         """Ends the request and sends its error."""
@@ -108,6 +135,11 @@ class Sequence:
         if len(self.tokens) - self.prompt_tokens >= self.params.max_new_tokens:
             return "length"
         return "context" if len(self.tokens) >= max_context else None
+
+    def _stopped_by(self, reason: FinishReason, token: int | None) -> int | str | None:
+        if reason != "stop":
+            return None
+        return (token if token not in self._eos else None) if token in self._ends else self.text.stopped_by
 
     def _timings(self, answered: int) -> Timings:
         started = self._started or time.perf_counter()

@@ -5,11 +5,10 @@ from collections.abc import Iterator
 import numpy as np
 
 from latentrt.runtime.backends.base import Backend, SequenceRows, pack
-from latentrt.runtime.engine.scheduler import Scheduler
+from latentrt.runtime.engine.scheduler import LOGIT_ROWS, Scheduler
 from latentrt.runtime.errors import RequestError
 
 Slice = tuple[int, int, int]  # list, first token, end
-ROWS = 256  # of one step: every row has logits [vocab_size], and a plan's profiles take as many
 
 
 def blocks(scheduler: Scheduler, backend: Backend, lists: list[list[int]]) -> Iterator[np.ndarray]:
@@ -33,7 +32,7 @@ def blocks(scheduler: Scheduler, backend: Backend, lists: list[list[int]]) -> It
 
 def _steps(scheduler: Scheduler, lists: list[list[int]], ids: list[int]) -> Iterator[list[Slice]]:
     """Cuts lists, one after another, into steps that keep to the limits, and makes room in the cache for each."""
-    rows = min(ROWS, scheduler.limits.max_batch_tokens)
+    rows = min(LOGIT_ROWS, scheduler.limits.max_batch_tokens)
     step: list[Slice] = []
     for index, tokens in enumerate(lists):
         start = 0

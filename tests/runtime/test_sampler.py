@@ -22,7 +22,8 @@ from transformers import (
 
 from latentrt.runtime.backends.base import StepResult
 from latentrt.runtime.engine import sampler as module
-from latentrt.runtime.engine.sampler import Sampler, choose, distribution, penalize
+from latentrt.runtime.engine.processors import penalize
+from latentrt.runtime.engine.sampler import Sampler, choose, distribution
 from latentrt.runtime.errors import EngineError, RequestError
 from latentrt.runtime.sampling_params import SamplingParams
 
