@@ -10,5 +10,6 @@ setup(
         *(f"latentrt.{room}.{package}" for room in ROOMS for package in find_packages(room)),
     ],
     package_dir={"latentrt": "latentrt"} | {f"latentrt.{room}": room for room in ROOMS},
-    package_data={"latentrt.validation.report": ["*.j2"], "latentrt.plugins.cpu": ["native/*"]},
+    package_data={"latentrt.validation.report": ["*.j2"], "latentrt.plugins.cpu": ["native/*"],
+                  "latentrt.runtime.server": ["page.html"]},
 )  # fmt: skip

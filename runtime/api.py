@@ -6,6 +6,7 @@
 from collections import deque
 from collections.abc import Callable, Iterator
 from collections.abc import Sequence as Items
+from functools import cached_property, partial
 from numbers import Integral
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from latentrt.runtime.engine.loop import EngineLoop, Stream
 from latentrt.runtime.engine.sequence import Event, GenerationResult, Sequence
 from latentrt.runtime.errors import BundleError, RequestError
 from latentrt.runtime.sampling_params import SamplingParams
+from latentrt.runtime.structured import Guides
 from latentrt.runtime.text_stream import TextStream
 from latentrt.runtime.tokenizer import Tokenizer
 
@@ -100,11 +102,21 @@ class Engine:
         if wrong:
             given = f"stop_token_ids or logit_bias has token {wrong[0]}"
             raise RequestError(f"{given}, accepted: 0 to {self.vocab_size - 1} (vocab_size)")
-        return Sequence(index, tokens, params, self._text(params), self.eos_ids, sink, salt)
+        guide = self.guides.guide(params.constraint) if params.constraint else None
+        return Sequence(index, tokens, params, self._text(params), self.eos_ids, sink, salt, guide)
+
+    @cached_property
+    def guides(self) -> Guides:
+        """Grammars that answers may have to follow. BundleError without a tokenizer."""
+        return Guides(self.needed_tokenizer(), self.vocab_size, self.eos_ids)
 
     def _text(self, params: SamplingParams) -> TextStream | None:
         known = self.tokenizer
-        return TextStream(known.decode, params.stop, known.hidden_tokens if params.stop else {}) if known else None
+        if known is None:
+            return None
+        if not params.skip_special_tokens:
+            return TextStream(partial(known.decode, skip_special=False), params.stop)
+        return TextStream(known.decode, params.stop, known.hidden_tokens if params.stop else {})
 
     def prompt_tokens(self, prompt: Prompt, where: str = "prompt") -> list[int]:
         """Checked token ids of a prompt. Raises RequestError that calls it `where`."""
@@ -124,22 +136,24 @@ class Engine:
 
     def chat_tokens(
         self, messages: list[dict], where: str = "the conversation", tools: list[dict] | None = None,
-        template: str | None = None,
+        template: str | None = None, add_generation_prompt: bool = True, continue_final: bool = False,
     ) -> list[int]:  # fmt: skip
         """Checked token ids of a conversation of {"role", "content"} messages, up to where the answer begins.
 
-        `tools` and `template` are those of Tokenizer.render_chat.
+        `tools` and `template` are those of Tokenizer.render_chat. continue_final: the answer goes on with the last message.
         """
-        return self.prompt_tokens(self._needed_tokenizer().encode_chat(messages, tools, template), where)
+        options = template, add_generation_prompt, continue_final
+        return self.prompt_tokens(self.needed_tokenizer().encode_chat(messages, tools, *options), where)
 
-    def _needed_tokenizer(self) -> Tokenizer:
+    def needed_tokenizer(self) -> Tokenizer:
+        """The tokenizer; BundleError if there is none."""
         if self.tokenizer is None:
             raise BundleError(f"{self.bundle.path}: has no tokenizer; give token ids, or build from a checkpoint with one")
         return self.tokenizer
 
     def _encode(self, text: str, where: str) -> list[int]:
         try:
-            return self._needed_tokenizer().encode(text)
+            return self.needed_tokenizer().encode(text)
         except RequestError as error:
             raise RequestError(f"{where}: {error}") from None
 

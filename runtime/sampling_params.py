@@ -19,8 +19,9 @@ class SamplingParams:
 
     temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off; seed None draws a fresh one.
     `stop` strings are cut from the text. The answer ends at an end-of-sequence token unless `ignore_eos`, and always at one
-    of `stop_token_ids`; at none of them before `min_new_tokens`. presence_penalty is subtracted from the logits of tokens in
-    the answer, frequency_penalty as often as they are in it; logit_bias, pairs of token and bias, is added.
+    of `stop_token_ids`; at none of them before `min_new_tokens`. Special tokens have no text if `skip_special_tokens`.
+    presence_penalty is subtracted from the logits of tokens in the answer, frequency_penalty as often as they are in it;
+    logit_bias, pairs of token and bias, is added.
 
     logprobs: how many of the likeliest tokens are told beside each token's own log probability; prompt_logprobs: the same
     for the prompt, which is then computed as a whole; None: nothing. constraint: what the answer must follow, see
@@ -37,6 +38,7 @@ class SamplingParams:
     stop: tuple[str, ...] = ()
     ignore_eos: bool = False
     stop_token_ids: tuple[int, ...] = ()
+    skip_special_tokens: bool = True
     min_new_tokens: int = 0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0

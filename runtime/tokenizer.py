@@ -62,6 +62,31 @@ class Tokenizer:
         """Text of token ids; ids that the tokenizer does not know give no text."""
         return self._tokenizer.decode(list(ids), skip_special_tokens=skip_special)
 
+    def token_bytes(self, id: int) -> bytes:
+        """What one token stands for, which need not be whole characters."""
+        token = self._tokenizer.id_to_token(id)
+        if token is None:
+            return b""
+        known = id not in self._added and self._byte_level and all(char in _BYTES for char in token)
+        return bytes(_BYTES[char] for char in token) if known else self.decode([id], skip_special=False).encode()
+
+    @cached_property
+    def _added(self) -> frozenset[int]:
+        return frozenset(self._tokenizer.get_added_tokens_decoder())
+
+    @cached_property
+    def _byte_level(self) -> bool:
+        return isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
+
+    def token_id(self, content: str) -> int | None:
+        """The id of a token by its content; None if there is none."""
+        return self._tokenizer.token_to_id(content)
+
+    def template_source(self, name: str = DEFAULT) -> str | None:
+        """A chat template as Jinja text; None if there is none of this name."""
+        file = self._templates.get(name)
+        return None if file is None else file.read_bytes().decode(errors="surrogatepass")
+
     def render_chat(
         self, messages: list[dict], tools: list[dict] | None = None, template: str | None = None,
         add_generation_prompt: bool = True,
@@ -71,20 +96,49 @@ class Tokenizer:
         `tools` are JSON schemas; `template` is a name, by default "tool_use" where there are tools and such a template, else
         "default". Raises BundleError without such a template, RequestError if it refuses the conversation.
         """
-        if template is None:
-            template = TOOL_USE if tools is not None and TOOL_USE in self._templates else DEFAULT
-        return chat_template.render(self._compiled(template), messages, self.special_tokens, tools, add_generation_prompt)
+        chosen = self._compiled(template or self.template_name(tools))
+        return chat_template.render(chosen, messages, self.special_tokens, tools, add_generation_prompt)
 
-    def encode_chat(self, messages: list[dict], *args, **kwargs) -> list[int]:
-        """Token ids of what `render_chat` gives; the template writes bos itself."""
-        return self.encode(self.render_chat(messages, *args, **kwargs), special=False)
+    def render_unfinished(self, messages: list[dict], tools: list[dict] | None = None, template: str | None = None) -> str:
+        """The same up to the end of the last message's content, which the answer goes on with; that of an assistant."""
+        content = (messages[-1].get("content") if messages else None) or ""
+        if not messages or messages[-1].get("role") != "assistant" or not isinstance(content, str):
+            raise RequestError("the last message is to be continued: accepted is one of role assistant whose content is text")
+        text = self.render_chat(messages, tools, template, add_generation_prompt=False)
+        for ending in (content, content.strip()):  # some templates trim
+            if (place := text.rfind(ending)) >= 0:
+                return text[: place + len(ending)]
+        raise RequestError("the chat template changes the last message, so that an answer cannot go on with it")
+
+    def template_name(self, tools: list[dict] | None = None) -> str:
+        """The chat template that is taken where nobody names one."""
+        return TOOL_USE if tools is not None and TOOL_USE in self._templates else DEFAULT
+
+    def encode_chat(
+        self, messages: list[dict], tools: list[dict] | None = None, template: str | None = None,
+        add_generation_prompt: bool = True, continue_final: bool = False,
+    ) -> list[int]:  # fmt: skip
+        """Token ids of what `render_chat` or `render_unfinished` gives; the template writes bos itself."""
+        if continue_final:
+            return self.encode(self.render_unfinished(messages, tools, template), special=False)
+        return self.encode(self.render_chat(messages, tools, template, add_generation_prompt), special=False)
 
     def _compile(self, name: str) -> Template:
         if not self._templates:
             raise BundleError(f"{self._where}: its tokenizer has no chat template; use plain prompts")
         if name not in self._templates:
             raise BundleError(f"{self._where}: has no chat template {name!r}, only {', '.join(sorted(self._templates))}")
-        return chat_template.compile_template(self._templates[name].read_bytes().decode(errors="surrogatepass"))
+        return chat_template.compile_template(self.template_source(name))
+
+
+def _byte_characters() -> dict[str, int]:
+    """The characters that byte-level tokenizers write bytes as (GPT-2's): printable ones stand for themselves."""
+    own = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in own]
+    return {chr(byte): byte for byte in own} | {chr(256 + n): byte for n, byte in enumerate(others)}
+
+
+_BYTES = _byte_characters()
 
 
 def _read_tokenizer(path: Path) -> tokenizers.Tokenizer:

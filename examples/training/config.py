@@ -1,7 +1,7 @@
 """What the example model is: its config.json, its special tokens and its chat template."""
 
 SEED = 20261121
-BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # noqa: RUF001
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 
 CONFIG = {
     "architectures": ["DeepseekV2ForCausalLM"],

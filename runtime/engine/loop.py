@@ -34,19 +34,20 @@ class EngineLoop:
         self.scheduler = Scheduler(backend.target.limits, cache, *chunks)
         self.steps = 0
         self._lock = RLock()
-        self._lost: EngineLostError | None = None
+        self.lost: EngineLostError | None = None
 
     def stream(self, sequences: list[Sequence]) -> "Stream":
-        """Queues requests that share a sink, at once; the stream gives their events.
+        """Queues requests that share a sink, at once; the stream gives their events. See `add`."""
+        self.add(sequences)
+        return Stream(self, sequences)
 
-        EngineLostError if the engine cannot run any more.
-        """
+    def add(self, sequences: list[Sequence]) -> None:
+        """Queues requests at once. EngineLostError if the engine cannot run any more."""
         with self._lock:
-            if self._lost:
-                raise EngineLostError(str(self._lost)) from self._lost
+            if self.lost:
+                raise EngineLostError(str(self.lost)) from self.lost
             for sequence in sequences:
                 self.scheduler.add(sequence)
-        return Stream(self, sequences)
 
     def abort(self, sequence: Sequence) -> None:
         """Ends a request that has not ended, without an event; its pages are free."""
@@ -72,6 +73,11 @@ class EngineLoop:
         finally:
             with self._lock:
                 blocks.close()
+
+    def give_up(self, error: EngineLostError) -> None:
+        """Ends all requests with an error, which later ones get too."""
+        with self._lock:
+            self._failed([], error)
 
     def step(self) -> bool:
         """Runs one step of what can run, and sends its events; False if nothing can."""
@@ -128,7 +134,7 @@ class EngineLoop:
         """Ends the step's requests; all of them, if no step can follow."""
         concerned = [s.sequence for s in step]
         if isinstance(error, EngineLostError):
-            self._lost = error
+            self.lost = error
             concerned = [*self.scheduler.running, *self.scheduler.waiting]
         for sequence in concerned:
             self._fail(sequence, error)

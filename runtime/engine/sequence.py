@@ -90,6 +90,11 @@ class Sequence:
         """Whether logits of its whole prompt are wanted: then nothing that is cached is of use."""
         return self.params.prompt_logprobs is not None
 
+    @property
+    def prompt_logprobs(self) -> tuple[TokenLogprobs | None, ...] | None:
+        """Of its prompt, whole from the first token of the answer on; None if nobody asked for them."""
+        return tuple(self._prompt_logprobs) if self.reads_prompt else None
+
     def tell_prompt(self, logits: np.ndarray) -> None:
         """Takes logits [rows, vocab] of prompt tokens from `cached` on, which tell of the tokens after them."""
         first = self.cached + 1
@@ -117,10 +122,10 @@ class Sequence:
         piece += self.text.finish() if self.text else ""
         answer = tuple(self.tokens[self.prompt_tokens :])
         text, timings = self.text.text if self.text else None, self._timings(len(answer))
-        known = tuple(self._prompt_logprobs) if self.reads_prompt else None
         result = GenerationResult(
-            text, answer, self.prompt_tokens, self.reused, reason, timings, self._stopped_by(reason, token), known
-        )
+            text, answer, self.prompt_tokens, self.reused, reason, timings, self._stopped_by(reason, token),
+            self.prompt_logprobs,
+        )  # fmt: skip
         self.ended = True
         self.sink.append(Event(self.index, token, piece, result, logprobs=told))
 

@@ -14,7 +14,7 @@ from tests.conftest import EXAMPLE, save_tokenizer
 from tests.texts import edit_json, tokenizer_of
 
 HF = AutoTokenizer.from_pretrained(EXAMPLE)
-BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"  # noqa: RUF001
+BOS, EOS = "<｜begin▁of▁sentence｜>", "<｜end▁of▁sentence｜>"
 USER = [{"role": "user", "content": "x"}]
 TOOLS = [{"type": "function", "function": {"name": "add", "description": "a + b <&>", "parameters": {
     "type": "object", "properties": {"a": {"type": "integer"}, "ü": {"type": "number"}}, "required": ["a"]}}}]  # fmt: skip
