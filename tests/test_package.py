@@ -38,6 +38,7 @@ def test_there_is_one_import_package_and_it_is_complete(installed):
     mine |= {Path("latentrt") / f.relative_to(ROOT) for room in ROOMS for f in (ROOT / room).rglob("*.py")}
     mine |= {Path("latentrt") / f.relative_to(ROOT) for room in ROOMS for f in (ROOT / room).rglob("*.j2")}
     mine |= {Path("latentrt") / f.relative_to(ROOT) for f in (ROOT / "plugins" / "cpu" / "native").iterdir()}
+    mine.add(Path("latentrt/runtime/server/page.html"))
     assert {f.relative_to(installed) for f in installed.rglob("*") if f.is_file() and "dist-info" not in str(f)} == mine
     assert "latentrt = latentrt.cli:run" in next(installed.glob("*.dist-info/entry_points.txt")).read_text()
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from latentrt import interrupt
+from latentrt import __version__, interrupt
 from latentrt.commands.options import BackendName, BundlePath, Device, TargetName
 from latentrt.commands.run import CacheTokens, Threads
 from latentrt.runtime.errors import RequestError
@@ -42,7 +42,7 @@ def serve(
     keys = tuple(api_key or filter(None, [os.environ.get(KEY_VARIABLE)]))
     settings = Settings(
         model=name or bundle.resolve().name, api_keys=keys, origins=tuple(allow_origin or ()), max_waiting=max_waiting,
-        max_body=max_body, drain_seconds=drain_seconds,
+        max_body=max_body, drain_seconds=drain_seconds, version=__version__,
     )  # fmt: skip
     sockets = process.listen(host, port)
     return process.run(load(bundle, target, cache_tokens, threads, backend, device), settings, sockets)

@@ -10,7 +10,6 @@ from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, JSONResponse
 from starlette.middleware.cors import CORSMiddleware
 
-from latentrt import __version__
 from latentrt.runtime.api import Engine
 from latentrt.runtime.server import errors, middleware, texts
 from latentrt.runtime.server.chat import Chat
@@ -57,6 +56,7 @@ class Settings:
     max_waiting: int = 256
     max_body: int = middleware.MAX_BODY
     drain_seconds: float = 30.0
+    version: str = "0"
 
 
 class Server:
@@ -108,12 +108,12 @@ def create_app(engine: Engine, settings: Settings) -> FastAPI:
         await server.service.drain(settings.drain_seconds)
         await server.service.stop()
 
-    app = FastAPI(title="latentrt", version=__version__, lifespan=life, redoc_url=None)
+    app = FastAPI(title="latentrt", version=settings.version, lifespan=life, redoc_url=None)
     app.state.server = server
     errors.install(app)
     _add_answers(app, server)
     _add_texts(app, server)
-    _add_state(app, server)
+    _add_state(app, server, settings)
     app.add_middleware(middleware.BodyLimit, size=settings.max_body)
     if settings.api_keys:
         app.add_middleware(middleware.ApiKey, keys=settings.api_keys)
@@ -168,7 +168,7 @@ def _add_texts(app: FastAPI, server: Server) -> None:
         return texts.info(server.engine)
 
 
-def _add_state(app: FastAPI, server: Server) -> None:
+def _add_state(app: FastAPI, server: Server, settings: Settings) -> None:
     page = (importlib.resources.files(__package__) / "page.html").read_text(encoding="utf-8")
 
     @app.get("/", response_class=HTMLResponse, include_in_schema=False)
@@ -186,7 +186,7 @@ def _add_state(app: FastAPI, server: Server) -> None:
     @app.get("/version")
     async def version() -> dict:
         """The version of latentrt."""
-        return {"version": __version__}
+        return {"version": settings.version}
 
     @app.api_route("/metrics", methods=["GET", "HEAD"], include_in_schema=False)
     async def metrics():

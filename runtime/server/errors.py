@@ -55,7 +55,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def invalid(request: Request, error: RequestValidationError):
-        return _invalid(error).response()
+        return _invalid(error, request.headers.get("content-type", "none")).response()
 
     @app.exception_handler(HTTPException)
     async def http(request: Request, error: HTTPException):
@@ -73,7 +73,7 @@ def install(app: FastAPI) -> None:
         return api_error(error).response()
 
 
-def _invalid(error: RequestValidationError) -> ApiError:
+def _invalid(error: RequestValidationError, content_type: str) -> ApiError:
     """The first thing that is wrong with a body; unions report each branch, and the deepest knows best."""
     found = max(error.errors(), key=lambda e: len(e["loc"]))
     place = [str(part) for part in found["loc"] if part != "body"]
@@ -81,4 +81,6 @@ def _invalid(error: RequestValidationError) -> ApiError:
     message = found["msg"]
     if found["type"] == "json_invalid":
         return ApiError(400, f"the body is not valid JSON: {found.get('ctx', {}).get('error', message)}")
+    if not place and "json" not in content_type:
+        return ApiError(400, f"content-type is {content_type!r}, accepted: application/json")
     return ApiError(400, f"{'.'.join(place) or 'the body'}: {message}", named)

@@ -1,7 +1,6 @@
 """One process that serves: uvicorn's event loop, and the engine's thread beside it."""
 
 import asyncio
-import contextlib
 import os
 import socket
 
@@ -33,8 +32,7 @@ def run(engine: Engine, settings: Settings, listening: socket.socket) -> int:
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"serving {settings.model} at http://{shown}:{port}/v1 (a page to chat: http://{shown}:{port}/)", flush=True)
-    with contextlib.suppress(KeyboardInterrupt):  # uvicorn raises the signal again when all is done
-        _Server(config).run([listening])
+    _Server(config).run([listening])
     return 0
 
 
@@ -43,9 +41,8 @@ class _Server(uvicorn.Server):
     told so."""
 
     def handle_exit(self, sig: int, frame) -> None:
-        first = not self.should_exit
-        super().handle_exit(sig, frame)
-        if not first:
+        if self.should_exit:
             os._exit(130)  # the engine's thread may be in the middle of a long step
+        self.should_exit = True  # and nothing more: uvicorn's own would raise the signal again in the end
         server = self.config.app.state.server
         self._drain = asyncio.get_event_loop().create_task(server.service.drain(server.settings.drain_seconds))

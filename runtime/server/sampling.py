@@ -32,7 +32,8 @@ def sampling_params(
         fields["seed"] = (body.seed + choice) % 2**63
     return SamplingParams(
         **fields, ignore_eos=bool(body.ignore_eos), stop_token_ids=tuple(body.stop_token_ids or ()),
-        skip_special_tokens=body.skip_special_tokens is not False, logit_bias=_biases(body.logit_bias or {}), logprobs=logprobs, prompt_logprobs=prompt_logprobs,
+        skip_special_tokens=body.skip_special_tokens is not False, logit_bias=_biases(body.logit_bias or {}),
+        logprobs=logprobs, prompt_logprobs=prompt_logprobs,
         constraint=constraint or asked_constraint(body),
     )  # fmt: skip
 
