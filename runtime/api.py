@@ -114,9 +114,9 @@ class Engine:
         known = self.tokenizer
         if known is None:
             return None
-        if not params.skip_special_tokens:
-            return TextStream(partial(known.decode, skip_special=False), params.stop)
-        return TextStream(known.decode, params.stop, known.hidden_tokens if params.stop else {})
+        skip = params.skip_special_tokens
+        hidden = known.hidden_tokens if params.stop and skip else {}
+        return TextStream(partial(known.decode, skip_special=skip), params.stop, hidden, known.text_bytes(skip))
 
     def prompt_tokens(self, prompt: Prompt, where: str = "prompt") -> list[int]:
         """Checked token ids of a prompt. Raises RequestError that calls it `where`."""

@@ -1,5 +1,6 @@
 """Text of an answer while its tokens arrive: whole characters only, and nothing that may still become a stop string."""
 
+import codecs
 from collections.abc import Callable, Mapping, Sequence
 
 _INCOMPLETE = "\ufffd"  # what an unfinished UTF-8 sequence decodes to
@@ -37,6 +38,25 @@ class Detokenizer:
         return self._decode(self._context + self._new)[len(known) :]
 
 
+class ByteDetokenizer:
+    """The same for tokenizers whose text is that of their tokens' bytes, one after another, as byte-level ones' is: four times
+    as fast."""
+
+    def __init__(self, token_bytes: Callable[[int], bytes]):
+        self._bytes = token_bytes
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        """The text that is certain now; "" while a character is unfinished."""
+        return self._decoder.decode(self._bytes(token))
+
+    def finish(self) -> str:
+        """The rest: unfinished bytes as U+FFFD."""
+        text = self._decoder.decode(b"", True)
+        self._decoder.reset()
+        return text
+
+
 class StopStrings:
     """Cuts a text at the stop string that is complete first, and holds back what may become one."""
 
@@ -47,6 +67,8 @@ class StopStrings:
 
     def add(self, piece: str) -> str:
         """The text that is certain to stay, up to a stop string; then `found` is set."""
+        if not self._stops:
+            return piece
         self._held += piece
         ends = [(at + len(stop), at, stop) for stop in self._stops if (at := self._held.find(stop)) >= 0]
         if ends:
@@ -73,16 +95,21 @@ class TextStream:
 
     `hidden` are the tokens that `decode` leaves out, by id. One whose content is in a stop string is matched by its id, too:
     both there and in the text it is one mark, a lone surrogate, which no decoded text has; marks are not handed out.
+    token_bytes: where the tokenizer is byte-level, what a token stands for.
     """
 
-    def __init__(self, decode: Callable[[Sequence[int]], str], stops: Sequence[str], hidden: Mapping[int, str] = {}):
+    def __init__(
+        self, decode: Callable[[Sequence[int]], str], stops: Sequence[str], hidden: Mapping[int, str] = {},
+        token_bytes: Callable[[int], bytes] | None = None,
+    ):  # fmt: skip
         wanted = [id for id, content in hidden.items() if any(content in stop for stop in stops)]
         self._marks = {id: chr(_FIRST_MARK + n) for n, id in enumerate(wanted[:_MARKS])}
         marked = list(stops)
         for id, mark in sorted(self._marks.items(), key=lambda item: -len(hidden[item[0]])):  # the longest content first
             marked = [stop.replace(hidden[id], mark) for stop in marked]
         self._given = dict(zip(marked, stops, strict=True))
-        self._detokenizer, self._stops = Detokenizer(decode), StopStrings([*dict.fromkeys([*stops, *marked])])
+        self._detokenizer = ByteDetokenizer(token_bytes) if token_bytes else Detokenizer(decode)
+        self._stops = StopStrings([*dict.fromkeys([*stops, *marked])])
         self._unmarked = dict.fromkeys(map(ord, self._marks.values()))
         self.text = ""
 

@@ -1,6 +1,6 @@
 """Text and token ids: the tokenizer and the chat templates that the build baked into the bundle (export/text/)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -69,6 +69,18 @@ class Tokenizer:
             return b""
         known = id not in self._added and self._byte_level and all(char in _BYTES for char in token)
         return bytes(_BYTES[char] for char in token) if known else self.decode([id], skip_special=False).encode()
+
+    def text_bytes(self, skip_special: bool = True) -> Callable[[int], bytes] | None:
+        """What tokens add to a decoded text, where that is just their bytes one after another; None for other tokenizers."""
+        return (self._shown_bytes if skip_special else self._all_bytes) if self._byte_level else None
+
+    @cached_property
+    def _all_bytes(self) -> Callable[[int], bytes]:
+        return cache(self.token_bytes)
+
+    @cached_property
+    def _shown_bytes(self) -> Callable[[int], bytes]:
+        return cache(lambda id: b"" if id in self.hidden_tokens else self.token_bytes(id))
 
     @cached_property
     def _added(self) -> frozenset[int]:

@@ -52,6 +52,7 @@ class LatentCache:
             raise ValueError(f"a latent cache needs 2 pages or more (page 0 is scratch), got {num_pages}")
         self.num_pages, self.page_size = num_pages, page_size
         self.version = 0  # changes whenever a `match` may have another result
+        self._tables: dict[tuple[int, ...], np.ndarray] = {}  # the last one, as long as no sequence's pages change
         self._free = list(range(num_pages - 1, 0, -1))
         self._held: dict[int, _Held] = {}
         self._users = [0] * num_pages  # sequences, and copies to be made
@@ -83,11 +84,18 @@ class LatentCache:
                 f"sequence {sequence} needs {needed} more pages of {self.page_size} tokens, {self._available} are free"
             )
         pages = self._held.setdefault(sequence, _Held()).pages
-        pages.extend(self._take() for _ in range(needed))
+        if needed > 0:
+            self._tables.clear()
+            pages.extend(self._take() for _ in range(needed))
 
     def fits(self, sequence: int, length: int) -> bool:
         """Whether `reserve` would succeed."""
         return self._missing(sequence, length) <= self._available
+
+    def room(self, sequence: int) -> int:
+        """Tokens that a sequence's pages hold."""
+        held = self._held.get(sequence)
+        return len(held.pages) * self.page_size if held else 0
 
     def match(self, tokens: Sequence[int], salt: str = "") -> Match:
         """What is known of all tokens but the last one, whose logits are wanted. `salt`: found by those only that give it."""
@@ -117,6 +125,7 @@ class LatentCache:
             if needed + idle > self._available:
                 return None
             copied = False
+        self._tables.clear()
         for page in match.pages:
             self._use(page)
         held = self._held[sequence] = _Held(list(match.names), list(match.pages))
@@ -136,6 +145,7 @@ class LatentCache:
             before, content = held.names[-1], _bytes(tokens[end - self.page_size : end])
             twin, common = self._best(before, content)
             if common == len(content):
+                self._tables.clear()
                 self._use(twin)
                 self._drop(held.pages[place])
                 held.pages[place] = twin
@@ -171,7 +181,13 @@ class LatentCache:
         return copies
 
     def block_table(self, sequences: list[int]) -> np.ndarray:
-        """[B, max_pages] int32; entries past a sequence's last page are 0."""
+        """[B, max_pages] int32, not to be written; entries past a sequence's last page are 0."""
+        key = tuple(sequences)
+        if key not in self._tables:
+            self._tables = {key: self._table(sequences)}
+        return self._tables[key]
+
+    def _table(self, sequences: list[int]) -> np.ndarray:
         rows = [self._held[s].pages if s in self._held else [] for s in sequences]
         table = np.zeros((len(rows), max([1, *map(len, rows)])), np.int32)
         for row, pages in zip(table, rows, strict=True):
@@ -234,6 +250,7 @@ class LatentCache:
                 self._free.append(page)
 
     def _give_back(self, sequence: int) -> None:
+        self._tables.clear()
         held = self._held.pop(sequence, _Held())
         for page in reversed(held.pages):  # so that the last one is the first to go
             source = self._copies.pop(page, None)

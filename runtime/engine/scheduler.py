@@ -102,14 +102,20 @@ class Scheduler:
 
     def advance(self, sequence: Sequence, rows: int) -> None:
         """`rows` more of a sequence's tokens are in the cache."""
-        sequence.cached += rows
-        self.cache.learn(sequence.id, sequence.tokens, sequence.cached)
+        before, sequence.cached = sequence.cached // self.cache.page_size, sequence.cached + rows
+        if sequence.cached // self.cache.page_size > before:
+            self.cache.learn(sequence.id, sequence.tokens, sequence.cached)
 
     def reserve(self, sequence: int, length: int) -> bool:
         """Room for the first `length` tokens of a sequence; False if there is none."""
         fits = self.cache.fits(sequence, length)
         if fits:
             self.cache.reserve(sequence, length)
+        return fits
+
+    def _reserve(self, sequence: Sequence) -> bool:
+        fits = self.reserve(sequence.id, len(sequence.tokens))
+        sequence.room = self.cache.room(sequence.id)
         return fits
 
     def _release(self, sequence: Sequence) -> None:
@@ -119,10 +125,12 @@ class Scheduler:
     def _grow(self) -> None:
         """Room for the next token of every running sequence."""
         for sequence in list(self.running):
+            if len(sequence.tokens) <= sequence.room:
+                continue
             if len(sequence.tokens) > self.cache.capacity:
                 sequence.finish("cache")
                 self.retire(sequence)
-            while sequence in self.running and not self.reserve(sequence.id, len(sequence.tokens)):
+            while sequence in self.running and not self._reserve(sequence):
                 youngest = self.running.pop()
                 self._release(youngest)
                 self.waiting.appendleft(youngest)
@@ -140,7 +148,7 @@ class Scheduler:
             self._enter(sequence, cached)
 
     def _enter(self, sequence: Sequence, cached: int) -> None:
-        sequence.cached = cached
+        sequence.cached, sequence.room = cached, self.cache.room(sequence.id)
         self.asked_tokens += len(sequence.tokens)
         self.reused_tokens += cached
         sequence.start()

@@ -72,6 +72,7 @@ class Sequence:
         self.tokens = list(prompt)  # prompt and answer
         self.prompt_tokens = len(prompt)
         self.cached = self.reused = 0  # leading tokens whose latents are in the cache
+        self.room = 0  # tokens that its pages hold; kept by the scheduler
         self.ended = False  # it has a result or an error, or was aborted: it takes no further step
         self.id = 0  # in the latent cache; given by the scheduler
         self._eos = frozenset() if params.ignore_eos else eos

@@ -5,9 +5,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models
 
-from latentrt.runtime.text_stream import Detokenizer, StopStrings, TextStream
+from latentrt.runtime.text_stream import ByteDetokenizer, Detokenizer, StopStrings, TextStream
+from latentrt.runtime.tokenizer import Tokenizer as LatentrtTokenizer
 from tests.conftest import EXAMPLE
 
+LATENTRT_TOKENIZER = LatentrtTokenizer("example", EXAMPLE / "tokenizer.json", {}, {})
 EXAMPLE_TOKENIZER = Tokenizer.from_file(str(EXAMPLE / "tokenizer.json"))
 
 
@@ -26,6 +28,16 @@ def byte_fallback_tokenizer() -> Tokenizer:
 @given(st.lists(st.integers(0, EXAMPLE_TOKENIZER.get_vocab_size() - 1), max_size=40))
 def test_pieces_join_to_the_full_decode(ids):
     check_pieces(EXAMPLE_TOKENIZER, ids)
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.lists(st.integers(0, EXAMPLE_TOKENIZER.get_vocab_size() + 3), max_size=40), st.booleans())
+def test_bytes_of_tokens_join_to_the_full_decode(ids, skip_special):
+    """Special tokens, bytes that are no UTF-8, and ids that no token has among them."""
+    known = LATENTRT_TOKENIZER.text_bytes(skip_special)
+    detokenizer = ByteDetokenizer(known)
+    pieces = [detokenizer.add(i) for i in ids] + [detokenizer.finish()]
+    assert "".join(pieces) == EXAMPLE_TOKENIZER.decode(ids, skip_special_tokens=skip_special)
 
 
 @settings(max_examples=100, deadline=None)
