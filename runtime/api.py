@@ -31,14 +31,14 @@ class Engine:
     """A loaded target of a bundle, and a context manager. Streams may be interleaved, and pulled by several threads: they
     share the steps."""
 
-    def __init__(self, bundle: Bundle, backend: Backend, chunk: int | None = None):
+    def __init__(self, bundle: Bundle, backend: Backend, chunk: int | None = None, drafts: int = 0):
         self.bundle, self.backend = bundle, backend
         self.limits = backend.target.limits
         self.vocab_size = _vocab_size(bundle, backend)
         self.tokenizer = Tokenizer.of(bundle)
         self.eos_ids = frozenset(end.id for end in bundle.manifest.text.end_of_text)
         self.default_params = SamplingParams(**bundle.manifest.text.sampling)  # the checkpoint's own
-        self.loop = EngineLoop(backend, chunk)
+        self.loop = EngineLoop(backend, chunk, drafts)
 
     def __enter__(self) -> "Engine":
         return self
@@ -186,18 +186,21 @@ def _integers(tokens, where: str) -> list[int]:
 
 def load(
     path: Path | str, target: str | None = None, cache_tokens: int | None = None, threads: int = 0,
-    backend: str | None = None, device: str = "auto",
+    backend: str | None = None, device: str = "auto", drafts: int = 0,
 ) -> Engine:  # fmt: skip
     """An engine for a target of the bundle at `path` (the only one by default).
 
     cache_tokens: tokens in the latent cache, by default what 1 GiB holds, 8 full contexts at most; on a GPU what nine
     tenths of its free memory hold. threads: 0 for all cores. backend: the target's own by default; "torch" interprets any
     target's graph. device: "cpu", "cuda" or "cuda:1"; "auto" is what the target is for, and with backend "torch" a GPU where
-    there is one. Raises BundleError if the bundle or the target cannot be used, RequestError for a wrong option.
+    there is one. drafts: how many tokens a sequence may guess ahead in a step, from what its text repeats; the answers stay the
+    same, and code comes sooner. Raises BundleError if the bundle or the target cannot be used, RequestError for a wrong option.
     """
     bundle = Bundle(path)
+    if drafts < 0:
+        raise RequestError(f"drafts is {drafts}, accepted: 0 (none) or more")
     try:
         loaded = backends.load(bundle, target, backend, cache_tokens=cache_tokens, threads=threads, device=device)
     except MemoryError as error:
         raise RequestError(f"cache_tokens is {cache_tokens}, more than this machine's memory holds ({error})") from None
-    return Engine(bundle, loaded)
+    return Engine(bundle, loaded, drafts=drafts)

@@ -24,14 +24,14 @@ from latentrt.runtime.errors import EngineError, EngineLostError
 class EngineLoop:
     """Runs sequences on a backend. Any thread may submit, abort, or pull a stream: whoever pulls runs the next step for all.
 
-    chunk: rows of prompts in one step, the backend's own numbers by default.
+    chunk: rows of prompts in one step, the backend's own numbers by default. drafts: see Scheduler.
     """
 
-    def __init__(self, backend: Backend, chunk: int | None = None):
+    def __init__(self, backend: Backend, chunk: int | None = None, drafts: int = 0):
         self.backend = backend
         cache = LatentCache(backend.num_pages, backend.target.cache.page_size)
         chunks = chunk or backend.prefill_chunk, chunk or backend.lone_prefill_chunk
-        self.scheduler = Scheduler(backend.target.limits, cache, *chunks)
+        self.scheduler = Scheduler(backend.target.limits, cache, *chunks, drafts)
         self.steps = 0
         self._lock = RLock()
         self.lost: EngineLostError | None = None
@@ -106,18 +106,26 @@ class EngineLoop:
             copies, table = self.scheduler.cache.take_copies(), self.scheduler.block_table(step)
             if copies:
                 self.backend.copy_pages(copies)
-            result = self.backend.step(pack([s.batch_rows() for s in step], table))
-            result = _tell_prompts(step, result)
-            sampling = [s.sequence for s in step if s.samples]
-            tokens = choose(result, [s.sampler for s in sampling]) if sampling else []
-            told = _logprobs(result, sampling, tokens)
+            rows = _Rows(step, self.backend.step(pack([s.batch_rows() for s in step], table)))
+            tokens = choose(rows.first, [part.sequence.sampler for part in rows.parts]) if rows.parts else []
         except Exception as error:
             self._failed(step, error)
             return
         for part in step:
             self.scheduler.advance(part.sequence, part.rows)
-        for row in zip(sampling, tokens, told, strict=True):
-            self._deliver(*row)
+        for n, token in enumerate(tokens):
+            self._deliver_all(rows, n, token)
+
+    def _deliver_all(self, rows: "_Rows", n: int, token: int | EngineError) -> None:
+        """The token of the n-th part that is sampled, and as long as its guesses were right the tokens after it."""
+        sequence, drafts = rows.parts[n].sequence, rows.parts[n].drafts
+        self._deliver(sequence, token, rows.told(n, 0, token))
+        for place, draft in enumerate(drafts, 1):
+            if sequence.ended or token != draft:
+                return
+            self.scheduler.accept_draft(sequence)
+            token = rows.next(n, place)
+            self._deliver(sequence, token, rows.told(n, place, token))
 
     def _deliver(self, sequence: Sequence, token: int | EngineError, told: TokenLogprobs | None) -> None:
         try:
@@ -147,26 +155,34 @@ class EngineLoop:
         self.scheduler.retire(sequence, sound=False)
 
 
-def _tell_prompts(step: list[Scheduled], result: StepResult) -> StepResult:
-    """Hands out the logits of prompts; those that are left are of the rows that are sampled."""
-    if not any(part.prompt_rows for part in step):
-        return result
-    logits, row, sampled = result.logits(), 0, []
-    for part in step:
-        part.sequence.tell_prompt(logits[row : row + part.prompt_rows])
-        row += part.prompt_rows
-        sampled += [row] if part.samples else []
-        row += part.samples
-    return StepResult(logits[sampled])
+class _Rows:
+    """The logits of a step: those of prompts are handed out, the others are of the `parts` that are sampled.
 
+    `first`: one row of each part; rows for its guesses follow it in the step.
+    """
 
-def _logprobs(result: StepResult, sequences: list[Sequence], tokens: list[int | EngineError]) -> list[TokenLogprobs | None]:
-    """Of the tokens whose requests asked for that."""
-    asked = [s.params.logprobs for s in sequences]
-    if all(count is None for count in asked):
-        return [None] * len(sequences)
-    rows = zip(result.logits(), tokens, asked, strict=True)
-    return [None if n is None or isinstance(t, EngineError) else token_logprobs(row, t, n) for row, t, n in rows]
+    def __init__(self, step: list[Scheduled], result: StepResult):
+        self.parts = [part for part in step if part.samples]
+        self._result, self._places, row = result, [], 0
+        for part in step:
+            if part.prompt_rows:
+                part.sequence.tell_prompt(result.logits()[row : row + part.prompt_rows])
+            row += part.prompt_rows
+            if part.samples:
+                self._places.append(row)
+                row += 1 + len(part.drafts)
+        self.first = result if row == len(self.parts) else StepResult(result.logits()[self._places])
+
+    def next(self, n: int, place: int) -> int | EngineError:
+        """The token of the n-th part after `place` right guesses."""
+        return self.parts[n].sequence.sampler.next(self._result.logits()[self._places[n] + place])
+
+    def told(self, n: int, place: int, token: int | EngineError) -> TokenLogprobs | None:
+        """What is told of that token; None if nothing was asked for."""
+        count = self.parts[n].sequence.params.logprobs
+        if count is None or isinstance(token, EngineError):
+            return None
+        return token_logprobs(self._result.logits()[self._places[n] + place], token, count)
 
 
 class Stream(Iterator[Event]):

@@ -28,10 +28,11 @@ LOGIT_ROWS = 256  # of one step: every row has logits [vocab_size], and a plan's
 @dataclass(frozen=True)
 class Scheduled:
     """A sequence's part of a step: `rows` of its tokens from `cached` on. The last token known of it gets logits, and the
-    tokens of a prompt whose logits are wanted."""
+    tokens of a prompt whose logits are wanted. `drafts`: guesses at the tokens after it, which get logits too."""
 
     sequence: Sequence
     rows: int
+    drafts: tuple[int, ...] = ()
 
     @property
     def samples(self) -> bool:
@@ -46,24 +47,26 @@ class Scheduled:
 
     def batch_rows(self) -> SequenceRows:
         """What goes into the step's batch."""
-        start = self.sequence.cached
-        logits = [*range(self.prompt_rows), *([self.rows - 1] if self.samples else [])]
-        return SequenceRows(self.sequence.tokens[start : start + self.rows], start, logits)
+        start, end = self.sequence.cached, self.rows + len(self.drafts)
+        logits = [*range(self.prompt_rows), *(range(self.rows - 1, end) if self.samples else ())]
+        return SequenceRows([*self.sequence.tokens[start : start + self.rows], *self.drafts], start, logits)
 
 
 class Scheduler:
     """Sequences that wait and run, and their pages. Runs nothing itself. Not for several threads at once.
 
-    chunk: rows of prompts in one step; lone_chunk: where no sequence decodes beside them, the same by default.
+    chunk: rows of prompts in one step; lone_chunk: where no sequence decodes beside them, the same by default. drafts: how
+    many tokens a sequence that decodes may guess ahead.
     """
 
-    def __init__(self, limits: Limits, cache: LatentCache, chunk: int, lone_chunk: int | None = None):
-        self.limits, self.cache = limits, cache
+    def __init__(self, limits: Limits, cache: LatentCache, chunk: int, lone_chunk: int | None = None, drafts: int = 0):
+        self.limits, self.cache, self.drafts = limits, cache, drafts
         self.chunk, self.lone_chunk = (min(n, limits.max_batch_tokens) for n in (chunk, lone_chunk or chunk))
         self.max_running = min(limits.max_sequences, limits.max_batch_tokens)
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []  # oldest first
         self.asked_tokens = self.reused_tokens = 0  # of the prompts that have entered, and of those what was known
+        self.drafted_tokens = self.accepted_tokens = 0  # guesses, and of those the right ones
         self._ids = count(1)
         self._matches: dict[int, tuple[int, Match]] = {}  # of waiting sequences, with the version of the cache
 
@@ -105,6 +108,11 @@ class Scheduler:
         before, sequence.cached = sequence.cached // self.cache.page_size, sequence.cached + rows
         if sequence.cached // self.cache.page_size > before:
             self.cache.learn(sequence.id, sequence.tokens, sequence.cached)
+
+    def accept_draft(self, sequence: Sequence) -> None:
+        """The next guess of a sequence was right: it is in the cache."""
+        self.accepted_tokens += 1
+        self.advance(sequence, 1)
 
     def reserve(self, sequence: int, length: int) -> bool:
         """Room for the first `length` tokens of a sequence; False if there is none."""
@@ -190,4 +198,27 @@ class Scheduler:
             room -= 0 if rows == 1 else taken
             if taken:
                 plan.append(Scheduled(sequence, taken))
-        return plan
+        return self._with_drafts(plan) if self.drafts else plan
+
+    def _with_drafts(self, plan: list[Scheduled]) -> list[Scheduled]:
+        """The plan, with guesses as far as rows and pages are left."""
+        room = self.limits.max_batch_tokens - sum(part.rows for part in plan)
+        told = LOGIT_ROWS - sum(part.prompt_rows + part.samples for part in plan)
+        drafted = []
+        for part in plan:
+            drafts = self._drafts(part.sequence, min(self.drafts, room, told)) if part.samples else ()
+            room, told = room - len(drafts), told - len(drafts)
+            self.drafted_tokens += len(drafts)
+            drafted.append(Scheduled(part.sequence, part.rows, drafts))
+        return drafted
+
+    def _drafts(self, sequence: Sequence, count: int) -> tuple[int, ...]:
+        known = len(sequence.tokens)
+        count = min(count, sequence.wanted - 1, self.limits.max_context - known - 1, self.cache.capacity - known - 1)
+        drafts = sequence.draft(count) if count > 0 else []
+        while drafts and known + len(drafts) > sequence.room and not self.cache.fits(sequence.id, known + len(drafts)):
+            drafts.pop()
+        if known + len(drafts) > sequence.room:
+            self.cache.reserve(sequence.id, known + len(drafts))
+            sequence.room = self.cache.room(sequence.id)
+        return tuple(drafts)

@@ -7,6 +7,7 @@ from typing import Literal
 
 import numpy as np
 
+from latentrt.runtime.engine.drafts import Drafter
 from latentrt.runtime.engine.logprobs import TokenLogprobs, token_logprobs
 from latentrt.runtime.engine.processors import Guide
 from latentrt.runtime.engine.sampler import Sampler
@@ -75,6 +76,7 @@ class Sequence:
         self.room = 0  # tokens that its pages hold; kept by the scheduler
         self.ended = False  # it has a result or an error, or was aborted: it takes no further step
         self.id = 0  # in the latent cache; given by the scheduler
+        self._drafter: Drafter | None = None
         self._eos = frozenset() if params.ignore_eos else eos
         self._ends = self._eos | set(params.stop_token_ids)
         self.sampler = Sampler(params, self.tokens, self._ends, guide)
@@ -85,6 +87,18 @@ class Sequence:
         """Notes when the sequence runs for the first time, and what of its prompt is cached by then."""
         if self._started is None:
             self._started, self.reused = time.perf_counter(), self.cached
+
+    @property
+    def wanted(self) -> int:
+        """How many more tokens it may get."""
+        return self.params.max_new_tokens - (len(self.tokens) - self.prompt_tokens)
+
+    def draft(self, count: int) -> list[int]:
+        """Up to `count` guesses at its next tokens; none for an answer that follows a grammar, which knows better."""
+        if self.params.constraint:
+            return []
+        self._drafter = self._drafter or Drafter()
+        return self._drafter.draft(self.tokens, count)
 
     @property
     def reads_prompt(self) -> bool:

@@ -95,6 +95,8 @@ class _Engine:
         counters = {
             "prefix_cache_queries": ("Tokens of prompts that were looked up.", scheduler.asked_tokens),
             "prefix_cache_hits": ("Tokens of prompts that were cached.", scheduler.reused_tokens),
+            "spec_decode_num_draft_tokens": ("Tokens that were guessed ahead.", scheduler.drafted_tokens),
+            "spec_decode_num_accepted_tokens": ("Guesses that were right.", scheduler.accepted_tokens),
         }
         for kind, metrics in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, (words, value) in metrics.items():

@@ -23,7 +23,7 @@ class HistoryBackend(Backend):
     name = "fake"
 
     def __init__(self, cache_tokens=None, page_size=4, max_context=64, max_batch_tokens=16, max_sequences=8, prefill_chunk=256,
-                 lone_prefill_chunk=None):  # fmt: skip
+                 lone_prefill_chunk=None, memory=None):  # fmt: skip
         cache = CacheSpec(format="tokens", dtype="int32", page_size=page_size, width=1, layers=1, bytes_per_token=4, fields=[])
         limits = Limits(max_context=max_context, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
         logits = TensorInfo(name="logits", dtype="float", shape=["N", VOCAB])
@@ -31,6 +31,7 @@ class HistoryBackend(Backend):
         self.num_pages = pages_for(self.target, cache_tokens)
         self.pages = np.full((self.num_pages, page_size), UNWRITTEN, np.int32)
         self.batches: list[StepBatch] = []
+        self.memory = memory  # tokens that logits depend on; None: all
         self.chunk, self.lone_chunk = prefill_chunk, lone_prefill_chunk or prefill_chunk
 
     @property
@@ -55,7 +56,7 @@ class HistoryBackend(Backend):
                 self.pages[page, position % self.pages.shape[1]] = batch.input_ids[row]
                 history = self.pages[batch.block_table[b]].ravel()[: position + 1]
                 assert (history >= 0).all(), "a token was read that this sequence never wrote"
-                rows.append(logits_after(history))
+                rows.append(logits_after(history[-self.memory :] if self.memory else history))
         return StepResult(np.stack(rows)[batch.logit_rows] if len(batch.logit_rows) else np.zeros((0, VOCAB), np.float32))
 
     def copy_pages(self, pages) -> None:
@@ -77,15 +78,15 @@ def logits_after(history) -> np.ndarray:
     return np.random.default_rng(seed).normal(size=VOCAB).astype(np.float32) * 3
 
 
-def fake_engine(chunk: int | None = None, **options) -> Engine:
+def fake_engine(chunk: int | None = None, drafts: int = 0, **options) -> Engine:
     """An engine without tokenizer on a HistoryBackend."""
     manifest = SimpleNamespace(text=Text(), config={})
-    return Engine(SimpleNamespace(manifest=manifest, path="fake"), HistoryBackend(**options), chunk)
+    return Engine(SimpleNamespace(manifest=manifest, path="fake"), HistoryBackend(**options), chunk, drafts)
 
 
-def greedy(prompt: list[int], new_tokens: int) -> tuple[int, ...]:
+def greedy(prompt: list[int], new_tokens: int, memory: int = 0) -> tuple[int, ...]:
     """The answer that any engine on a HistoryBackend must give."""
     tokens = list(prompt)
     for _ in range(new_tokens):
-        tokens.append(int(np.argmax(logits_after(tokens))))
+        tokens.append(int(np.argmax(logits_after(tokens[-memory:]))))
     return tuple(tokens[len(prompt) :])
