@@ -46,12 +46,13 @@ class Answers:
         self.id, self.created = f"{kind}-{uuid.uuid4().hex}", int(time.time())
         self.answers = [Answer() for _ in range(len(prompts) * choices)]
 
-    async def events(self) -> AsyncIterator[list[Event]]:
-        """Events of one step after another, which the answers have taken."""
+    async def events(self) -> AsyncIterator[tuple[Event, Answer]]:
+        """Events as they come, each with its answer as far as it goes."""
         async for events in self.request:
             for event in events:
-                self.answers[event.index].take(event)
-            yield events
+                answer = self.answers[event.index]
+                answer.take(event)
+                yield event, answer
 
     async def collect(self) -> list[Answer]:
         """All answers, whole."""

@@ -60,11 +60,9 @@ class Chat:
         for n in range(self.answers.choices):
             yield sse(head | {"choices": [_delta(n, {"role": "assistant", "content": ""})]})
         usage = options and options.include_usage and options.continuous_usage_stats
-        async for events in self.answers.events():
-            for event in events:
-                answer = self.answers.answers[event.index]
-                for delta in self._deltas(event.index, answer, event.text, event.logprobs):
-                    yield sse(head | {"choices": [delta]} | ({"usage": self.answers.usage()} if usage else {}))
+        async for event, answer in self.answers.events():
+            for delta in self._deltas(event.index, answer, event.text, event.logprobs):
+                yield sse(head | {"choices": [delta]} | ({"usage": self.answers.usage()} if usage else {}))
         if options and options.include_usage:
             yield sse(head | {"choices": [], "usage": self.answers.usage()})
 

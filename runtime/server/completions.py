@@ -70,16 +70,14 @@ class Completion:
         body, sent = self._body, [0] * len(self.answers.answers)  # tokens
         lengths = [0] * len(sent)  # characters
         options = body.stream_options
-        async for events in self.answers.events():
-            for event in events:
-                n = event.index
-                answer = self.answers.answers[n]
-                first = not sent[n] and body.echo
-                text = (self._texts[n // self.answers.choices] if first else "") + (event.text if not self._unsaid else "")
-                choice = self._part(n, answer, text, sent[n], lengths[n], bool(event.result))
-                sent[n], lengths[n] = len(answer.tokens), lengths[n] + len(text)
-                usage = options and options.include_usage and options.continuous_usage_stats
-                yield sse(self._head() | {"choices": [choice]} | ({"usage": self.answers.usage(self._unsaid)} if usage else {}))
+        usage = options and options.include_usage and options.continuous_usage_stats
+        async for event, answer in self.answers.events():
+            n = event.index
+            first = not sent[n] and body.echo
+            text = (self._texts[n // self.answers.choices] if first else "") + (event.text if not self._unsaid else "")
+            choice = self._part(n, answer, text, sent[n], lengths[n], bool(event.result))
+            sent[n], lengths[n] = len(answer.tokens), lengths[n] + len(text)
+            yield sse(self._head() | {"choices": [choice]} | ({"usage": self.answers.usage(self._unsaid)} if usage else {}))
         if options and options.include_usage:
             yield sse(self._head() | {"choices": [], "usage": self.answers.usage(self._unsaid)})
 

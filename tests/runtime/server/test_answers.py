@@ -1,11 +1,13 @@
 """What the endpoints answer is what the engine says, in OpenAI's form."""
 
+import asyncio
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
 from latentrt.runtime.sampling_params import SamplingParams
+from latentrt.runtime.service import Request
 
 PROMPT = "def read(path):\n"
 QUESTION = [{"role": "user", "content": "What does os.path.join do?"}]
@@ -226,3 +228,27 @@ def test_metrics_count(live):
     times = "time_to_first_token", "e2e_request_latency", "request_queue_time", "request_prefill_time", "request_decode_time"
     assert [grown[f"vllm:{name}_seconds_count{label}"] for name in times] == [1] * 5
     assert after[f"vllm:num_requests_running{label}"] == after[f"vllm:kv_cache_usage_perc{label}"] == 0
+
+
+def test_events_of_several_steps_at_once_are_a_stream_all_the_same(live, monkeypatch):
+    """The event loop may be late: then it gets the end of an answer together with what came before."""
+    real = Request.__anext__
+
+    async def late(request):
+        while not all(sequence.ended for sequence in request.sequences):
+            await asyncio.sleep(0)
+        return await real(request)
+
+    asked = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "n": 2, "logprobs": 1}
+    whole = live.complete(**asked)["choices"]
+    chat = live.chat(QUESTION, temperature=0)["choices"][0]
+    monkeypatch.setattr(Request, "__anext__", late)
+    parts = [p["choices"][0] for p in live.stream("/v1/completions", **asked)]
+    for n in (0, 1):
+        mine = [p for p in parts if p["index"] == n]
+        assert [p["finish_reason"] for p in mine] == [None] * 11 + ["length"]
+        assert "".join(p["text"] for p in mine) == whole[n]["text"]
+        assert [t for p in mine for t in p["logprobs"]["tokens"]] == whole[n]["logprobs"]["tokens"]
+    parts = [p["choices"][0] for p in live.stream("/v1/chat/completions", messages=QUESTION, temperature=0)]
+    assert "".join(p["delta"].get("content", "") for p in parts) == chat["message"]["content"]
+    assert [p["finish_reason"] for p in parts].count(None) == len(parts) - 1
