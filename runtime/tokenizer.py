@@ -90,6 +90,10 @@ class Tokenizer:
     def _byte_level(self) -> bool:
         return isinstance(self._tokenizer.decoder, tokenizers.decoders.ByteLevel)
 
+    def to_json(self) -> str:
+        """The text of a tokenizer.json."""
+        return self._tokenizer.to_str()
+
     def token_id(self, content: str) -> int | None:
         """The id of a token by its content; None if there is none."""
         return self._tokenizer.token_to_id(content)

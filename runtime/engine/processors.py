@@ -12,6 +12,8 @@ from latentrt.runtime.sampling_params import SamplingParams
 class Guide(Protocol):
     """The state of an answer that has to follow a grammar; see runtime/structured.py."""
 
+    ended: bool  # only the end of the text can follow
+
     def mask(self, logits: np.ndarray) -> np.ndarray:
         """A copy of logits [vocab] with -inf for tokens that are not allowed."""
 

@@ -79,7 +79,7 @@ class Sequence:
         self._drafter: Drafter | None = None
         self._eos = frozenset() if params.ignore_eos else eos
         self._ends = self._eos | set(params.stop_token_ids)
-        self.sampler = Sampler(params, self.tokens, self._ends, guide)
+        self._guide, self.sampler = guide, Sampler(params, self.tokens, self._ends, guide)
         self._prompt_logprobs: list[TokenLogprobs | None] = [None] * len(prompt)
         self._submitted, self._started, self._first, self._last = time.perf_counter(), None, None, None
 
@@ -150,7 +150,7 @@ class Sequence:
         self.sink.append(Event(self.index, None, "", error=error))
 
     def _reason(self, stopped: bool, max_context: int) -> FinishReason | None:
-        if stopped or (self.text and self.text.stopped):
+        if stopped or (self.text and self.text.stopped) or (self._guide and self._guide.ended):
             return "stop"
         if len(self.tokens) - self.prompt_tokens >= self.params.max_new_tokens:
             return "length"

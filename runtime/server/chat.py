@@ -8,11 +8,12 @@ from latentrt.runtime.api import Engine
 from latentrt.runtime.errors import RequestError
 from latentrt.runtime.server import logprobs
 from latentrt.runtime.server.answers import Answer, Answers
-from latentrt.runtime.server.protocol import ChatRequest, Message, NamedTool, Tool
+from latentrt.runtime.server.protocol import ChatRequest, Message, NamedTool
 from latentrt.runtime.server.sampling import asked_constraint, sampling_params
 from latentrt.runtime.server.streaming import sse
-from latentrt.runtime.server.tool_calls import ToolCallDelta, ToolCallParser, required_grammar
+from latentrt.runtime.server.tool_calls import FENCE, ToolCallDelta, ToolCallParser, required_grammar
 from latentrt.runtime.service import Ask, EngineService
+from latentrt.runtime.structured import Constraint
 
 Part = tuple[str, list[ToolCallDelta]]
 
@@ -44,7 +45,7 @@ class Chat:
         asked = body.max_tokens if body.max_completion_tokens is None else body.max_completion_tokens
         told = (body.top_logprobs or 0) if body.logprobs else None
         longest = room if asked is None else min(asked, room)
-        params = sampling_params(self._engine, body, longest, choice, told, constraint=_forced_call(body))
+        params = sampling_params(self._engine, body, longest, choice, told, constraint=_forced_call(self._engine, body))
         return replace(params, skip_special_tokens=False) if self._tools else params
 
     async def respond(self) -> dict:
@@ -156,7 +157,7 @@ def _text(content: str | list[dict] | None) -> str | None:
     return "\n".join(texts)
 
 
-def _forced_call(body: ChatRequest):
+def _forced_call(engine: Engine, body: ChatRequest) -> Constraint | None:
     """The constraint of a tool_choice that leaves no choice; None otherwise."""
     choice = body.tool_choice
     if not body.tools or choice in (None, "none", "auto"):
@@ -164,12 +165,10 @@ def _forced_call(body: ChatRequest):
     if asked_constraint(body):
         raise RequestError("tool_choice forces a call, and response_format or structured_outputs another form; give one")
     name = choice.function.name if isinstance(choice, NamedTool) else None
-    tools = [_definition(tool) for tool in body.tools]
-    return required_grammar(tools, name, body.parallel_tool_calls is not False)
-
-
-def _definition(tool: Tool) -> dict:
-    return tool.model_dump(exclude_none=True)
+    tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
+    tokenizer = engine.needed_tokenizer()
+    fenced = FENCE.strip() in (tokenizer.template_source(tokenizer.template_name(tools)) or "")
+    return required_grammar(tokenizer, tools, name, body.parallel_tool_calls is not False, fenced)
 
 
 def _delta(n: int, delta: dict, told: dict | None = None, reason: str | None = None) -> dict:
