@@ -1,6 +1,7 @@
 """/v1/chat/completions: conversations, with tools in the family's own format, and answers that go on with a prefix."""
 
 import asyncio
+import re
 from collections.abc import AsyncIterator
 from dataclasses import replace
 
@@ -11,7 +12,14 @@ from latentrt.runtime.server.answers import Answer, Answers
 from latentrt.runtime.server.protocol import ChatRequest, Message, NamedTool
 from latentrt.runtime.server.sampling import asked_constraint, sampling_params
 from latentrt.runtime.server.streaming import sse
-from latentrt.runtime.server.tool_calls import FENCE, ToolCallDelta, ToolCallParser, required_grammar
+from latentrt.runtime.server.tool_calls import (
+    CALL_BEGIN,
+    FENCE,
+    ToolCallDelta,
+    ToolCallParser,
+    required_grammar,
+    with_tools,
+)  # fmt: skip
 from latentrt.runtime.service import Ask, EngineService
 from latentrt.runtime.structured import Constraint
 
@@ -131,9 +139,11 @@ def chat_tokens(engine: Engine, body: ChatRequest) -> list[int]:
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools] if body.tools else None
     messages = [plain_message(message) for message in body.messages]
     goes_on = bool(body.continue_final_message) or bool(body.messages and body.messages[-1].prefix)
-    tokenizer = engine.needed_tokenizer()
-    if tools and "tools" not in (tokenizer.template_source(tokenizer.template_name(tools)) or ""):
-        raise RequestError("tools: this model's chat template does not know tools; leave them out, or put them into a message")
+    template = _template(engine, tools)
+    if tools and not re.search(r"\btools\b", template):
+        if CALL_BEGIN not in template:
+            raise RequestError("tools: this model's chat template knows no tool calls; leave tools out")
+        messages, tools = with_tools(messages, tools), None
     begins = body.add_generation_prompt is not False
     return engine.chat_tokens(messages, "messages", tools, add_generation_prompt=begins, continue_final=goes_on)
 
@@ -166,9 +176,13 @@ def _forced_call(engine: Engine, body: ChatRequest) -> Constraint | None:
         raise RequestError("tool_choice forces a call, and response_format or structured_outputs another form; give one")
     name = choice.function.name if isinstance(choice, NamedTool) else None
     tools = [tool.model_dump(exclude_none=True) for tool in body.tools]
+    fenced = FENCE.strip() in _template(engine, tools)
+    return required_grammar(engine.needed_tokenizer(), tools, name, body.parallel_tool_calls is not False, fenced)
+
+
+def _template(engine: Engine, tools: list[dict] | None) -> str:
     tokenizer = engine.needed_tokenizer()
-    fenced = FENCE.strip() in (tokenizer.template_source(tokenizer.template_name(tools)) or "")
-    return required_grammar(tokenizer, tools, name, body.parallel_tool_calls is not False, fenced)
+    return tokenizer.template_source(tokenizer.template_name(tools)) or ""
 
 
 def _delta(n: int, delta: dict, told: dict | None = None, reason: str | None = None) -> dict:

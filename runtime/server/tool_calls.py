@@ -15,6 +15,7 @@ from latentrt.runtime.tokenizer import Tokenizer
 CALLS_BEGIN, CALLS_END = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"
 CALL_BEGIN, SEPARATOR, CALL_END = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>", "<｜tool▁call▁end｜>"
 FENCE = "\n```json\n"
+_TOOLS = "\n\n## Tools\n\n### Function\n\nYou have the following functions available:\n\n"
 COMPACT = {"whitespace_flexible": False}  # nobody reads arguments
 _KIND = "function"
 _LOOSE = " \t\r\n`"  # what may stand around arguments
@@ -60,9 +61,9 @@ class ToolCallParser:
     def finish(self) -> tuple[str, list[ToolCallDelta]]:
         """The rest: of a call without an end its arguments, of one without a beginning its text."""
         if self._read == self._arguments:
-            self._give_arguments(self._held)
+            self._give_arguments(self._held if self.calls[-1].arguments else self._held.lstrip())
         else:
-            self._give_content(self._held)
+            self._give_content((CALL_BEGIN if self._read == self._head else "") + self._held)
         self._held, self._read = "", self._content
         return self._taken()
 
@@ -122,11 +123,11 @@ class ToolCallParser:
                 return False
             if not line or not more or opening.strip() != FENCE.strip():
                 return self._no_call()
-        if not name.strip():
+        if not name.strip() or "<｜" in name:
             return self._no_call()
         self.calls.append(ToolCall(self._new_id(), name.strip()))
         self._part[1].append(ToolCallDelta(len(self.calls) - 1, self.calls[-1].id, name.strip(), ""))
-        self._held, self._read = after.lstrip(), self._arguments
+        self._held, self._read = after, self._arguments
         return True
 
     def _no_call(self) -> bool:
@@ -136,6 +137,8 @@ class ToolCallParser:
 
     def _arguments(self) -> bool:
         """Up to the end of the call."""
+        if not self.calls[-1].arguments:
+            self._held = self._held.lstrip()
         text, mark, after = self._held.partition(CALL_END)
         if mark:
             self._give_arguments(text.rstrip(_LOOSE))
@@ -145,6 +148,16 @@ class ToolCallParser:
         self._give_arguments(certain)
         self._held = self._held[len(certain) :]
         return False
+
+
+def with_tools(messages: list[dict], tools: Sequence[dict]) -> list[dict]:
+    """Messages whose system message tells of tools in the words that DeepSeek-V2.5 was trained on (its model card has them):
+    its chat template renders calls, but no tools."""
+    functions = [tool["function"] for tool in tools]
+    listed = [f"- `{f['name']}`:\n```json\n{json.dumps(f, indent=4, ensure_ascii=False)}\n```\n" for f in functions]
+    said = messages[0].get("content") if messages and messages[0].get("role") == "system" else None
+    told = (said or "You are a helpful Assistant.") + _TOOLS + "\n".join(listed)
+    return [{"role": "system", "content": told}, *messages[said is not None :]]
 
 
 def _overlap(text: str, mark: str) -> int:
