@@ -293,7 +293,7 @@ def test_what_is_reused_changes_no_token(example_bundle, backend):
     params = SamplingParams(max_new_tokens=12, ignore_eos=True)
     with latentrt.load(example_bundle, backend=backend) as fresh, latentrt.load(example_bundle, backend=backend) as engine:
         prompt = fresh.tokenizer.encode(text)[:301]
-        prompts = [prompt, prompt, prompt[:250] + prompt[5:40], *(prompt[:200] + [n] for n in range(7, 11))]
+        prompts = [prompt, prompt, prompt[:250] + prompt[5:40], *([*prompt[:200], n] for n in range(7, 11))]
         expected = []
         for p in prompts:
             sequence = fresh.sequence(p, params, deque(), salt=str(len(expected)))
