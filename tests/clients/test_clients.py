@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from latentrt.runtime.sampling_params import SamplingParams
-from tests.clients.conftest import PYTHON, QUIET, ROOT
+from tests.clients.conftest import PYTHON, QUIET
 from tests.conftest import EXAMPLE
 
 pytestmark = pytest.mark.slow
@@ -146,11 +146,11 @@ def test_lm_eval(run, url, engine, tmp_path, tokenizer):
         assert sample["filtered_resps"][0] == text.partition("\n")[0]
 
 
-def test_a_fuzzer_finds_nothing(run, url):
+def test_a_fuzzer_finds_nothing(run, url, tmp_path):
     """schemathesis on the server's own OpenAPI: no status 500, no answer that does not fit its schema."""
     strict = "unsupported_method,positive_data_acceptance"  # OpenAPI cannot say all rules
     command = [str(PYTHON.parent / "st"), "run", f"{url}/openapi.json", "--max-examples", "25", "--seed", "3",
                "--phases", "fuzzing", "--exclude-checks", strict]  # fmt: skip
-    done = subprocess.run(command, cwd=ROOT / "tests", capture_output=True, text=True, env=os.environ | QUIET)
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | QUIET)
     assert done.returncode == 0, done.stdout[-4000:]
     assert int(re.search(r"(\d+) generated", done.stdout)[1]) > 100
