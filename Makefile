@@ -4,20 +4,25 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
+CLIENTS := .venv-clients
 EXAMPLE := examples/tiny-deepseek-v2
 DEMO := demo
 JOBS ?= 2
 
-.PHONY: demo test test-fast kernels numerics gpu-check lint clean
+.PHONY: demo test test-fast clients kernels numerics gpu-check lint clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python examples/demo.py --checkpoint $(EXAMPLE) --out $(DEMO)
 
-test: $(VENV)/installed
+test: $(VENV)/installed clients
 	$(BIN)/python -m pytest -n $(JOBS)
 
 test-fast: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+
+# Other people's clients of the server; without them (no room, no network) their tests skip and say so.
+clients:
+	-@$(MAKE) --no-print-directory $(CLIENTS)/installed
 
 kernels: $(VENV)/installed
 	$(BIN)/python -m latentrt kernels --all
@@ -40,4 +45,9 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 	@$(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11), "Python 3.11 or newer is needed, found " + sys.version'
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -r requirements-dev.txt
+	@touch $@
+
+$(CLIENTS)/installed: requirements-clients.txt
+	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
+	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-clients.txt
 	@touch $@

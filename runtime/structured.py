@@ -31,8 +31,8 @@ class Constraint:
 
     @property
     def key(self) -> str:
-        """A text that is the same for the same constraint."""
-        return json.dumps([self.kind, self.value], sort_keys=True)
+        """A text that is the same for the same constraint. The order of properties counts: answers follow it."""
+        return json.dumps([self.kind, self.value])
 
 
 class Guides:
@@ -115,7 +115,10 @@ class Guide:
         fill_next_token_bitmask(self._matcher, self._bits)
         if self._matcher.is_error():
             raise EngineError(f"the grammar is stuck: {self._matcher.get_error()}")
-        return np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._vocab_size].view(bool)
+        allowed = np.unpackbits(self._bits.view(np.uint8), bitorder="little")[: self._vocab_size].view(bool)
+        if not self._matcher.is_accepting():  # an end token may have text that the grammar allows
+            allowed[list(self._eos_ids)] = False
+        return allowed
 
 
 def _llguidance():
@@ -152,9 +155,10 @@ def with_blanks(schema: dict | bool, blanks: dict) -> dict:
 
 
 def _schema(value: dict | str) -> dict | bool:
-    if not isinstance(value, str):
-        return value
     try:
-        return json.loads(value)
+        schema = json.loads(value) if isinstance(value, str) else value
     except (ValueError, RecursionError) as error:
         raise RequestError(f"the JSON schema is not valid JSON ({error})") from None
+    if not isinstance(schema, dict | bool):
+        raise RequestError(f"the JSON schema is {json.dumps(schema)[:40]}, accepted: an object, true or false")
+    return schema

@@ -80,7 +80,7 @@ class Sequence:
         self._eos = frozenset() if params.ignore_eos else eos
         self._ends = self._eos | set(params.stop_token_ids)
         self._guide, self.sampler = guide, Sampler(params, self.tokens, self._ends, guide)
-        self._prompt_logprobs: list[TokenLogprobs | None] = [None] * len(prompt)
+        self._prompt_logprobs: list[TokenLogprobs | None] = [None] * len(prompt) if self.reads_prompt else []
         self._submitted, self._started, self._first, self._last = time.perf_counter(), None, None, None
 
     def start(self) -> None:

@@ -1,5 +1,6 @@
 """Errors as OpenAI's API gives them: {"error": {"message", "type", "param", "code"}} with the status that clients expect."""
 
+import re
 from http import HTTPStatus
 
 from fastapi import FastAPI, Request
@@ -76,7 +77,8 @@ def install(app: FastAPI) -> None:
 def _invalid(error: RequestValidationError, content_type: str) -> ApiError:
     """The first thing that is wrong with a body; unions report each branch, and the deepest knows best."""
     found = max(error.errors(), key=lambda e: len(e["loc"]))
-    place = [str(part) for part in found["loc"] if part != "body"]
+    branches = re.compile(r"[\[(]|^(str|int|float|bool)$")  # pydantic names the branch of a union among the parts
+    place = [str(part) for part in found["loc"] if part != "body" and not branches.search(str(part))]
     named = next((p for p in place), None)
     message = found["msg"]
     if found["type"] == "json_invalid":

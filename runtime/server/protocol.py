@@ -52,8 +52,8 @@ class SamplingBody(Body):
     """What all requests for answers have."""
 
     model: str | None = None
-    max_tokens: Annotated[int, Field(ge=0, le=MAX_ID)] | None = None
-    n: Annotated[int, Field(ge=1, le=MOST_CHOICES)] | None = 1
+    max_tokens: Annotated[int, Field(strict=True, ge=0, le=MAX_ID)] | None = None
+    n: Annotated[int, Field(strict=True, ge=1, le=MOST_CHOICES)] | None = 1
     stream: bool | None = False
     stream_options: StreamOptions | None = None
     temperature: Annotated[Finite, Field(ge=0, le=2)] | None = None
@@ -61,15 +61,15 @@ class SamplingBody(Body):
     presence_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
     frequency_penalty: Annotated[Finite, Field(ge=-2, le=2)] | None = None
     logit_bias: dict[str, Annotated[Finite, Field(ge=-100, le=100)]] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
+    seed: Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)] | None = None
     stop: str | list[str] | None = None
     user: str | None = None
     # vLLM
-    top_k: Annotated[int, Field(ge=-1, le=MAX_ID)] | None = None
+    top_k: Annotated[int, Field(strict=True, ge=-1, le=MAX_ID)] | None = None
     min_p: Annotated[Finite, Field(ge=0, le=1)] | None = None
-    repetition_penalty: Annotated[Finite, Field(gt=0, le=10)] | None = None
-    min_tokens: Annotated[int, Field(ge=0, le=MAX_ID)] | None = None
-    stop_token_ids: list[Annotated[int, Field(ge=0, le=MAX_ID)]] | None = None
+    repetition_penalty: Annotated[Finite, Field(ge=0.01, le=10)] | None = None
+    min_tokens: Annotated[int, Field(strict=True, ge=0, le=MAX_ID)] | None = None
+    stop_token_ids: list[Annotated[int, Field(strict=True, ge=0, le=MAX_ID)]] | None = None
     ignore_eos: bool | None = False
     skip_special_tokens: bool | None = True
     add_special_tokens: bool | None = None
@@ -82,15 +82,15 @@ class SamplingBody(Body):
     response_format: ResponseFormat | None = None
 
 
-TokenId = Annotated[int, Field(ge=0, le=MAX_ID)]
+TokenId = Annotated[int, Field(strict=True, ge=0, le=MAX_ID)]
 
 
 class CompletionRequest(SamplingBody):
     prompt: str | list[TokenId] | Annotated[list[str] | list[list[TokenId]], Field(max_length=MOST_PROMPTS)]
     suffix: str | None = None
     echo: bool | None = False
-    logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
-    best_of: Annotated[int, Field(ge=1)] | None = None
+    logprobs: Annotated[int, Field(strict=True, ge=0, le=MOST_LOGPROBS)] | None = None
+    best_of: Annotated[int, Field(strict=True, ge=1)] | None = None
 
 
 class FunctionCall(BaseModel):
@@ -138,9 +138,9 @@ class NamedTool(BaseModel):
 
 class ChatRequest(SamplingBody):
     messages: list[Message]
-    max_completion_tokens: Annotated[int, Field(ge=0, le=MAX_ID)] | None = None
+    max_completion_tokens: Annotated[int, Field(strict=True, ge=0, le=MAX_ID)] | None = None
     logprobs: bool | None = False
-    top_logprobs: Annotated[int, Field(ge=0, le=MOST_LOGPROBS)] | None = None
+    top_logprobs: Annotated[int, Field(strict=True, ge=0, le=MOST_LOGPROBS)] | None = None
     tools: list[Tool] | None = None
     tool_choice: Literal["none", "auto", "required"] | NamedTool | None = None
     parallel_tool_calls: bool | None = True

@@ -43,7 +43,7 @@ def asked_constraint(body: SamplingBody) -> Constraint | None:
     asked = [*_of_response_format(body), *_of_structured_outputs(body)]
     guided = {"json_schema": body.guided_json, "regex": body.guided_regex, "grammar": body.guided_grammar,
               "choice": body.guided_choice and tuple(body.guided_choice)}  # fmt: skip
-    asked += [Constraint(kind, value) for kind, value in guided.items() if value]
+    asked += [Constraint(kind, value) for kind, value in guided.items() if value is not None]
     if len(asked) > 1:
         raise RequestError(f"{len(asked)} constraints on the answer (response_format, structured_outputs, guided_*); give one")
     return asked[0] if asked else None

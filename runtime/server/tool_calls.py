@@ -5,6 +5,7 @@ end between calls; <calls end>. V3.1: <call begin> NAME <sep> ARGUMENTS <call en
 """
 
 import json
+import re
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -51,6 +52,7 @@ class ToolCallParser:
     def __init__(self, new_id: Callable[[], str] = new_id):
         self.calls: list[ToolCall] = []
         self._new_id, self._held, self._read = new_id, "", self._content
+        self._marks = ""  # read, and content if no call follows
         self._part: tuple[str, list[ToolCallDelta]] = "", []
 
     def add(self, text: str) -> tuple[str, list[ToolCallDelta]]:
@@ -61,9 +63,11 @@ class ToolCallParser:
     def finish(self) -> tuple[str, list[ToolCallDelta]]:
         """The rest: of a call without an end its arguments, of one without a beginning its text."""
         if self._read == self._arguments:
-            self._give_arguments(self._held if self.calls[-1].arguments else self._held.lstrip())
+            rest = self._held if self.calls[-1].arguments else self._held.lstrip()
+            self._give_arguments("" if re.fullmatch(r"\s*\n`{1,3}\s*", rest) else rest)
         else:
-            self._give_content((CALL_BEGIN if self._read == self._head else "") + self._held)
+            self._give_content(self._marks + self._held)
+        self._marks = ""
         self._held, self._read = "", self._content
         return self._taken()
 
@@ -89,7 +93,8 @@ class ToolCallParser:
         if found:
             place, mark = min(found)
             self._give_content(self._held[:place])
-            self._held = self._held[place + (len(mark) if mark == CALLS_BEGIN else 0) :]
+            self._marks = mark if mark == CALLS_BEGIN else ""
+            self._held = self._held[place + len(self._marks) :]
             self._read = self._between
             return True
         keep = max(_overlap(self._held, CALLS_BEGIN), _overlap(self._held, CALL_BEGIN))
@@ -100,14 +105,17 @@ class ToolCallParser:
     def _between(self) -> bool:
         """Another call, the end of all, or something else."""
         rest = self._held.lstrip()
+        blanks = self._held[: len(self._held) - len(rest)]
         if rest.startswith(CALL_BEGIN):
+            self._marks += blanks + CALL_BEGIN
             self._held, self._read = rest[len(CALL_BEGIN) :], self._head
         elif rest.startswith(CALLS_END):
-            self._held, self._read = rest[len(CALLS_END) :], self._content
+            self._give_content(self._marks and self._marks + blanks + CALLS_END)
+            self._held, self._read, self._marks = rest[len(CALLS_END) :], self._content, ""
         elif CALL_BEGIN.startswith(rest) or CALLS_END.startswith(rest):
             return False
         else:
-            self._read = self._content
+            return self._no_call()
         return True
 
     def _head(self) -> bool:
@@ -127,12 +135,12 @@ class ToolCallParser:
             return self._no_call()
         self.calls.append(ToolCall(self._new_id(), name.strip()))
         self._part[1].append(ToolCallDelta(len(self.calls) - 1, self.calls[-1].id, name.strip(), ""))
-        self._held, self._read = after, self._arguments
+        self._held, self._read, self._marks = after, self._arguments, ""
         return True
 
     def _no_call(self) -> bool:
-        self._give_content(CALL_BEGIN)
-        self._read = self._content
+        self._give_content(self._marks)
+        self._read, self._marks = self._content, ""
         return True
 
     def _arguments(self) -> bool:

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from collections import deque
 from dataclasses import asdict, replace
 from types import SimpleNamespace
 
@@ -282,3 +283,22 @@ def test_answers_end_where_those_of_transformers_end(engine, tiny_checkpoint):
 def test_the_vocabulary_is_that_of_the_graph(tiny_bundle, engine):
     outputs = {o.name: o.shape for o in Bundle(tiny_bundle).target()[1].outputs}
     assert outputs["logits"][-1] == engine.vocab_size == VOCAB_SIZE
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", [None, "torch"])
+def test_what_is_reused_changes_no_token(example_bundle, backend):
+    """A prompt again, one that leaves it in the middle of a page (copied), and many that begin like it at once."""
+    text = (EXAMPLE / "held_out.txt").read_text()
+    params = SamplingParams(max_new_tokens=12, ignore_eos=True)
+    with latentrt.load(example_bundle, backend=backend) as fresh, latentrt.load(example_bundle, backend=backend) as engine:
+        prompt = fresh.tokenizer.encode(text)[:301]
+        prompts = [prompt, prompt, prompt[:250] + prompt[5:40], *([*prompt[:200], n] for n in range(7, 11))]
+        expected = []
+        for p in prompts:
+            sequence = fresh.sequence(p, params, deque(), salt=str(len(expected)))
+            expected.append(list(fresh.loop.stream([sequence]))[-1].result)
+        found = [engine.generate([p], params)[0] for p in prompts[:3]] + engine.generate(prompts[3:], params)
+    assert [r.token_ids for r in found] == [r.token_ids for r in expected]
+    assert [r.reused_tokens for r in expected] == [0] * 7
+    assert [r.reused_tokens for r in found] == [0, 300, 250, 200, 200, 200, 200]

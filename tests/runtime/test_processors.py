@@ -12,6 +12,7 @@ from latentrt.runtime.engine.processors import Processors
 from latentrt.runtime.engine.sampler import Sampler
 from latentrt.runtime.errors import EngineError, RequestError
 from latentrt.runtime.sampling_params import SamplingParams
+from tests.runtime import fakes
 
 VOCAB = 40
 tokens = st.lists(st.integers(0, VOCAB - 1), max_size=12)
@@ -102,3 +103,28 @@ def test_log_probabilities(seed, token, count, scale):
 def test_values_that_are_not_accepted(wrong):
     with pytest.raises(RequestError, match=f"{next(iter(wrong))}.*accepted"):
         SamplingParams(**wrong)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    prompts=st.lists(st.lists(st.integers(0, fakes.VOCAB - 1), min_size=1, max_size=30), min_size=1, max_size=4),
+    told=st.lists(st.sampled_from([None, 0, 3]), min_size=4, max_size=4), drafts=st.sampled_from([0, 3]),
+    cache_tokens=st.sampled_from([48, 400]), rows=st.integers(1, 40), chunk=st.sampled_from([3, 64]),
+)  # fmt: skip
+def test_log_probabilities_of_prompts_and_answers(prompts, told, drafts, cache_tokens, rows, chunk):
+    """In any batch, with pages that run out, beside requests that want none: those of the logits after each prefix."""
+    engine = fakes.fake_engine(chunk, drafts, cache_tokens=cache_tokens, max_batch_tokens=rows)
+    params = [SamplingParams(max_new_tokens=4, prompt_logprobs=n, logprobs=n) for n in told[: len(prompts)]]
+    events = list(engine.stream(prompts, params))
+    for index, (prompt, count) in enumerate(zip(prompts, told, strict=False)):
+        mine = [e for e in events if e.index == index]
+        result, answer = mine[-1].result, [e.token for e in mine]
+        assert tuple(answer) == fakes.greedy(prompt, 4)
+        if count is None:
+            assert result.prompt_logprobs is None and all(e.logprobs is None for e in mine)
+            continue
+        tokens = [*prompt, *answer]
+        given = [*result.prompt_logprobs, *(e.logprobs for e in mine)]
+        assert given[0] is None
+        expected = [token_logprobs(fakes.logits_after(tokens[:n]), tokens[n], count) for n in range(1, len(tokens))]
+        assert given[1:] == expected

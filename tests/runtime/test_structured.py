@@ -30,7 +30,7 @@ SCHEMAS = [
      "$defs": {"point": {"type": "object", "properties": {"x": {"type": "integer", "minimum": -9, "maximum": 9}},
                          "required": ["x"], "additionalProperties": False}}},
 ]  # fmt: skip
-REGEXES = [r"[A-Z][a-z]{1,4} \d{3}-\d{4}", r"(yes|no){1,2}", r"é{1,3}\.", r"[^\n]{1,8}"]
+REGEXES = [r"[A-Z][a-z]{1,4} [0-9]{3}-[0-9]{4}", r"(yes|no){1,2}", r"é{1,3}\.", r"[^\n]{1,8}"]
 
 
 def answer(constraint: Constraint, seed: int, most: int = 300) -> str:
@@ -76,12 +76,29 @@ GBNF = 'root ::= "x" digit "y" ("ab" | "c")\ndigit ::= [0-9]'
 
 @pytest.mark.parametrize(("constraint", "reason"), [
     (Constraint("json_schema", {"type": "strin"}), "strin"), (Constraint("json_schema", "{"), "not valid JSON"),
+    (Constraint("json_schema", "5"), "accepted: an object"), (Constraint("json_schema", [1]), "accepted: an object"),
     (Constraint("regex", "(["), "unclosed"), (Constraint("grammar", "start: nothing"), "nothing"),
     (Constraint("grammar", "root ::= nothing"), "nothing"), (Constraint("choice", ()), "list of texts"),
 ])  # fmt: skip
 def test_what_does_not_compile_is_refused_with_the_reason(constraint, reason):
     with pytest.raises(RequestError, match=reason):
         GUIDES.guide(constraint)
+
+
+def test_an_end_token_is_allowed_only_where_the_answer_may_end():
+    """Token 7 is "&", which strings may contain."""
+    guide = GUIDES.guide(Constraint("json_schema", {"type": "string"}))
+    for text, ends in (('"a', False), ('"', True)):
+        for token in TOKENIZER.encode(text, special=False):
+            guide.accept(token)
+        assert np.isfinite(guide.mask(np.zeros(VOCAB, np.float32))[[EOS, 7]]).tolist() == [ends, ends]
+
+
+def test_properties_come_in_the_order_of_each_schema():
+    for names in ("ab", "ba"):  # the second must not get the first one's compiled grammar
+        schema = {"type": "object", "properties": {n: {"const": 1} for n in names}, "required": ["a", "b"],
+                  "additionalProperties": False}  # fmt: skip
+        assert list(json.loads(answer(Constraint("json_schema", schema), 0))) == list(names)
 
 
 def test_a_token_out_of_place_is_an_error():

@@ -49,6 +49,7 @@ def refused(response: httpx.Response, status: int) -> dict:
     (b'{"prompt": "a", "max_tokens": 0}', 400), (b'{"prompt": "\\ud800"}', 400), (b'{"prompt": ""}', 200),
     (b'{"prompt": "a", "suffix": "b"}', 400), (b'{"prompt": "a", "stop_token_ids": [99999]}', 400),
     (b'{"prompt": "a", "logit_bias": {"x": 1}}', 400), (b'{"prompt": "a", "seed": -5, "max_tokens": 1}', 200),
+    (b'{"prompt": [true]}', 400), (b'{"prompt": "a", "repetition_penalty": 5e-324}', 400), (b'{"prompt": "a", "n": true}', 400),
     (b'{"prompt": "a", "model": "other"}', 404), (b'{"prompt": "a", "best_of": 3}', 400),
 ])  # fmt: skip
 def test_bodies_of_completions(live, content, status):
