@@ -5,6 +5,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV := .venv
 BIN := $(VENV)/bin
 CLIENTS := .venv-clients
+NPM := tests/clients/npm
 EXAMPLE := examples/tiny-deepseek-v2
 DEMO := demo
 JOBS ?= 2
@@ -20,9 +21,10 @@ test: $(VENV)/installed clients
 test-fast: $(VENV)/installed
 	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
 
-# Other people's clients of the server; without them (no room, no network) their tests skip and say so.
+# Other people's clients of the server, from PyPI and npm; without them (no room, no network, no npm) their tests skip and say so.
 clients:
 	-@$(MAKE) --no-print-directory $(CLIENTS)/installed
+	-@command -v npm > /dev/null && $(MAKE) --no-print-directory $(NPM)/node_modules/installed
 
 kernels: $(VENV)/installed
 	$(BIN)/python -m latentrt kernels --all
@@ -49,5 +51,9 @@ $(VENV)/installed: requirements.txt requirements-dev.txt
 
 $(CLIENTS)/installed: requirements-clients.txt
 	test -x $(CLIENTS)/bin/python || $(PYTHON) -m venv $(CLIENTS)
-	$(CLIENTS)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements-clients.txt
+	$(CLIENTS)/bin/python -m pip install --quiet --no-compile --disable-pip-version-check -r requirements-clients.txt
+	@touch $@
+
+$(NPM)/node_modules/installed: $(NPM)/package-lock.json
+	npm ci --prefix $(NPM) --ignore-scripts --no-audit --no-fund --silent
 	@touch $@

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from latentrt.runtime.api import Engine
 from latentrt.runtime.engine.sequence import Event, Sequence
-from latentrt.runtime.errors import EngineError, EngineLostError, UserError
+from latentrt.runtime.errors import EngineError, EngineLostError, RequestError, UserError
 from latentrt.runtime.sampling_params import SamplingParams
 
 SWITCH_SECONDS = 0.001  # after which the engine's thread lets the event loop run; Python's own is 0.005
@@ -152,8 +152,10 @@ class EngineService:
             raise ClosingError("the server is shutting down; ask another one")
         if self.engine.loop.lost:
             raise EngineLostError(str(self.engine.loop.lost))
-        waiting = self.waiting
-        if waiting + asked > self.max_waiting + self.engine.loop.scheduler.max_running - self.running:
+        waiting, most = self.waiting, self.max_waiting + self.engine.loop.scheduler.max_running
+        if asked > most:
+            raise RequestError(f"the request asks for {asked} answers, accepted: up to {most} at once; send several requests")
+        if waiting + asked > most - self.running:
             raise BusyError(f"{waiting} answers wait already, accepted: up to {self.max_waiting}", self._retry_after(waiting))
 
     async def drain(self, seconds: float) -> None:

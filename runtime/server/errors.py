@@ -39,7 +39,9 @@ def api_error(error: Exception) -> ApiError:
         return error
     if isinstance(error, RequestError | BundleError):
         too_long = "(max_context)" in str(error) or "the latent cache holds" in str(error)
-        return ApiError(400, str(error), code="context_length_exceeded" if too_long else None)
+        if too_long:  # litellm and langchain know it by these words
+            return ApiError(400, f"the prompt is too long: {error}", code="context_length_exceeded")
+        return ApiError(400, str(error))
     if isinstance(error, BusyError):
         return ApiError(429, str(error), code="rate_limit_exceeded", headers={"retry-after": str(error.retry_after)})
     if isinstance(error, ClosingError):

@@ -24,7 +24,8 @@ class Served:
         self.log, self.model = log, "example"
         environment = os.environ | {"PYTHONPATH": str(ROOT)}
         with log.open("w") as errors:
-            self.process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=errors, text=True, env=environment, cwd=ROOT)
+            streams = {"stdout": subprocess.PIPE, "stderr": errors, "text": True}
+            self.process = subprocess.Popen(command, env=environment, cwd=ROOT, **streams)
         self.url = re.search(r"http://[^/]+", self._first_line())[0]
         self.at = {"base_url": f"{self.url}/v1", "api_key": key, "max_retries": 0}
 

@@ -13,7 +13,7 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.mark.parametrize("tokenizer", ["remote", "huggingface"])
-def test_lm_eval(run, url, engine, tmp_path, tokenizer):
+def test_lm_eval(served, engine, tmp_path, tokenizer):
     """Log likelihoods of choices, and an answer, on a task of our own; what lm-eval writes down must be the engine's."""
     cases = [{"text": "import os\nprint(os.", "a": "path", "b": "zebra"}, {"text": "def main(", "a": "self", "b": "8"}]
     (tmp_path / "cases.jsonl").write_text("\n".join(map(json.dumps, cases)))
@@ -26,12 +26,12 @@ def test_lm_eval(run, url, engine, tmp_path, tokenizer):
                     "metric_list": [{"metric": "exact_match"}]}  # fmt: skip
     for task in (choices, until):
         (tmp_path / f"{task['task']}.yaml").write_text(json.dumps(task))
-    arguments = f"model=tiny,base_url={url}/v1/completions,tokenizer_backend={tokenizer},num_concurrent=2,max_retries=1"
-    arguments += f",tokenizer={EXAMPLE}" if tokenizer == "huggingface" else ""
+    arguments = f"model={served.model},base_url={served.url}/v1/completions,tokenizer_backend={tokenizer}"
+    arguments += ",num_concurrent=2,max_retries=1" + (f",tokenizer={EXAMPLE}" if tokenizer == "huggingface" else "")
     options = {"--model": "local-completions", "--model_args": arguments, "--include_path": str(tmp_path),
                "--tasks": "choices,answers", "--output_path": str(tmp_path / "out")}  # fmt: skip
-    command = [str(PYTHON), "-m", "lm_eval", "--log_samples", *(part for option in options.items() for part in option)]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=os.environ | QUIET)
+    command = [str(needed(PYTHON)), "-m", "lm_eval", "--log_samples", *(part for option in options.items() for part in option)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=environment())
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     samples = {name: [json.loads(line) for line in next((tmp_path / "out").rglob(f"samples_{name}_*")).read_text().splitlines()]
                for name in ("choices", "answers")}  # fmt: skip
@@ -40,10 +40,10 @@ def test_lm_eval(run, url, engine, tmp_path, tokenizer):
             case = sample["doc"]
             texts = case["text"], case["text"] + case[name]
             before, whole = (engine.tokenizer.encode(text, special=False) for text in texts)  # lm-eval gives ids, without bos
-            logits = engine.logits([whole])[:-1].astype(np.float64)
-            told = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
-            expected = sum(told[n - 1, whole[n]] for n in range(len(before), len(whole)))
+            rows = logprobs(engine, whole)
+            expected = sum(rows[n - 1, whole[n]] for n in range(len(before), len(whole)))
             assert float(value) == pytest.approx(expected, abs=1e-4)
     for sample in samples["answers"]:
-        text = completion(engine, engine.tokenizer.encode(sample["doc"]["text"], special=False), 8)
+        prompt = engine.tokenizer.encode(sample["doc"]["text"], special=False)
+        text = answer(engine, prompt, max_new_tokens=8).text
         assert sample["filtered_resps"][0] == text.partition("\n")[0]

@@ -13,7 +13,8 @@ def chat(openai, served):
     """A greedy chat completion, or the chunks of a stream."""
 
     def ask(messages=ASKED, **options):
-        return openai.call("call", served.at, METHOD, **{"model": served.model, "messages": messages, "temperature": 0} | options)
+        greedy = {"model": served.model, "messages": messages, "temperature": 0}
+        return openai.call("call", served.at, METHOD, **greedy | options)
 
     return ask
 

@@ -111,7 +111,8 @@ def test_scores_of_a_text_alone(complete, engine):
 
 
 def test_many_streams_at_once(openai, served, engine):
-    asked = [{"model": served.model, "prompt": TEXTS[n % 3] + str(n), "temperature": 0, "max_tokens": 20 + n} for n in range(48)]
+    greedy = {"model": served.model, "temperature": 0}
+    asked = [greedy | {"prompt": TEXTS[n % 3] + str(n), "max_tokens": 20 + n} for n in range(48)]
     streams = openai.call("many", served.at, METHOD, asked)
     params = [SamplingParams(max_new_tokens=one["max_tokens"]) for one in asked]
     expected = engine.generate([one["prompt"] for one in asked], params)

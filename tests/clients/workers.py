@@ -17,8 +17,21 @@ PYTHON = ROOT / ".venv-clients" / "bin" / "python"
 NPM = HERE / "npm"
 DEADLINE = 120  # seconds: only a defect takes so long
 _OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "HF_HUB_DISABLE_TELEMETRY": "1", "LANGSMITH_TRACING": "false",
-            "LITELLM_LOCAL_MODEL_COST_MAP": "True", "TOKENIZERS_PARALLELISM": "false"}  # fmt: skip
+            "LITELLM_LOCAL_MODEL_COST_MAP": "True", "TOKENIZERS_PARALLELISM": "false", "NO_PROXY": "*",
+            "TQDM_DISABLE": "1"}  # fmt: skip
 _OWN = ("PYTHONPATH", "PYTHONHOME", "VIRTUAL_ENV", "OPENAI_API_KEY", "OPENAI_BASE_URL", "NODE_OPTIONS")
+
+
+def environment(more: dict[str, str] = {}) -> dict[str, str]:
+    """For a client: nothing of this interpreter's, and nothing of a network."""
+    return {name: value for name, value in os.environ.items() if name not in _OWN} | _OFFLINE | more
+
+
+def needed(path: Path) -> Path:
+    """Skips a test whose clients are not installed."""
+    if not path.exists():
+        pytest.skip(f"{path} is not there; make clients")
+    return path
 
 
 class ClientError(Exception):
@@ -36,14 +49,13 @@ class Worker:
 
     command: list[str]
     log: Path
-    environment: dict[str, str] = field(default_factory=dict)
+    variables: dict[str, str] = field(default_factory=dict)
 
     def __post_init__(self):
-        given = {name: value for name, value in os.environ.items() if name not in _OWN}
         with self.log.open("w") as log:
             self._process = subprocess.Popen(
                 self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=log, text=True, encoding="utf-8",
-                env=given | _OFFLINE | self.environment,
+                env=environment(self.variables),
             )  # fmt: skip
         self._lines: queue.Queue[str] = queue.Queue()
         threading.Thread(target=self._read, daemon=True).start()
@@ -78,15 +90,11 @@ class Worker:
 
 def python_worker(calls: str, folder: Path) -> Worker:
     """A process of the clients' Python that has the functions of scripts/CALLS.py."""
-    if not PYTHON.exists():
-        pytest.skip(f"{PYTHON} is missing; make clients installs the clients")
-    return Worker([str(PYTHON), str(HERE / "scripts" / "worker.py"), calls], folder / f"{calls}.log")
+    return Worker([str(needed(PYTHON)), str(HERE / "scripts" / "worker.py"), calls], folder / f"{calls}.log")
 
 
-def node_worker(calls: str, folder: Path, environment: dict[str, str] = {}) -> Worker:
+def node_worker(calls: str, folder: Path, variables: dict[str, str] = {}) -> Worker:
     """A process of Node.js that has the functions of npm/CALLS.mjs."""
-    node = shutil.which("node")
-    if node is None or not (NPM / "node_modules").exists():
-        missing = "node" if node is None else str(NPM / "node_modules")
-        pytest.skip(f"{missing} is missing; make clients installs the npm packages where npm and its registry are there")
-    return Worker([node, str(NPM / "worker.mjs"), f"./{calls}.mjs"], folder / f"{calls}.log", environment)
+    node = needed(Path(shutil.which("node") or "node"))
+    needed(NPM / "node_modules" / "installed")
+    return Worker([str(node), str(NPM / "worker.mjs"), f"./{calls}.mjs"], folder / f"{calls}.log", variables)
