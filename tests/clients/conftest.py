@@ -1,7 +1,8 @@
 """A server that the tests of this folder share, the engine that tells the truth about its answers, and clients."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
 
 import pytest
 
@@ -22,8 +23,8 @@ def start(example_bundle, tmp_path_factory):
     """Starts a server with options for a `with` block, after which it must have ended well."""
 
     @contextmanager
-    def started(*options: str, key: str = "none") -> Iterator[Served]:
-        served = Served(example_bundle, tmp_path_factory.mktemp("served") / "log", *options, key=key)
+    def started(*options: str, key: str = "none", bundle: Path = example_bundle) -> Iterator[Served]:
+        served = Served(bundle, tmp_path_factory.mktemp("served") / "log", *options, key=key)
         try:
             yield served
         finally:
@@ -40,24 +41,19 @@ def served(start) -> Iterator[Served]:
         yield served
 
 
-@contextmanager
-def closed(worker: Worker) -> Iterator[Worker]:
-    try:
-        yield worker
-    finally:
-        worker.close()
+def client(calls: str, make: Callable[..., Worker] = python_worker):
+    """A fixture: the process of one client, which starts when the first test wants it."""
+
+    @pytest.fixture(scope="session")
+    def worker(tmp_path_factory) -> Iterator[Worker]:
+        with closing(make(calls, tmp_path_factory.mktemp("client"))) as worker:
+            yield worker
+
+    return worker
 
 
-@pytest.fixture(scope="session")
-def openai_python(tmp_path_factory) -> Iterator[Worker]:
-    with closed(python_worker("openai_calls", tmp_path_factory.mktemp("python"))) as worker:
-        yield worker
-
-
-@pytest.fixture(scope="session")
-def openai_npm(tmp_path_factory) -> Iterator[Worker]:
-    with closed(node_worker("openai_calls", tmp_path_factory.mktemp("npm"))) as worker:
-        yield worker
+openai_python, openai_npm = client("openai_calls"), client("openai_calls", node_worker)
+litellm, langchain, lm_eval = (client(f"{name}_calls") for name in ("litellm", "langchain", "lm_eval"))
 
 
 @pytest.fixture(params=["python", "npm"])

@@ -2,17 +2,10 @@
 
 import pytest
 
-from tests.clients.conftest import closed
 from tests.clients.truths import answer, question
-from tests.clients.workers import ClientError, python_worker
+from tests.clients.workers import ClientError
 
 TEXT = "What is seven plus five?"
-
-
-@pytest.fixture(scope="module")
-def langchain(tmp_path_factory):
-    with closed(python_worker("langchain_calls", tmp_path_factory.mktemp("langchain"))) as worker:
-        yield worker
 
 
 @pytest.fixture

@@ -2,17 +2,10 @@
 
 import pytest
 
-from tests.clients.conftest import closed
 from tests.clients.truths import answer, question
-from tests.clients.workers import ClientError, python_worker
+from tests.clients.workers import ClientError
 
 ASKED = question("What is seven plus five?")
-
-
-@pytest.fixture(scope="module")
-def litellm(tmp_path_factory):
-    with closed(python_worker("litellm_calls", tmp_path_factory.mktemp("litellm"))) as worker:
-        yield worker
 
 
 @pytest.fixture

@@ -4,21 +4,13 @@ import json
 
 import pytest
 
-from tests.clients.conftest import closed
 from tests.clients.truths import answer, logprobs
-from tests.clients.workers import python_worker
 from tests.conftest import EXAMPLE
 
 pytestmark = pytest.mark.slow
 
 CASES = [{"text": "import os\nprint(os.", "a": "path", "b": "zebra"}, {"text": "def main(", "a": "self", "b": "8"},
          {"text": "for Ä in", "a": " range(3):\n    pass", "b": ":"}]  # fmt: skip
-
-
-@pytest.fixture(scope="module")
-def lm_eval(tmp_path_factory):
-    with closed(python_worker("lm_eval_calls", tmp_path_factory.mktemp("lm_eval"))) as worker:
-        yield worker
 
 
 @pytest.fixture

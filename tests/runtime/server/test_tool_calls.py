@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from pathlib import Path
 
 import jsonschema
 import numpy as np
@@ -155,15 +156,17 @@ def test_a_forced_call_fits_its_schema(tmp_path, marked, fenced, name, parallel)
                 jsonschema.validate(json.loads(text), WEATHER["function"]["parameters"])
 
 
-@pytest.fixture(scope="module")
-def live(traced, tmp_path_factory):
-    """The example model with a chat template that knows tool calls."""
-    folder = tmp_path_factory.mktemp("tools")
+def tools_bundle(traced, folder: Path) -> Path:
+    """The example model with a chat template that knows tool calls, in a new folder."""
     shutil.copytree(EXAMPLE, folder / "checkpoint")
     file = folder / "checkpoint" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | {"chat_template": TEMPLATE}))
-    bundle = traced.build_once("tools", folder / "checkpoint", folder / "bundle", "cpu", "fp32")
-    with serving(latentrt.load(bundle)) as live:
+    return traced.build_once("tools", folder / "checkpoint", folder / "bundle", "cpu", "fp32")
+
+
+@pytest.fixture(scope="module")
+def live(traced, tmp_path_factory):
+    with serving(latentrt.load(tools_bundle(traced, tmp_path_factory.mktemp("tools")))) as live:
         yield live
 
 
