@@ -1,15 +1,18 @@
 """The page at /, in a real browser: what a person types, sees and clicks."""
 
 import json
+import os
 import re
 import shutil
+from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
 from tests.clients.serving import Served
 from tests.clients.truths import answer, question
-from tests.clients.workers import Worker, node_worker
+from tests.clients.workers import ClientError, Worker, node_worker
 from tests.runtime.server.serving import until
 
 IDLE = "document.querySelector('#send').textContent === 'Send'"
@@ -20,16 +23,17 @@ WATCH = """window.seen = []; new MutationObserver(() => seen.push(document.query
 
 
 @pytest.fixture(scope="session")
-def scratch(tmp_path_factory) -> str:
-    """Where Chromium unpacks itself."""
-    return str(tmp_path_factory.mktemp("chromium"))
-
-
-@pytest.fixture(scope="session")
-def browser_process(tmp_path_factory, scratch):
-    worker = node_worker("browser", tmp_path_factory.mktemp("browser"), {"TMPDIR": scratch, "HOME": scratch})
-    yield worker
-    worker.close()
+def browser(tmp_path_factory) -> Iterator[Worker]:
+    """Chromium, which unpacks itself into a folder of this run."""
+    scratch = str(tmp_path_factory.mktemp("chromium"))
+    with closing(node_worker("browser", tmp_path_factory.mktemp("browser"), {"TMPDIR": scratch, "HOME": scratch})) as worker:
+        try:
+            worker.call("open", "about:blank")
+        except ClientError as error:
+            if "CI" in os.environ:
+                raise
+            pytest.skip(f"npm's Chromium, which is for Linux on x86-64, does not start here: {error.message[:200]}")
+        yield worker
 
 
 class Page:
@@ -68,18 +72,18 @@ class Page:
 
 
 @pytest.fixture
-def opened(browser_process):
+def opened(browser):
     """Opens the page of a server; at the end nothing may have gone wrong in it but what a test expects."""
     expected: list[str] = []
 
     def opened(served: Served, *faults: str) -> Page:
         expected.extend(faults)
-        page = Page(browser_process, served)
+        page = Page(browser, served)
         page.fill("#temperature", "0")
         return page
 
     yield opened
-    faults = browser_process.call("errors")
+    faults = browser.call("errors")
     assert [fault for fault in faults if not any(words in fault for words in expected)] == []
 
 
@@ -88,7 +92,7 @@ def talkative(start, example_bundle, tmp_path_factory):
     """A server whose answers are long."""
     bundle = Path(shutil.copytree(example_bundle, tmp_path_factory.mktemp("talkative") / "bundle"))
     manifest = json.loads((bundle / "manifest.json").read_text())
-    manifest["text"]["sampling"] = {"min_new_tokens": 1900}
+    manifest["text"]["sampling"] = {"min_new_tokens": 1900, "max_new_tokens": 2000}
     (bundle / "manifest.json").write_text(json.dumps(manifest))
     with start(bundle=bundle) as served:
         yield served
@@ -162,19 +166,16 @@ def test_stop_ends_an_answer_and_the_conversation_goes_on(opened, talkative, eng
 def test_a_new_chat_ends_an_answer_that_runs(opened, talkative, begun):
     page = opened(talkative)
     page.fill("#longest", "2000")
-    page.say("Tell me.")
     if begun:
+        page.say("Tell me.")
         page.until("document.querySelector('article.assistant span')?.textContent.length > 20")
-    else:  # before anything of the answer is there
-        page.until(IDLE)
-        page.evaluate("document.querySelector('#text').value = 'More.'; get('form').requestSubmit(); get('clear').click()")
-    if begun:
         page.browser.call("click", "#clear")
+    else:  # before anything of the answer is there
+        page.evaluate("get('text').value = 'Tell me.'; get('form').requestSubmit(); get('clear').click()")
     page.until(IDLE)
     assert page.shown == [] and page.evaluate("messages") == []
     until(lambda: talkative.gauges() == [0, 0, 0])
     page.fill("#longest", "3")
-    page.fill("#text", "")
     page.ask("Again.")
     assert [role for role, _ in page.shown] == ["user", "assistant"]
 
@@ -185,7 +186,7 @@ def test_a_key_that_is_missing_is_told_and_can_be_given(opened, start, engine):
         ((role, words),) = page.until(f"document.querySelector('article.error') && {SHOWN}")
         assert role == "error" and "no valid API key" in words
         page.say("What is x?")
-        page.until(f"document.querySelectorAll('article.error').length === 2 && {IDLE}")
+        page.until(f"document.querySelector('article.error') && {IDLE} && get('text').value")
         assert page.evaluate("document.querySelector('#text').value") == "What is x?"  # nothing that was typed is lost
         page.fill("#key", "secret")
         page.browser.call("click", "#send")
@@ -204,7 +205,7 @@ def test_a_refusal_is_told_and_nothing_is_lost(opened, served, engine):
     page.browser.call("click", "#send")
     page.until(f"document.querySelector('article.assistant small') && {IDLE}")
     assert page.shown[-1][1] == answer(engine, question("What is x?"), max_new_tokens=512).text.strip()
-    assert [role for role, _ in page.shown] == ["error", "user", "assistant"]  # what was not sent is no message
+    assert [role for role, _ in page.shown] == ["user", "assistant"]  # what was not sent is no message
 
 
 def test_a_server_that_is_gone_is_told(opened, start):
