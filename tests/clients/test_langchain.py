@@ -5,6 +5,8 @@ import pytest
 from tests.clients.truths import answer, question
 from tests.clients.workers import ClientError
 
+pytestmark = pytest.mark.slow
+
 TEXT = "What is seven plus five?"
 
 

@@ -4,6 +4,8 @@ import pytest
 
 from tests.clients.truths import REASONS, TOLERANCE, answer, logprobs, question, text
 
+pytestmark = pytest.mark.slow
+
 METHOD = "chat.completions.create"
 ASKED = question("What is seven plus five?")
 

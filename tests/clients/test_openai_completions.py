@@ -11,6 +11,8 @@ from tests.clients.truths import TOLERANCE, answer, logprobs, question, text
 from tests.clients.workers import ClientError
 from tests.runtime.server.serving import until
 
+pytestmark = pytest.mark.slow
+
 METHOD, CHAT = "completions.create", "chat.completions.create"
 TEXTS = ["def add(a, b):\n", "import os\n\n", "class Ünïcode:"]
 

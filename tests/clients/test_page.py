@@ -15,10 +15,13 @@ from tests.clients.truths import answer, question
 from tests.clients.workers import ClientError, Worker, node_worker
 from tests.runtime.server.serving import until
 
+pytestmark = pytest.mark.slow
+
 IDLE = "document.querySelector('#send').textContent === 'Send'"
 SHOWN = "[...document.querySelectorAll('article')].map(a => [a.className, a.querySelector('span').textContent])"
 NOTES = "[...document.querySelectorAll('article small')].map(s => s.textContent)"
-WATCH = """window.seen = []; new MutationObserver(() => seen.push(document.querySelector('article.assistant')?.textContent.length))
+WATCH = """window.seen = [];
+new MutationObserver(() => seen.push(document.querySelector('article.assistant')?.textContent.length))
 .observe(document.querySelector('#log'), {subtree: true, childList: true})"""
 
 
@@ -158,7 +161,8 @@ def test_stop_ends_an_answer_and_the_conversation_goes_on(opened, talkative, eng
     assert asked == "Tell me." and whole.startswith(begun) and len(begun) < len(whole)
     until(lambda: talkative.gauges() == [0, 0, 0])
     page.fill("#longest", "3")
-    history = [*question("Tell me."), {"role": "assistant", "content": page.evaluate("messages[1].content")}, *question("More.")]
+    said = {"role": "assistant", "content": page.evaluate("messages[1].content")}
+    history = [*question("Tell me."), said, *question("More.")]
     assert page.ask("More.") == answer(engine, history, max_new_tokens=3, min_new_tokens=3).text.strip()
 
 

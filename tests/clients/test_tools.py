@@ -13,6 +13,8 @@ from tests.clients.truths import answer, question
 from tests.clients.workers import ClientError
 from tests.runtime.server.test_tool_calls import CLOCK, WEATHER, tools_bundle
 
+pytestmark = pytest.mark.slow
+
 METHOD = "chat.completions.create"
 ASKED = question("Weather in Ulm?")
 SCHEMA = WEATHER["function"]["parameters"]
