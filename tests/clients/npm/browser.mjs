@@ -2,7 +2,7 @@
 import chromium from "@sparticuz/chromium";
 import puppeteer from "puppeteer-core";
 
-const DEADLINE = 20_000, PAUSE = 20; // milliseconds
+const DEADLINE = 60_000, PAUSE = 20; // milliseconds
 let browser, page, faults = [];
 
 export async function open([url]) {
