@@ -39,8 +39,7 @@ class Detokenizer:
 
 
 class ByteDetokenizer:
-    """The same for tokenizers whose text is that of their tokens' bytes, one after another, as byte-level ones' is: four times
-    as fast."""
+    """The same for tokenizers whose text is that of their tokens' bytes, one after another, as byte-level ones' is."""
 
     def __init__(self, token_bytes: Callable[[int], bytes]):
         self._bytes = token_bytes

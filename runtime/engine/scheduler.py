@@ -178,8 +178,9 @@ class Scheduler:
             return False
         for other in self.running:
             soon = min(other.prompt_tokens, len(tokens) - 1) // size * size
-            reads = other.cached < other.prompt_tokens and other.salt == sequence.salt
-            if reads and soon > known and other.tokens[:soon] == tokens[:soon]:
+            if soon <= known or other.cached >= other.prompt_tokens or other.salt != sequence.salt:
+                continue
+            if other.tokens[soon - 1] == tokens[soon - 1] and other.tokens[:soon] == tokens[:soon]:  # most differ in the one
                 return True
         return False
 

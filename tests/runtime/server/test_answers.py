@@ -5,9 +5,15 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import tokenizers
 
+from latentrt.runtime.errors import RequestError
 from latentrt.runtime.sampling_params import SamplingParams
+from latentrt.runtime.server.completions import FIM, prompt_tokens
+from latentrt.runtime.server.protocol import CompletionRequest
 from latentrt.runtime.service import Request
+from latentrt.runtime.tokenizer import Tokenizer
+from tests.conftest import EXAMPLE
 
 PROMPT = "def read(path):\n"
 QUESTION = [{"role": "user", "content": "What does os.path.join do?"}]
@@ -252,3 +258,19 @@ def test_events_of_several_steps_at_once_are_a_stream_all_the_same(live, monkeyp
     parts = [p["choices"][0] for p in live.stream("/v1/chat/completions", messages=QUESTION, temperature=0)]
     assert "".join(p["delta"].get("content", "") for p in parts) == chat["message"]["content"]
     assert [p["finish_reason"] for p in parts].count(None) == len(parts) - 1
+
+
+def test_a_suffix_goes_around_the_hole(live, tmp_path, monkeypatch):
+    """The ids of Coder-V2's own text for it: <fim begin> prefix <fim hole> suffix <fim end>, bos before them."""
+    known = tokenizers.Tokenizer.from_file(str(EXAMPLE / "tokenizer.json"))
+    known.add_special_tokens(list(FIM))
+    known.save(str(tmp_path / "tokenizer.json"))
+    bos = {"bos_token": "<｜begin▁of▁sentence｜>"}
+    monkeypatch.setattr(live.engine, "tokenizer", Tokenizer("fim", tmp_path / "tokenizer.json", bos, {}))
+    monkeypatch.setattr(live.engine, "vocab_size", known.get_vocab_size())
+    body = CompletionRequest(prompt=["def add(a, b):\n    ", "x"], suffix="\n    return c")
+    begin, hole, end = FIM
+    expected = [known.encode(f"{begin}{prefix}{hole}{body.suffix}{end}").ids for prefix in body.prompt]
+    assert prompt_tokens(live.engine, body) == expected
+    with pytest.raises(RequestError, match="as text"):
+        prompt_tokens(live.engine, CompletionRequest(prompt=[5, 6], suffix="x"))

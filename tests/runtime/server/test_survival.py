@@ -8,6 +8,7 @@ import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 
 import httpx
 import numpy as np
@@ -246,33 +247,34 @@ def test_a_lost_engine_says_so(fake, error):
     refused(fake.client.get("/health"), 503)
 
 
-def test_draining_lets_answers_end_and_refuses_new_ones():
-    with serving(fake_engine(), drain_seconds=60) as live:
+@contextmanager
+def held_up(seconds: float, new: int):
+    """A server that drains for so long. Its step waits for the gate, and so does the stream of an answer."""
+    with serving(fake_engine(), drain_seconds=seconds) as live, ThreadPoolExecutor(1) as threads:
         gate = threading.Event()
         slow(live, gate)
-        with ThreadPoolExecutor(1) as threads:
-            running = threads.submit(live.post, "/v1/completions", **ask(PROMPT, 5))
-            until(lambda: live.server.service._requests)
-            live.server.service.closing = True
-            refused(live.post("/v1/completions", **ask(PROMPT, 5)), 503)
-            refused(live.client.get("/health"), 503)
-            gate.set()
-            assert answer(running.result().json()["choices"][0]) == greedy(PROMPT, 5)
+        stream = threads.submit(live.stream, "/v1/completions", **ask(PROMPT, new))
+        until(lambda: live.engine.loop.scheduler.running)
+        yield live, gate, stream
+
+
+def test_draining_lets_answers_end_and_refuses_new_ones():
+    with held_up(60, 5) as (live, gate, stream):
+        live.server.service.closing = True
+        refused(live.post("/v1/completions", **ask(PROMPT, 5)), 503)
+        refused(live.client.get("/health"), 503)
+        gate.set()
+        assert tuple(t for part in stream.result() for t in answer(part["choices"][0])) == greedy(PROMPT, 5)
 
 
 def test_what_takes_too_long_to_drain_is_told():
-    with serving(fake_engine(), drain_seconds=0.2) as live:
-        gate = threading.Event()
-        slow(live, gate)
-        with ThreadPoolExecutor(1) as threads:
-            running = threads.submit(live.stream, "/v1/completions", **ask(PROMPT, 60))
-            until(lambda: live.engine.loop.scheduler.running)
-            service = live.server.service
-            future = asyncio.run_coroutine_threadsafe(service.drain(0.2), service._loop)
-            until(lambda: service._inbox)
-            gate.set()
-            future.result(60)
-            assert "shutting down" in running.result()[-1]["error"]["message"]
+    with held_up(0.2, 60) as (live, gate, stream):
+        service = live.server.service
+        future = asyncio.run_coroutine_threadsafe(service.drain(0.2), service._loop)
+        until(lambda: service._inbox)
+        gate.set()
+        future.result(60)
+        assert "shutting down" in stream.result()[-1]["error"]["message"]
 
 
 def test_signals_end_a_process_that_serves(example_bundle, tmp_path):
