@@ -28,6 +28,7 @@ ARCHITECTURES: dict[int, Architecture] = {
         Architecture(89, 99 * KIB, 128, True, _QMMA),
         Architecture(90, 227 * KIB, 132, True, _SYNC | {"f16": "HGMMA", "fp8": "QGMMA"}),
         Architecture(100, 227 * KIB, 148, True, _SYNC | {"f16": "UTCHMMA", "fp8": "UTCQMMA"}),
+        Architecture(103, 227 * KIB, 160, True, _SYNC | {"f16": "UTCHMMA", "fp8": "UTCQMMA"}),
         Architecture(120, 99 * KIB, 170, True, _QMMA),
         Architecture(121, 99 * KIB, 48, True, _QMMA),
     )

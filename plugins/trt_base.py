@@ -1,8 +1,8 @@
 """TensorRT plugins, derived from the op contracts: IPluginV3 classes for `tensorrt` and `tensorrt_rtx`, the module passed in.
 
-A plugin serializes the op's attributes and the compute capability it was built for. In a step it looks up the launch plan of
-the shapes it is given and hands it to a launcher (plugins/launch/cuda.py). Building needs no launcher and no GPU: without
-a launcher, steps do nothing.
+A plugin serializes the op's attributes and the compute capability it was built for. When shapes change, which TensorRT says
+before the step, it has a launcher (plugins/launch/cuda.py) make the plan of these shapes ready; a step hands over addresses and
+does nothing else. Building needs no launcher and no GPU: without a launcher, steps do nothing.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -14,9 +14,12 @@ import numpy as np
 from latentrt.plugins.architecture import Gpu
 from latentrt.plugins.contract import DOMAIN, VERSION, OpContract
 from latentrt.plugins.launch.plan import KernelSpec, Plan
+from latentrt.plugins.step_graph import DYNAMIC
 
 CAPABILITY = "capability"  # field beside the op's attributes: 89 for 8.9
 MAX_SMS = 192  # multiprocessors that workspaces are sized for; plans of a larger GPU use this many
+_SHAPES = 256  # whose plans a plugin keeps ready
+_SETTLED = 4096  # plans that all plugins of an op share
 _TYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "int32": "int32", "float8_e4m3fn": "fp8"}
 
 
@@ -45,8 +48,8 @@ class Launcher(Protocol):
     def prepare(self, kernels: Sequence[KernelSpec]) -> None:
         """Loads kernels, so that nothing is loaded while a stream is captured."""
 
-    def run(self, plan: Plan, tensors: Mapping[str, int], workspace: int, stream: int) -> None:
-        """Launches `plan` on `stream`; tensors and workspace are device addresses."""
+    def ready(self, plan: Plan, names: Sequence[str]) -> Callable[[list[int], int, int], None]:
+        """What launches `plan`: called with the addresses of tensors in the order of `names`, of the workspace, a stream."""
 
 
 def register(trt, ops: Iterable[PluginOp], capability: int, launcher: Launcher | None = None) -> list:
@@ -67,6 +70,16 @@ def sizes(contract: OpContract, shapes: Sequence[Sequence[int]]) -> dict[str, in
             if dim.isidentifier():
                 named[dim] = size
     return named
+
+
+def _dynamic_axes(contract: OpContract, ranks: Sequence[int]) -> list[tuple[int, int]]:
+    """Where each dimension that changes between steps is seen first, for inputs of these ranks."""
+    found: dict[str, tuple[int, int]] = {}
+    for i, (spec, rank) in enumerate(zip(contract.inputs, ranks, strict=False)):
+        for axis, dim in enumerate(spec.dims_of(rank)):
+            if dim in DYNAMIC:
+                found.setdefault(dim, (i, axis))
+    return list(found.values())
 
 
 def _creator(trt, op: PluginOp, capability: int, launcher: Launcher | None):
@@ -102,14 +115,15 @@ def _plugin_class(trt, op: PluginOp, launcher: Launcher | None) -> type:
     names = [i.name for i in contract.inputs]
     aliases = {[o.name for o in contract.outputs].index(o): names.index(i) for o, i in contract.aliases}
     static = {"trt": trt, "op": op, "launcher": launcher, "package_bases": bases, "types": types, "aliases": aliases,
-              "words": {v: k for k, v in types.items()}, "input_names": names}  # fmt: skip
+              "words": {v: k for k, v in types.items()}, "input_names": names, "settled": {}}  # fmt: skip
     return type(contract.onnx_type, (_Plugin, *bases), static)
 
 
 class _Plugin:
     """What every plugin does; `_plugin_class` adds the package's base classes and the attributes used here.
 
-    types: torch's words -> the package's types; words: the other way. aliases: output -> input, by number.
+    types: torch's words -> the package's types; words: the other way. aliases: output -> input, by number. settled: plans by
+    attributes, types, shapes and GPU, which layers share.
     """
 
     def __init__(self, attributes: dict, capability: int):
@@ -118,6 +132,9 @@ class _Plugin:
         self.plugin_name, self.plugin_namespace = self.op.contract.onnx_type, DOMAIN
         self.plugin_version, self.num_outputs = str(VERSION), len(self.op.contract.outputs)
         self.attributes, self.capability = attributes, capability
+        self._plans: dict[tuple, Callable] = {}  # by shapes; of a context, whose steps run one after another
+        self._ready: Callable | None = None
+        self._axes: list[tuple[int, int]] | None = None  # (input, axis) of every dimension that may change between steps
 
     def clone(self):
         return type(self)(self.attributes, self.capability)
@@ -173,19 +190,36 @@ class _Plugin:
     def on_shape_change(self, tensors, outputs):
         if self.launcher is None:
             return
-        named = sizes(self.op.contract, [t.dims for t in tensors])
-        config = self._config([t.type for t in tensors], named)
-        self.launcher.prepare(self.op.kernels(config, self.launcher.target))
+        if self._axes is None:
+            self._axes = _dynamic_axes(self.op.contract, [len(t.dims) for t in tensors])
+        changing = tuple([tensors[i].dims[axis] for i, axis in self._axes])
+        self._ready = self._plans.get(changing)
+        if self._ready is None:
+            if len(self._plans) >= _SHAPES:
+                self._plans.clear()
+            self._ready = self._plans[changing] = self._made_ready(tensors)
 
     def enqueue(self, tensors, outputs, addresses, output_addresses, workspace, stream):
         if self.launcher is None:
             return  # full TensorRT's builder times layers on arbitrary bytes: lengths and page numbers would be wild
-        named = sizes(self.op.contract, [t.dims for t in tensors])
-        config = self._config([t.type for t in tensors], named)
-        device = Gpu(self.launcher.target.capability, min(self.launcher.target.num_sms, MAX_SMS))
-        by_name = dict(zip(self.input_names, addresses, strict=False))
-        by_name |= dict(zip([o.name for o in self.op.contract.outputs], output_addresses, strict=True))
-        self.launcher.run(self.op.plan(config, named, device), by_name, workspace, stream)
+        if self._ready is None:  # TensorRT calls on_shape_change first
+            self.on_shape_change(tensors, outputs)
+        self._ready([*addresses, *output_addresses], workspace, stream)
+
+    def _made_ready(self, tensors: Sequence) -> Callable:
+        """What launches the plan of these shapes, with all kernels loaded that this op may need in any shape."""
+        shapes, types, target = tuple([tuple(t.dims) for t in tensors]), [t.type for t in tensors], self.launcher.target
+        key = (*self.attributes.items(), *[self.words[t] for t in types], shapes, target)
+        plan = self.settled.get(key)
+        if plan is None:
+            named = sizes(self.op.contract, shapes)
+            config = self._config(types, named)
+            self.launcher.prepare(self.op.kernels(config, target))
+            if len(self.settled) >= _SETTLED:
+                self.settled.clear()
+            plan = self.op.plan(config, named, Gpu(target.capability, min(target.num_sms, MAX_SMS)))
+            self.settled[key] = plan
+        return self.launcher.ready(plan, (*self.input_names[: len(shapes)], *(o.name for o in self.op.contract.outputs)))
 
     def _config(self, input_types, named):
         by_name = {n: self.words[t] for n, t in zip(self.input_names, input_types, strict=False)}

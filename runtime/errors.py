@@ -15,5 +15,9 @@ class EngineError(UserError, RuntimeError):
     """The engine gave an unusable answer, such as logits that are not numbers."""
 
 
+class StepMemoryError(EngineError, MemoryError):
+    """A step needs more memory than is free; a smaller one may run."""
+
+
 class EngineLostError(EngineError):
     """The engine cannot run another step, such as after a fault of its GPU: it has to be loaded again."""

@@ -1,19 +1,22 @@
 """Launches plans through the CUDA driver: compiled kernels, a stream and device addresses, nothing else.
 
-`run` allocates no device memory, waits for nothing and loads nothing that `prepare` has loaded, so that a stream may be
-captured into a CUDA graph while it runs.
+A plan is made ready once: its kernels are loaded, and every argument that is no address is written. A `ReadyPlan` allocates no
+device memory, waits for nothing and loads nothing, so that a stream may be captured into a CUDA graph while it runs.
 """
 
 import ctypes
+import struct
 from collections.abc import Mapping, Sequence
 
 from latentrt.plugins.architecture import Gpu
 from latentrt.plugins.launch.compile import CompiledKernel
-from latentrt.plugins.launch.plan import KernelSpec, Launch, Plan
+from latentrt.plugins.launch.plan import KernelSpec, Plan
 
 _STATIC_SHARED_LIMIT = 48 * 1024  # bytes; more dynamic shared memory has to be asked for, function by function
 _WARP = 32
-_TYPES = {"i32": ctypes.c_int32, "i64": ctypes.c_int64, "fp32": ctypes.c_float}  # pointers are 64-bit addresses
+_PACKED = {"i32": "<i4x", "i64": "<q", "fp32": "<f4x"}  # how a number lies in a cell of 8 bytes; pointers are addresses
+_SCRATCH = 2  # pointers that Triton's kernels end with: global and profile scratch, none here
+_TEMPLATES = 4096  # plans that a launcher keeps settled: those of all ops, for a thousand shapes
 
 
 class LaunchError(RuntimeError):
@@ -30,6 +33,7 @@ class CudaLauncher:
         self.target, self.kernels, self._driver = target, dict(kernels), driver
         self._loaded: dict[KernelSpec, tuple] = {}  # function, threads per block, shared bytes
         self._modules: list = []
+        self._templates: dict[tuple, _Template] = {}
 
     def prepare(self, kernels: Sequence[KernelSpec]) -> None:
         """Loads kernels that are not loaded yet. LaunchError names the one that is missing or refused."""
@@ -37,13 +41,19 @@ class CudaLauncher:
             if spec not in self._loaded:
                 self._loaded[spec] = self._load(spec)
 
+    def ready(self, plan: Plan, names: Sequence[str]) -> "ReadyPlan":
+        """What launches `plan`, given the device addresses of tensors in the order of `names`. Loads what it needs."""
+        key = id(plan), tuple(names)
+        if key not in self._templates:
+            self.prepare(plan.kernels)
+            if len(self._templates) >= _TEMPLATES:
+                self._templates.clear()
+            self._templates[key] = _Template(plan, names, self._loaded)
+        return ReadyPlan(self._templates[key], self._driver)
+
     def run(self, plan: Plan, tensors: Mapping[str, int], workspace: int, stream: int) -> None:
-        """Launches `plan` in order on `stream`. tensors: device addresses by the op's names; workspace: an address."""
-        addresses = plan.addresses(tensors, workspace)
-        for launch in plan.launches:
-            if launch.kernel not in self._loaded:
-                self.prepare([launch.kernel])
-            self._launch(launch, addresses, stream)
+        """Launches `plan` once. tensors: device addresses by the op's names; workspace: an address."""
+        self.ready(plan, tuple(tensors))(list(tensors.values()), workspace, stream)
 
     def _load(self, spec: KernelSpec) -> tuple:
         kernel, name = self.kernels.get(spec), f"{spec.op}.{spec.function}"
@@ -63,21 +73,64 @@ class CudaLauncher:
             self._call("cuFuncSetAttribute", function, attribute, shared)
         return function, metadata["num_warps"] * _WARP, shared
 
-    def _launch(self, launch: Launch, addresses: Mapping[str, int], stream: int) -> None:
-        function, threads, shared = self._loaded[launch.kernel]
-        kinds = [kind for _, kind in launch.kernel.arguments]
-        values = [_TYPES.get(k, ctypes.c_uint64)(v) for k, v in zip(kinds, launch.values(addresses), strict=True)]
-        values += [ctypes.c_uint64(0), ctypes.c_uint64(0)]  # Triton's kernels end with global and profile scratch
-        pointers = (ctypes.c_void_p * len(values))(*[ctypes.addressof(v) for v in values])
-        # the driver copies the values before it returns, so they need not outlive the call
-        grid, block, parameters = launch.grid, (threads, 1, 1), ctypes.addressof(pointers)
-        self._call("cuLaunchKernel", function, *grid, *block, shared, stream, parameters, 0)
-
     def _call(self, name: str, *arguments):
         code, *results = getattr(self._driver, name)(*arguments)
         if code != self._driver.CUresult.CUDA_SUCCESS:
             raise LaunchError(f"{name}: {getattr(code, 'name', code)}")
         return results[0] if results else None
+
+
+class _Template:
+    """A plan with all arguments that are no addresses. It keeps the plan alive, whose id is its key.
+
+    An argument lies in a cell of 8 bytes. tensors: (launch, cell, which tensor); buffers: (launch, cell, offset in workspace).
+    """
+
+    def __init__(self, plan: Plan, names: Sequence[str], loaded: Mapping[KernelSpec, tuple]):
+        self.plan, self.launches, self.tensors, self.buffers = plan, [], [], []
+        places, offsets = {n: k for k, n in enumerate(names)}, {b.name: b.offset for b in plan.workspace}
+        for number, launch in enumerate(plan.launches):
+            function, threads, shared = loaded[launch.kernel]
+            cells = (ctypes.c_uint64 * (len(launch.arguments) + _SCRATCH))()
+            for k, ((_, kind), value) in enumerate(zip(launch.kernel.arguments, launch.arguments, strict=True)):
+                if not isinstance(value, str):
+                    struct.pack_into(_PACKED[kind], cells, 8 * k, value)
+                elif value in offsets:
+                    self.buffers.append((number, k, offsets[value]))
+                else:
+                    self.tensors.append((number, k, places[value]))
+            self.launches.append((cells, (function, *launch.grid, threads, 1, 1, shared)))
+
+
+class ReadyPlan:
+    """Launches a plan, with its own copy of the arguments: for one thread at a time."""
+
+    def __init__(self, template: _Template, driver):
+        self._launch, self._success = driver.cuLaunchKernel, driver.CUresult.CUDA_SUCCESS
+        self._addresses, self._workspace = None, None
+        cells = [type(found).from_buffer_copy(found) for found, _ in template.launches]
+        self._tensors = [(cells[number], k, place) for number, k, place in template.tensors]
+        self._buffers = [(cells[number], k, offset) for number, k, offset in template.buffers]
+        self._pointers = [(ctypes.c_void_p * len(c))(*range(ctypes.addressof(c), ctypes.addressof(c) + 8 * len(c), 8))
+                          for c in cells]  # fmt: skip
+        self._launches = [(fixed, ctypes.addressof(p))
+                          for (_, fixed), p in zip(template.launches, self._pointers, strict=True)]  # fmt: skip
+
+    def __call__(self, addresses: list[int], workspace: int, stream: int) -> None:
+        """Launches all kernels in order. The driver copies arguments before it returns. LaunchError names its refusal."""
+        if addresses != self._addresses:
+            for cells, k, place in self._tensors:
+                cells[k] = addresses[place]
+            self._addresses = addresses
+        if workspace != self._workspace:
+            for cells, k, offset in self._buffers:
+                cells[k] = workspace + offset
+            self._workspace = workspace
+        launch, success = self._launch, self._success
+        for fixed, pointers in self._launches:
+            code = launch(*fixed, stream, pointers, 0)[0]
+            if code != success:
+                raise LaunchError(f"cuLaunchKernel: {getattr(code, 'name', code)}")
 
 
 class CudaLaunchers:
@@ -101,8 +154,8 @@ class CudaLaunchers:
     def prepare(self, kernels: Sequence[KernelSpec]) -> None:
         self._current().prepare(kernels)
 
-    def run(self, plan: Plan, tensors: Mapping[str, int], workspace: int, stream: int) -> None:
-        self._current().run(plan, tensors, workspace, stream)
+    def ready(self, plan: Plan, names: Sequence[str]) -> ReadyPlan:
+        return self._current().ready(plan, names)
 
     def _current(self) -> CudaLauncher:
         code, device = self._driver.cuCtxGetDevice()

@@ -49,6 +49,12 @@ _PACKED_MANY = Tile(32, 32, 8, 2, 1, spills_because=_PACKED)
 _RTX_MANY = Tile(32, 16, 4, 4, 1, spills_because=_RTX)  # in 99 KiB of shared memory
 _ADA = {"few": Tile(16, 32, 4, 3, 1), "many": _RTX_MANY} | _RTX_PACKED
 _RTX_BLACKWELL = {"few": Tile(16, 32, 4, 3, 1, spills_because=_DIRECT), "many": _RTX_MANY} | _RTX_PACKED
+_BLACKWELL = {
+    "few": Tile(16, 32, 4, 3, 2),
+    "many": Tile(32, 32, 4, 3, 2, spills_because=_B200),
+    "few.packed": _PACKED_FEW,
+    "many.packed": _PACKED_MANY,
+}
 TILES: dict[int, dict[str, Tile]] = {
     80: {
         "few": Tile(16, 32, 4, 4, 1, spills_because=_DIRECT),
@@ -64,12 +70,8 @@ TILES: dict[int, dict[str, Tile]] = {
         "few.packed": _PACKED_FEW,
         "many.packed": Tile(64, 32, 8, 2, 1, "f16", 1, _PACKED_HOPPER),
     },
-    100: {
-        "few": Tile(16, 32, 4, 3, 2),
-        "many": Tile(32, 32, 4, 3, 2, spills_because=_B200),
-        "few.packed": _PACKED_FEW,
-        "many.packed": _PACKED_MANY,
-    },
+    100: _BLACKWELL,
+    103: _BLACKWELL,
     120: _RTX_BLACKWELL,
     121: _RTX_BLACKWELL,
 }  # fmt: skip

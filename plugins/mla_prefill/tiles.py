@@ -22,12 +22,14 @@ class Tile:
 
 
 _SMALL = Tile(128, 32, 8, 3, 64, 32, 8, 3)  # 99 KiB of shared memory
+_BLACKWELL = Tile(128, 64, 8, 3, 128, 64, 8, 3)  # 128 tokens at a time spill
 TILES: dict[int, Tile] = {
     80: Tile(128, 32, 8, 4, 64, 64, 8, 3),
     86: _SMALL,
     89: _SMALL,
     90: Tile(128, 128, 8, 2, 128, 64, 8, 3, "16 bytes of stack where the cache is int4"),
-    100: Tile(128, 64, 8, 3, 128, 64, 8, 3),  # 128 tokens at a time spill
+    100: _BLACKWELL,
+    103: _BLACKWELL,
     120: _SMALL,
     121: _SMALL,
 }

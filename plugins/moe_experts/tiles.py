@@ -44,6 +44,7 @@ TILES: dict[int, dict[str, Tile]] = {
     89: _SMALL,
     90: _HOPPER,
     100: _LARGE,
+    103: _LARGE,
     120: _RTX_BLACKWELL,
     121: _RTX_BLACKWELL,
 }

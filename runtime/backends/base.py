@@ -98,6 +98,9 @@ def _int32(values) -> np.ndarray:
     return np.ascontiguousarray(values, dtype=np.int32)
 
 
+LOGIT_ROWS = 256  # of one step: every row has logits [vocab_size], and a plan's profiles take as many
+
+
 class StepResult:
     """What a step computed, for its N logit rows; valid until the backend's next step. This one has the logits on the host.
 

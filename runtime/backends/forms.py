@@ -15,6 +15,7 @@ import numpy as np
 
 from latentrt.plugins.step_graph import ABSORBED, EXPANDED, StepBatch
 from latentrt.runtime.backends.base import AUTO
+from latentrt.runtime.backends.padding import StepShape
 from latentrt.runtime.bundle.manifest import Target
 from latentrt.runtime.errors import BundleError
 
@@ -37,22 +38,22 @@ class Head:
         return self.kv_lora_rank * (self.qk_nope_head_dim + self.v_head_dim)
 
 
-def absorbed(head: Head, batch: StepBatch) -> float:
+def absorbed(head: Head, batch: StepBatch, shape: StepShape) -> float:
     """Multiplications of one head in an absorbed step. Products that all forms share are left out."""
     new, _, pairs = _counts(batch)
     return pairs * (2 * head.kv_lora_rank + head.qk_rope_head_dim) + int(new.sum()) * head.up
 
 
-def expanded(head: Head, batch: StepBatch) -> float:
-    """The same in an expanded step, the empty slots of the block table included."""
+def expanded(head: Head, batch: StepBatch, shape: StepShape) -> float:
+    """The same in an expanded step, the empty slots of the padded block table included."""
     new, past, pairs = _counts(batch)
     used = int((past + new).sum())
-    slots = min(len(new), int(new.sum())) * batch.block_table.shape[1] * head.page_size
+    slots = min(shape.sequences, shape.rows) * shape.max_pages * head.page_size
     per_pair = head.qk_nope_head_dim + head.qk_rope_head_dim + head.v_head_dim
     return pairs * per_pair + (used + EMPTY_SLOT * max(0, slots - used)) * head.up
 
 
-COSTS: dict[str, Callable[[Head, StepBatch], float]] = {ABSORBED: absorbed, EXPANDED: expanded}
+COSTS: dict[str, Callable[[Head, StepBatch, StepShape], float]] = {ABSORBED: absorbed, EXPANDED: expanded}
 
 
 def _counts(batch: StepBatch) -> tuple[np.ndarray, np.ndarray, int]:
@@ -69,11 +70,12 @@ class FormChooser:
     forms: tuple[str, ...]
     head: Head | None = None  # needed where there is a choice
 
-    def form(self, batch: StepBatch) -> str:
-        """The form of `forms` with the fewest multiplications, the first among equals."""
+    def form(self, batch: StepBatch, shape: StepShape | None = None) -> str:
+        """The form of `forms` with the fewest multiplications, the first among equals. shape: what `batch` is padded to."""
         if len(self.forms) == 1:
             return self.forms[0]
-        return min(self.forms, key=lambda form: COSTS[form](self.head, batch))
+        shape = shape or StepShape.of(batch)
+        return min(self.forms, key=lambda form: COSTS[form](self.head, batch, shape))
 
 
 def chooser(where: str, target: Target, config: Mapping, asked: str = AUTO) -> FormChooser:

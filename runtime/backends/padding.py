@@ -9,6 +9,7 @@ from latentrt.plugins.step_graph import DYNAMIC, StepBatch, input_shapes
 from latentrt.runtime.errors import RequestError
 
 SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # sequences of captured decode steps
+GRAPHS = 64  # captured steps that are kept, of the shapes last used
 ALIGNMENT = 64  # int32 elements: TensorRT wants inputs at multiples of 256 bytes, kernels at multiples of 16
 
 

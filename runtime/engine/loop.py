@@ -108,6 +108,10 @@ class EngineLoop:
                 self.backend.copy_pages(copies)
             rows = _Rows(step, self.backend.step(pack([s.batch_rows() for s in step], table)))
             tokens = choose(rows.first, [part.sequence.sampler for part in rows.parts]) if rows.parts else []
+        except MemoryError as error:
+            if not self.scheduler.shrink(step):
+                self._failed(step[-1:], error)
+            return
         except Exception as error:
             self._failed(step, error)
             return

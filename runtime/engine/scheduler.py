@@ -11,6 +11,7 @@ still known of its tokens by then, so that nobody's answer is cut because of oth
 alone ends with reason "cache".
 """
 
+import sys
 from collections import deque
 from dataclasses import dataclass
 from itertools import count
@@ -18,11 +19,11 @@ from itertools import count
 import numpy as np
 
 from latentrt.plugins.step_graph import Limits
-from latentrt.runtime.backends.base import SequenceRows
+from latentrt.runtime.backends.base import LOGIT_ROWS, SequenceRows
 from latentrt.runtime.engine.pages import LatentCache, Match
 from latentrt.runtime.engine.sequence import Sequence
 
-LOGIT_ROWS = 256  # of one step: every row has logits [vocab_size], and a plan's profiles take as many
+SMALLEST_CHUNK = 16  # rows of prompts: with fewer, memory would hardly be less
 
 
 @dataclass(frozen=True)
@@ -87,6 +88,22 @@ class Scheduler:
         self._grow()
         self._admit()
         return self._plan()
+
+    def shrink(self, step: list[Scheduled]) -> bool:
+        """Has later steps hold half as many rows of prompts as `step`, for which memory did not suffice; nothing of it counts.
+
+        False where it has none to spare: then a sequence has to go, the youngest first.
+        """
+        if any(part.drafts for part in step):
+            self.drafts = 0
+            return True
+        rows = sum(part.rows for part in step)
+        if rows <= max(len(step), SMALLEST_CHUNK):
+            return False
+        self.lone_chunk = max(rows // 2, SMALLEST_CHUNK)
+        self.chunk = min(self.chunk, self.lone_chunk)
+        print(f"a step of {rows} rows needs more memory than is free: prompts go on in chunks of {self.chunk}", file=sys.stderr)
+        return True
 
     def block_table(self, step: list[Scheduled]) -> np.ndarray:
         """[B, max_pages] int32 of a step's sequences."""

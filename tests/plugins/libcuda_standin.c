@@ -1,4 +1,5 @@
-/* A stand-in for libcuda.so.1: hands out handles, and writes every launch with its argument values to $CUDA_STANDIN_LOG.
+/* A stand-in for libcuda.so.1: hands out handles, and writes every launch with its argument values to
+ * $CUDA_STANDIN_LOG; without it, it is silent.
  * cuda.bindings finds functions by cuGetProcAddress_v2; what is not here is "not found" there. */
 #include <stdint.h>
 #include <stdio.h>
@@ -21,6 +22,7 @@ int standin_declare(const char *name, int count, const int *sizes) {
 }
 
 static void note(const char *line) {
+    if (!getenv("CUDA_STANDIN_LOG")) return;
     FILE *log = fopen(getenv("CUDA_STANDIN_LOG"), "a");
     fputs(line, log);
     fputc('\n', log);
@@ -55,6 +57,7 @@ int cuLaunchKernel(uintptr_t function, unsigned gx, unsigned gy, unsigned gz, un
                    unsigned shared, uintptr_t stream, void **parameters, void **extra) {
     char line[8192], *at = line;
     int index = (int)(function - 0x1000);
+    if (!getenv("CUDA_STANDIN_LOG")) return extra ? INVALID : OK;
     at += sprintf(at, "{\"call\": \"cuLaunchKernel\", \"kernel\": \"%s\", \"grid\": [%u, %u, %u], \"block\": [%u, %u, %u], "
                   "\"shared\": %u, \"stream\": %lu, \"arguments\": [",
                   functions[index].name, gx, gy, gz, bx, by, bz, shared, (unsigned long)stream);

@@ -51,8 +51,21 @@ def run(case: dict, log: Path) -> dict:
     addresses = [[t["address"] for t in case[k]] for k in ("inputs", "outputs")]
     plugin.enqueue(inputs, outputs, *addresses, case["workspace"], case["stream"])
     calls = [json.loads(line) for line in log.read_text().splitlines()]
+    more = [longer(t, spec) for t, spec in zip(inputs, op.contract.inputs, strict=False)]
+    for given, shift in ((more, 4096), (inputs, 0)):  # a step of another shape and elsewhere, and back
+        log.write_text("")
+        plugin.on_shape_change(given, outputs)
+        moved = [[a + shift for a in part] for part in addresses]
+        plugin.enqueue(given, outputs, *moved, case["workspace"] + shift, case["stream"])
+    again = [json.loads(line) for line in log.read_text().splitlines()]
     log.write_text("")
-    return {"workspace": workspace, "loading": calls[:loaded], "calls": calls[loaded:]}
+    return {"workspace": workspace, "loading": calls[:loaded], "calls": calls[loaded:], "again": again}
+
+
+def longer(given: SimpleNamespace, spec) -> SimpleNamespace:
+    """The tensor with twice the tokens."""
+    dims = zip(given.dims, spec.dims_of(len(given.dims)), strict=True)
+    return SimpleNamespace(dims=[n * 2 if name == "T" else n for n, name in dims], type=given.type)
 
 
 def tensor(given: dict) -> SimpleNamespace:

@@ -23,7 +23,7 @@ pytestmark = pytest.mark.slow
 
 # every architecture with both models and two formats, every architecture that has FP8 with FP8
 COVER = {80: ("bfloat16",), 86: ("float16",), 89: ("float8_e4m3fn",), 90: ("bfloat16", "float8_e4m3fn"),
-         100: ("float8_e4m3fn",), 120: ("float8_e4m3fn",), 121: ("float8_e4m3fn",)}  # fmt: skip
+         100: ("float8_e4m3fn",), 103: ("float8_e4m3fn",), 120: ("float8_e4m3fn",), 121: ("float8_e4m3fn",)}  # fmt: skip
 
 
 def covering_requests():

@@ -216,6 +216,7 @@ def check_memory(op, inputs, ranges: dict, workspace: int) -> None:
 def test_kernels_are_loaded_before_the_first_launch_and_nothing_else_is_called(recorded):
     for case in recorded.values():
         assert {c["call"] for c in case["loading"]} <= {"cuModuleLoadData", "cuFuncSetAttribute"}
+        assert case["again"] == case["calls"], "a step of another shape leaves nothing behind"
         assert {c["call"] for c in case["calls"]} == {"cuLaunchKernel"}  # any other driver call fails on the stand-in
 
 

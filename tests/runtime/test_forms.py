@@ -11,6 +11,7 @@ from latentrt.plugins.step_graph import StepBatch
 from latentrt.runtime.backends import forms
 from latentrt.runtime.backends.base import BackendOptions, SequenceRows, pack
 from latentrt.runtime.backends.forms import FormChooser, Head
+from latentrt.runtime.backends.padding import StepShape
 from latentrt.runtime.errors import BundleError, RequestError
 
 V2 = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
@@ -50,8 +51,9 @@ def test_counts_are_those_of_the_loops(steps, sizes):
     used = sum(past + new for new, past in steps if new)
     rows = min(len(steps), sum(new for new, _ in steps))
     empty = max(0, rows * step.block_table.shape[1] - used)
-    assert forms.absorbed(head, step) == absorbed
-    assert forms.expanded(head, step) == pytest.approx(expanded + forms.EMPTY_SLOT * empty * head.up)
+    shape = StepShape.of(step)
+    assert forms.absorbed(head, step, shape) == absorbed
+    assert forms.expanded(head, step, shape) == pytest.approx(expanded + forms.EMPTY_SLOT * empty * head.up)
 
 
 @pytest.mark.parametrize(
@@ -77,13 +79,21 @@ def test_a_block_table_with_little_in_it():
     assert form([2048, *[8] * 63], [0] * 64) == "absorbed" and form([2048, 8], [0, 0]) == "expanded"
 
 
+def test_slots_are_counted_as_they_are_padded():
+    """Kernels go over all of them, and every sequence is as long as the longest."""
+    choose, step = FormChooser(BOTH, Head(**V2, page_size=PAGE)), batch([2048], [0], 64)
+    assert choose.form(step) == choose.form(step, StepShape(2048, 1, 1, 64)) == "expanded"
+    assert choose.form(step, StepShape(2048, 32, 32, 64)) == "absorbed"
+
+
 def test_long_contexts_do_not_overflow():
     """2,048 rows over 163,840 tokens of 256 sequences: more operations than int32 holds."""
     head, step = Head(**V2, page_size=PAGE), batch([8] * 256, [163840] * 256)
     pairs, empty = 256 * (8 * 163840 + 36), 256 * (2561 * 64 - 163848)
-    assert forms.absorbed(head, step) == pairs * 1088 + 2048 * 512 * 256
+    shape = StepShape.of(step)
+    assert forms.absorbed(head, step, shape) == pairs * 1088 + 2048 * 512 * 256
     expected = pairs * 320 + (256 * 163848 + forms.EMPTY_SLOT * empty) * 512 * 256
-    assert forms.expanded(head, step) == pytest.approx(expected, rel=1e-12)
+    assert forms.expanded(head, step, shape) == pytest.approx(expected, rel=1e-12)
 
 
 def test_a_form_can_be_forced():

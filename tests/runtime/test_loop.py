@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from latentrt.runtime.api import Engine
 from latentrt.runtime.backends.base import StepResult
-from latentrt.runtime.errors import EngineError, EngineLostError
+from latentrt.runtime.errors import EngineError, EngineLostError, StepMemoryError
 from latentrt.runtime.sampling_params import SamplingParams
 from latentrt.runtime.text_stream import TextStream
 from tests.runtime.fakes import HistoryBackend, fake_engine, greedy
@@ -99,6 +99,48 @@ def test_a_backend_that_raises_ends_the_requests_of_that_step_only():
         assert isinstance(caught.value.__cause__, RuntimeError)
     assert tuple(tokens_of(streams[2])) == greedy([4, 1], 4) and all_free(engine)
     assert engine.generate([[7]], params)[0].token_ids == greedy([7], 4), "the next request works"
+
+
+def short_of_memory(engine: Engine, rows: int, sequences: int = 99) -> Engine:
+    """The engine, whose steps fail for want of memory with more than `rows` rows or `sequences`."""
+    real = engine.backend.step
+
+    def step(batch):
+        if len(batch.input_ids) > rows or len(batch.cached_lengths) > sequences:
+            raise StepMemoryError("the step needs more memory than is free")
+        return real(batch)
+
+    engine.backend.step = step
+    return engine
+
+
+def test_a_step_without_memory_is_made_smaller(capsys):
+    """No request pays for it, and prompts go on in chunks that fit."""
+    engine = short_of_memory(fake_engine(max_batch_tokens=256, max_context=200, lone_prefill_chunk=256), 40)
+    prompts = [[n % 47 + 1 for n in range(length)] for length in (150, 3, 90)]
+    results = engine.generate(prompts, SamplingParams(max_new_tokens=4))
+    assert [r.token_ids for r in results] == [greedy(p, 4) for p in prompts] and all_free(engine)
+    assert engine.loop.scheduler.lone_chunk <= 40 and "in chunks of" in capsys.readouterr().err
+
+
+def test_guesses_are_given_up_before_memory_is_short():
+    engine = short_of_memory(fake_engine(max_batch_tokens=64, drafts=8, memory=1), 16)
+    prompt = [1, 2, 3] * 3
+    (result,) = engine.generate([prompt], SamplingParams(max_new_tokens=30))
+    assert result.token_ids == greedy(prompt, 30, 1)
+    engine = short_of_memory(fake_engine(max_batch_tokens=64, drafts=8, memory=1), 2)
+    (result,) = engine.generate([[1]], SamplingParams(max_new_tokens=40))
+    assert result.token_ids == greedy([1], 40, 1) and engine.loop.scheduler.drafts == 0
+
+
+def test_where_no_step_is_small_enough_the_youngest_request_ends():
+    engine = short_of_memory(fake_engine(cache_tokens=256), 99, sequences=2)
+    streams = [engine.stream([[n, 1]], SamplingParams(max_new_tokens=4)) for n in (2, 3, 4)]
+    with pytest.raises(StepMemoryError, match="more memory than is free"):
+        list(streams[2])
+    for n, stream in zip((2, 3), streams, strict=False):
+        assert tuple(tokens_of(stream)) == greedy([n, 1], 4)
+    assert all_free(engine)
 
 
 def test_a_lost_engine_ends_all_and_refuses_later_requests_by_name():

@@ -11,6 +11,7 @@ from latentrt.runtime import backends
 from latentrt.runtime.backends import base, padding
 from latentrt.runtime.backends.base import SequenceRows, pack
 from latentrt.runtime.backends.tensorrt import device as cuda_device
+from latentrt.runtime.backends.tensorrt import runner
 from latentrt.runtime.errors import BundleError, EngineError, RequestError
 from tests.runtime import tensorrt_fakes as fakes
 from tests.runtime.tensorrt_fakes import TABLE, decode_batch, install
@@ -160,12 +161,56 @@ def test_padding_of_a_decode_step(backend, device):
 
 def test_prefill_is_enqueued_in_few_shapes(backend, device):
     for rows in (33, 50, 64):
-        backend.step(pack([SequenceRows(range(rows), 0, [rows - 1]), SequenceRows([1], 3, [0])], TABLE[:2]))
+        backend.step(pack([SequenceRows(range(rows), 0, [rows - 1]), SequenceRows([1], 3, [])], TABLE[:2]))
     backend.step(pack([SequenceRows([1, 2], 0, [])], TABLE[:1, :3]))
     runs = executed(device)
     assert all(r[1] == 1 for r in runs) and len(runs) == 4, "prefill's profile, no captures"
     assert [r[2]["input_ids"] for r in runs] == [(64,), (64,), (128,), (16,)]
     assert runs[0][2]["block_table"] == (2, 4) and runs[3][2]["block_table"] == (1, 4) and runs[3][2]["logit_rows"] == (1,)
+
+
+def test_prompts_beside_decoding_are_a_pass_of_their_own(backend, device):
+    """What decodes replays its graph; logits of both passes lie side by side in one pinned buffer."""
+    rows = [SequenceRows([1], 3, [0]), SequenceRows(range(33), 0, [32]), SequenceRows([2], 70, [0])]
+    backend.step(pack(rows, TABLE))
+    device.log.clear()
+    result = backend.step(pack(rows, TABLE))
+    assert [e[0] for e in device.log] == ["upload", "execute", "download", "upload", "launch", "download"]
+    assert [e[2] for e in device.log if e[0] == "download"] == [(1, fakes.VOCAB), (2, fakes.VOCAB)]
+    (prompt,) = executed(device)
+    assert prompt[1] == 1 and prompt[2]["input_ids"] == (64,) and prompt[2]["block_table"] == (1, 1)
+    assert result.logits().shape == (3, fakes.VOCAB) and (result.logits() == 1.5).all()
+
+
+def test_logits_leave_through_one_pinned_buffer(backend):
+    first, second = (backend.step(decode_batch(n)).logits() for n in (2, 3))
+    assert np.shares_memory(first, backend.runner._logits) and np.shares_memory(second, backend.runner._logits)
+
+
+def test_of_captured_shapes_the_last_used_are_kept(backend, device, monkeypatch):
+    monkeypatch.setattr(runner, "GRAPHS", 2)
+    freed = []
+    monkeypatch.setattr(device, "free_graph", freed.append, raising=False)
+    for count in (1, 2, 1, 3):
+        backend.step(decode_batch(count))
+    (graph,) = freed
+    assert [shape.rows for shape in backend.runner._graphs] == [1, 4]
+    assert graph not in [g for g, _ in backend.runner._graphs.values()]
+
+
+@pytest.mark.parametrize("answer", [None, "", "latent_cache.0"])
+def test_caches_that_a_plan_would_write_elsewhere(bundle, device, monkeypatch, answer):
+    """No alias is none: the output is bound to the input's memory. Another one is refused."""
+    engine = fakes.FakeEngine(device)
+    engine.get_aliased_input_tensor = lambda name: answer
+    install(monkeypatch, fakes.package(engine))
+    if answer:
+        with pytest.raises(BundleError, match=r"writes latent_cache.1.updated to the memory of latent_cache.0"):
+            backends.load(bundle, "sm89", cache_tokens=640)
+    else:
+        loaded = backends.load(bundle, "sm89", cache_tokens=640)
+        addresses = loaded.runner.contexts["absorbed", "decode"].addresses
+        assert all(addresses[c] == addresses[f"{c}.updated"] for c in fakes.CACHES)
 
 
 def test_without_capture(bundle, device, monkeypatch):

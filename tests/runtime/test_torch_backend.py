@@ -1,6 +1,10 @@
 """The torch backend against ONNX Runtime on the same bundle, on the CPU; GPU graphs with the plain torch ops."""
 
+import gc
+import weakref
 from collections import Counter
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -266,8 +270,24 @@ def test_captured_steps_without_a_gpu(bfloat16_graph, monkeypatch):
         # on a GPU the copy is made by the way to the host
         found = ragged.run(lambda i, r=runner: r.step(StepBatch(**i)).logits().copy(), tokens, schedule, pages)
         logits.append(np.concatenate(found))
-    assert list(runner._graphs) == [padding.StepShape(8, 8, 8, 4)]
+    # the first step held prompts and a sequence of one token: that was a pass of its own
+    assert list(runner._graphs) == [padding.StepShape(1, 1, 1, 1), padding.StepShape(8, 8, 8, 4)]
     assert np.abs(logits[0] - logits[1]).max() <= 0.02 * np.abs(logits[0]).max()
+
+
+@pytest.mark.slow
+def test_of_captured_shapes_the_last_used_are_kept(bfloat16_graph, monkeypatch):
+    from latentrt.runtime.backends.torch import step as torch_step
+
+    proto, weights, _ = bfloat16_graph
+    runner = single(StepProgram(proto, weights, "cpu", "reference"), {})
+    monkeypatch.setattr(torch_step, "GRAPHS", 2)
+    monkeypatch.setattr(torch_step, "CapturedStep", lambda program, caches, shape, pool: shape)
+    monkeypatch.setattr(torch_step.torch.cuda, "current_stream", lambda device: None)
+    a, b, c = (padding.StepShape(n, n, n, 1) for n in (1, 2, 4))
+    for shape in (a, b, a, c):
+        assert runner.captured(shape) == shape
+    assert list(runner._graphs) == [a, c]
 
 
 @pytest.mark.slow
@@ -355,6 +375,108 @@ def test_refusals(tiny_bundle, monkeypatch):
         backends.load(bundle, "cpu", backend="tensorrt")
     with pytest.raises(BundleError, match="no backend 'jax'"):
         backends.load(bundle, "cpu", backend="jax")
+
+
+class OneGpu:
+    """The part of torch.cuda that says which GPU is current; a step asks that it is `wanted`."""
+
+    def __init__(self, wanted: int):
+        self.wanted, self.stack = wanted, [0]
+
+    @contextmanager
+    def device(self, device):
+        self.stack.append(torch.device(device).index)
+        yield
+        self.stack.pop()
+
+    def check(self, *given):
+        assert self.stack[-1] == self.wanted
+        return given[0] if given else None
+
+
+def test_a_step_runs_on_its_own_gpu_whatever_is_current(monkeypatch):
+    """Triton and CUDA graphs go to the current GPU, not to that of the tensors."""
+    from latentrt.runtime.backends.torch import step as torch_step
+
+    gpu, program = OneGpu(1), SimpleNamespace(device=torch.device("cuda:1"))
+    monkeypatch.setattr(torch_step.torch.cuda, "device", gpu.device)
+    runner = StepRunner({"absorbed": program}, {}, FormChooser(("absorbed",)), capture=False)
+    on_gpu = SimpleNamespace(device=program.device, __getitem__=None)
+    monkeypatch.setattr(runner, "_logits", lambda batch, capture: gpu.check([0.0]))
+    result = runner.step(pack([SequenceRows([3], 0, [0])], np.array([[1]])))
+    assert gpu.stack == [0], "and the thread has its own back"
+    result._on_device = on_gpu
+    monkeypatch.setattr(torch_step, "_to_host", lambda logits: gpu.check("logits"))
+    monkeypatch.setattr(torch_step.DeviceResult, "_greedy", lambda self: gpu.check("largest"))
+    assert (result.logits(), result.greedy()) == ("logits", "largest")
+    backend = torch_backend.TorchBackend.__new__(torch_backend.TorchBackend)
+    page = SimpleNamespace(copy_=gpu.check)
+    backend.device, backend.caches = program.device, [{1: page, 2: page}]
+    backend.copy_pages([(1, 2)])
+
+
+@pytest.mark.parametrize(("capability", "precision", "message"), [
+    ((7, 5), "bf16", "cuda:0 is sm75, our kernels are for sm80, sm86"),
+    ((8, 6), "fp8", "cuda:0 is sm86, which has no FP8 tensor cores"),
+    ((8, 9), "fp8", None),
+    ((8, 6), "bf16", None),
+])  # fmt: skip
+def test_a_gpu_without_kernels_is_refused_at_load(capability, precision, message, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    target = SimpleNamespace(precision=precision)
+    with pytest.raises(BundleError, match=message) if message else nullcontext():
+        torch_backend._check_gpu("bundle: target sm89", target, torch.device("cuda:0"))
+
+
+def test_a_gpu_that_is_not_there(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)
+    assert torch_backend.resolve_device("cuda") == torch.device("cuda:1")
+    with pytest.raises(BundleError, match="device cuda:2: PyTorch sees 2, accepted: cuda:0, cuda:1"):
+        torch_backend.resolve_device("cuda:2")
+
+
+@pytest.mark.parametrize(("version", "capability", "tried"), [
+    ("2.11.0+cu130", (8, 9), False), ("2.12.0", (8, 9), True), ("2.11.0", (9, 0), True), ("2.9.1", (12, 0), True),
+])  # fmt: skip
+def test_products_that_take_another_streams_workspace_are_not_used(version, capability, tried, monkeypatch):
+    from latentrt.runtime.backends.torch import fused_ops
+
+    asked = []
+    monkeypatch.setattr(torch, "__version__", version)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    monkeypatch.setattr(torch, "_scaled_mm", lambda *_, **__: asked.append(1))
+    fused_ops._has_row_scaled_products.cache_clear()
+    assert fused_ops._has_row_scaled_products(torch.device("cpu")) == tried == bool(asked)
+    fused_ops._has_row_scaled_products.cache_clear()
+
+
+def test_weights_that_were_merged_are_freed(bfloat16_graph):
+    """A product of merged weights leaves no copy of the originals behind."""
+    proto, weights, _ = bfloat16_graph
+    weights = {name: tensor.clone() for name, tensor in weights.items()}
+    kept = {name: weakref.ref(tensor) for name, tensor in weights.items()}
+    program, size = StepProgram(proto, weights, "cpu", "reference"), sum(t.nbytes for t in weights.values())
+    weights.clear()
+    gc.collect()
+    freed = [name for name, found in kept.items() if found() is None]
+    assert any("q_proj" in n or "gate_proj" in n or "q_a_proj" in n for n in freed), freed
+    held = sum({t.data_ptr(): t.nbytes for t in program._template if t is not None}.values())
+    assert held <= 1.01 * size
+
+
+def test_memory_for_steps_is_taken_before_the_cache(tiny_bundle, monkeypatch):
+    """The largest prompt runs in every form, on one page, after what loading took was given back."""
+    target, calls = Bundle(tiny_bundle).manifest.targets["cpu"], []
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: calls.append("empty"))
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch_backend, "StepRunner", lambda programs, small, choose, capture: SimpleNamespace(
+        step=lambda batch: calls.append((choose.forms, len(batch.input_ids), len(batch.logit_rows), batch.block_table.shape,
+                                         int(batch.block_table.max()), {len(c) for c in small.values()}))))  # fmt: skip
+    torch_backend._take_memory({"absorbed": None, "expanded": None}, target, torch.device("cpu"))
+    rows, pages = target.limits.max_batch_tokens, target.limits.max_pages(target.cache.page_size)
+    assert calls == ["empty", *(((form,), rows, 256, (1, pages), 0, {1}) for form in ("absorbed", "expanded"))]
 
 
 def test_missing_weight_is_named(tiny_bundle, tmp_path):

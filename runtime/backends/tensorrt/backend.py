@@ -82,11 +82,11 @@ class TensorRtBackend(Backend):
         first, graphs = "first_step" not in self.load_seconds, self.load_seconds["graphs"]
         self.device.activate()
         with self._timed("first_step") if first else _nothing():
-            logits = self.runner.step(batch)
+            result = self.runner.step(batch)
         self.load_seconds["graphs"] = self.runner.graphs
         if first or self.load_seconds["graphs"] != graphs:
             self._save()
-        return StepResult(logits)
+        return result
 
     def copy_pages(self, pages: Sequence[tuple[int, int]]) -> None:
         self.device.activate()
@@ -126,6 +126,7 @@ class TensorRtBackend(Backend):
             shapes[cache] = (self.num_pages, spec.page_size, spec.width)
         for form, engine in self.engines.items():
             _complete(engine, fixed, f"target {self.name}: the {form} plan")
+            _check_aliases(engine, named, f"target {self.name}: the {form} plan")
         return Bindings(fixed, shapes, fixed[LOGITS], outputs[LOGITS].shape[-1])
 
     @contextmanager
@@ -254,6 +255,15 @@ def _pages(target: Target, cache_tokens: int | None, free: int) -> int:
     ranges = [p[cache_name(0)] for engine in target.engines.values() for p in engine.profiles.values()]
     wanted = max(gpu_pages_for(target, cache_tokens, free), *(r.min[0] for r in ranges))
     return min(wanted, *(r.max[0] for r in ranges))
+
+
+def _check_aliases(engine, named: dict[str, str], plan: str) -> None:
+    """An updated cache lies in its input's memory, or where we put it, which is there too; nowhere else."""
+    ask = getattr(engine, "get_aliased_input_tensor", None)
+    for cache, updated in named.items():
+        found = ask(updated) if ask else None
+        if found and found != cache:
+            raise BundleError(f"{plan} writes {updated} to the memory of {found}, needed: of {cache}; build the bundle again")
 
 
 def _complete(engine, fixed: dict[str, int], plan: str) -> None:

@@ -119,6 +119,11 @@ class Device:
             self._driver.cuGraphDestroy(graph)
         return self._graphs[-1]
 
+    def free_graph(self, graph) -> None:
+        """Frees what `capture` gave; it must not run."""
+        self._graphs.remove(graph)
+        self._call("cuGraphExecDestroy", graph)
+
     def launch(self, graph, stream) -> None:
         self._call("cuGraphLaunch", graph, stream)
 

@@ -7,8 +7,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from latentrt.plugins.step_graph import DECODE_FORM, StepBatch
+from latentrt.runtime.backends.base import StepResult
 from latentrt.runtime.backends.forms import FormChooser
-from latentrt.runtime.backends.padding import SIZES, StepShape, decode_shape, fill, prefill_shape
+from latentrt.runtime.backends.padding import GRAPHS, SIZES, StepShape, decode_shape, fill, prefill_shape
+from latentrt.runtime.backends.passes import JoinedResult, split
 from latentrt.runtime.backends.tensorrt.device import CudaError, Device
 from latentrt.runtime.errors import EngineError
 
@@ -35,7 +37,9 @@ class EngineRunner:
 
     Steps of one token a sequence are padded, captured once per shape, each in a context of its own, and replayed; others are
     padded to a few shapes and enqueued, so that an engine that compiles per shape sees few of them. `chooser` says which of
-    those are expanded. Where a step cannot be captured, all that is not captured yet is enqueued; `uncaptured` says why.
+    those are expanded. A step of both kinds runs in two passes. Logits arrive in one pinned buffer, which the next step fills
+    again. Of captured shapes the last used are kept. Where a step cannot be captured, all that is not captured yet is
+    enqueued; `uncaptured` says why.
     """
 
     def __init__(
@@ -48,6 +52,8 @@ class EngineRunner:
         self.contexts = {name: self._context(name) for name in contexts}
         length = StepShape(limits.rows, limits.sequences, limits.logit_rows, limits.max_pages).offsets()[1]
         self._host, self._inputs = device.pinned(length), device.allocate(length * 4)
+        self._logits = device.pinned(limits.logit_rows * bindings.vocab_size).view(np.float32).reshape(limits.logit_rows, -1)
+        self._page_size = next(iter(bindings.shapes.values()))[1]
         self._graphs: dict[StepShape, tuple] = {}  # a graph, and the context that it was captured in
 
     @property
@@ -55,18 +61,31 @@ class EngineRunner:
         """How decode steps run."""
         return f"eager: {self.uncaptured}" if self.uncaptured else f"{len(self._graphs)} shapes captured"
 
-    def step(self, batch: StepBatch) -> np.ndarray:
-        """Logits [N, vocab_size] float32."""
+    def step(self, batch: StepBatch) -> StepResult:
+        """Runs one step; appends to the caches."""
+        parts = split(batch, self._page_size) if _DECODE in self.contexts else None
+        if parts is None:
+            return StepResult(self._pass(batch, 0))
+        results, at = [], 0
+        for part, places in parts:
+            results.append((StepResult(self._pass(part, at)), places))
+            at += len(places)
+        return JoinedResult(results)
+
+    def _pass(self, batch: StepBatch, at: int) -> np.ndarray:
+        """Logits [N, vocab_size] float32: rows of the pinned buffer from `at` on."""
         shape = decode_shape(batch, self._sizes(), self.limits.max_pages) if _DECODE in self.contexts else None
         graph = self._graph(shape) if shape is not None else None
-        name = _DECODE if shape is not None else (self.chooser.form(batch), PREFILL)
-        shape = shape or prefill_shape(batch, self.limits)
+        name = _DECODE
+        if shape is None:
+            shape = prefill_shape(batch, self.limits)
+            name = self.chooser.form(batch, shape), PREFILL
         self._upload(batch, shape)
         if graph is not None:
             self.device.launch(graph, self.stream)
         else:
             self._enqueue(self.contexts[name], shape)
-        logits = np.empty((len(batch.logit_rows), self.bindings.vocab_size), np.float32)
+        logits = self._logits[at : at + len(batch.logit_rows)]
         self.device.download(logits, self.bindings.logits, self.stream)
         return logits
 
@@ -109,8 +128,13 @@ class EngineRunner:
 
     def _graph(self, shape: StepShape):
         """The captured step of a shape, None where it cannot be captured: that is said once, and not tried again."""
-        if shape not in self._graphs and not self.uncaptured:
+        if shape in self._graphs:
+            self._graphs[shape] = self._graphs.pop(shape)  # the last is the last used
+        elif not self.uncaptured:
             try:
+                if len(self._graphs) >= GRAPHS:
+                    graph, _ = self._graphs.pop(next(iter(self._graphs)))
+                    self.device.free_graph(graph)
                 self._graphs[shape] = self._captured(shape)
             except (CudaError, EngineError) as error:
                 self.uncaptured = str(error)

@@ -1,17 +1,29 @@
 """PyTorch, for any CUDA GPU and the CPU: interprets a target's ONNX step graph. Custom ops run as Triton kernels on a GPU."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import numpy as np
 import onnx
 import torch
 from safetensors import SafetensorError, safe_open
 
+from latentrt.plugins.architecture import ARCHITECTURES
 from latentrt.plugins.step_graph import DECODE_FORM, StepBatch, caches
-from latentrt.runtime.backends.base import AUTO, Backend, BackendOptions, StepResult, gpu_pages_for, pages_for
-from latentrt.runtime.backends.forms import chooser
+from latentrt.runtime.backends.base import (
+    AUTO,
+    LOGIT_ROWS,
+    Backend,
+    BackendOptions,
+    SequenceRows,
+    StepResult,
+    gpu_pages_for,
+    pack,
+    pages_for,
+)
+from latentrt.runtime.backends.forms import FormChooser, chooser
 from latentrt.runtime.backends.torch import graph as torch_graph
-from latentrt.runtime.backends.torch.step import StepRunner
+from latentrt.runtime.backends.torch.step import StepRunner, current
 from latentrt.runtime.bundle.manifest import FileRef, Target
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.errors import BundleError
@@ -33,19 +45,20 @@ class TorchBackend(Backend):
         kind = options.custom_ops
         if kind == AUTO:
             kind = "triton" if self.device.type == "cuda" else "reference"
-        try:
-            programs = self._programs(bundle, kind)
-        except torch_graph.UnknownOpError as error:
-            raise BundleError(f"{bundle.path}: target {name} ({target.precision}): {error}") from None
-        self.num_pages = _pages(target, options.cache_tokens, self.device)
-        spec = target.cache
-        self.caches = [
-            torch.zeros(self.num_pages, spec.page_size, spec.width, dtype=getattr(torch, spec.dtype), device=self.device)
-            for _ in range(spec.layers)
-        ]
-        named = dict(zip(caches(spec.layers), self.caches, strict=True))
-        max_pages = target.limits.max_pages(spec.page_size)
-        self.runner = StepRunner(programs, named, choose, capture=options.capture, max_pages=max_pages)
+        with current(self.device):
+            if kind == "triton":
+                _check_gpu(f"{bundle.path}: target {name}", target, self.device)
+            try:
+                programs = self._programs(bundle, kind)
+            except torch_graph.UnknownOpError as error:
+                raise BundleError(f"{bundle.path}: target {name} ({target.precision}): {error}") from None
+            if self.device.type == "cuda":
+                _take_memory(programs, target, self.device)
+            self.num_pages = _pages(target, options.cache_tokens, self.device)
+            named = _caches(target, self.num_pages, self.device)
+            self.caches = list(named.values())
+            max_pages = target.limits.max_pages(target.cache.page_size)
+            self.runner = StepRunner(programs, named, choose, capture=options.capture, max_pages=max_pages)
 
     @property
     def prefill_chunk(self) -> int:
@@ -55,9 +68,10 @@ class TorchBackend(Backend):
         return self.runner.step(batch)
 
     def copy_pages(self, pages: Sequence[tuple[int, int]]) -> None:
-        for cache in self.caches:
-            for source, target in pages:
-                cache[target].copy_(cache[source])
+        with current(self.device):
+            for cache in self.caches:
+                for source, target in pages:
+                    cache[target].copy_(cache[source])
 
     def close(self) -> None:
         self.runner, self.caches = None, []
@@ -73,6 +87,39 @@ class TorchBackend(Backend):
         }
 
 
+def _caches(target: Target, pages: int, device: torch.device) -> dict[str, torch.Tensor]:
+    """Empty latent caches by their input's name."""
+    spec = target.cache
+    shape, dtype = (pages, spec.page_size, spec.width), getattr(torch, spec.dtype)
+    return {name: torch.zeros(shape, dtype=dtype, device=device) for name in caches(spec.layers)}
+
+
+def _check_gpu(where: str, target: Target, device: torch.device) -> None:
+    """BundleError if our kernels have no tiles for this GPU, or the target's precision needs what it lacks."""
+    if device.type != "cuda":
+        return
+    major, minor = torch.cuda.get_device_capability(device)
+    found, known = f"{device} is sm{major}{minor}", ARCHITECTURES.get(major * 10 + minor)
+    if known is None:
+        accepted = ", ".join(f"sm{n}" for n in ARCHITECTURES)
+        raise BundleError(f"{where}: {found}, our kernels are for {accepted}; use device 'cpu'")
+    if target.precision == "fp8" and not known.float8:
+        raise BundleError(f"{where}: {found}, which has no FP8 tensor cores, and precision is fp8; build precision bf16 for it")
+
+
+def _take_memory(programs: Mapping[str, torch_graph.StepProgram], target: Target, device: torch.device) -> None:
+    """Runs a prompt as long as a step, in every form, on one page: PyTorch keeps what such steps take, and what is free
+    afterwards may be cache. What only loading took goes back to the GPU before."""
+    torch.cuda.empty_cache()
+    rows, page = target.limits.max_batch_tokens, target.cache.page_size
+    table = np.zeros((1, target.limits.max_pages(page)), np.int32)
+    batch = pack([SequenceRows([0] * rows, 0, range(min(rows, LOGIT_ROWS)))], table)
+    small = _caches(target, 1, device)
+    for form in programs:
+        StepRunner(programs, small, FormChooser((form,)), capture=False).step(batch)
+    torch.cuda.synchronize(device)
+
+
 def _pages(target: Target, cache_tokens: int | None, device: torch.device) -> int:
     """Pages of the cache: what is asked for, or on a GPU what most of its memory holds that weights have left."""
     if device.type != "cuda":
@@ -85,9 +132,15 @@ def resolve_device(device: str) -> torch.device:
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     found = torch.device(device)
-    if found.type == "cuda" and not torch.cuda.is_available():
+    if found.type != "cuda":
+        return found
+    if not torch.cuda.is_available():
         raise BundleError(f"device {device}: PyTorch {torch.__version__} sees no CUDA GPU; use device 'cpu'")
-    return found
+    count = torch.cuda.device_count()
+    index = torch.cuda.current_device() if found.index is None else found.index
+    if index >= count:
+        raise BundleError(f"device {device}: PyTorch sees {count}, accepted: {', '.join(f'cuda:{n}' for n in range(count))}")
+    return torch.device("cuda", index)
 
 
 def onnx_file(bundle: Bundle, name: str, target: Target, form: str = DECODE_FORM) -> FileRef:

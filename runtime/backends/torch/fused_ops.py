@@ -11,6 +11,12 @@ FLOAT8_MAX = 448.0
 FEW = 16  # rows that a product of a decode step has
 
 
+def release(version: str) -> tuple[int, int]:
+    """"2.11.0+cu130" -> (2, 11)."""
+    major, minor = version.split(".")[:2]
+    return int(major), int(minor)
+
+
 def _kernels(x: Tensor):
     """The kernels' module where they can run on x."""
     if x.device.type != "cuda":
@@ -113,7 +119,10 @@ def quantize_rows(x: Tensor, smallest: float | None, static: float | None = None
 
 @cache
 def _has_row_scaled_products(device: torch.device) -> bool:
-    """Whether this PyTorch multiplies e4m3 with a scale per row on this GPU: it does not on every architecture."""
+    """Whether this PyTorch multiplies e4m3 with a scale per row on this GPU: it does not on every architecture, and before
+    2.12 its kernel for sm89 takes its workspace from another stream."""
+    if torch.cuda.get_device_capability(device) == (8, 9) and release(torch.__version__) < (2, 12):
+        return False
     ones = torch.ones(16, 16, device=device).to(torch.float8_e4m3fn)
     scale = torch.ones(16, 1, device=device)
     try:

@@ -53,16 +53,16 @@ class StepProgram:
             nodes = torch_merging.merge(nodes, weights)
         self.op_counts = Counter(n.op_type for n in nodes)  # fused groups among them
         self._known: dict[str, torch.Tensor] = dict(weights)
-        self._weights, self._folded = weights.keys(), {} if folded is None else folded
+        self._weights, self._folded = frozenset(weights), {} if folded is None else folded
         self._on_device: dict[str, torch.Tensor] = {}
         self._slots: dict[str, int] = {}
         self.inputs = {i.name: self._slot(i.name) for i in model.graph.input if i.name not in weights}
         self._outputs = [o.name for o in model.graph.output]
         self._calls = self._compile(nodes)
         self._template: list = [None] * len(self._slots)
-        for name, slot in self._slots.items():
-            self._template[slot] = self._value(name)
-        self._known.clear()  # weights that were merged or folded may go
+        for name in self._read:
+            self._template[self._slots[name]] = self._value(name)
+        self._known.clear()  # weights that were merged or folded may go: no call reads them
         self._folded = {}
 
     def run(self, inputs: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
@@ -96,6 +96,7 @@ class StepProgram:
                 continue
             host |= set(node.outputs) if on_host else set()
             placed.append((node, function, arguments))
+        self._read = {n for node, _, _ in placed for n in node.inputs if n in self._slots} | {*self._outputs}
         last = {name: k for k, (node, _, _) in enumerate(placed) for name in (*node.inputs, *node.outputs)}
         kept = {*self._outputs, *self.inputs, *self._known, *self._host}
         calls = []

@@ -2,7 +2,7 @@
 
 import sys
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
@@ -10,19 +10,26 @@ import torch
 from latentrt.plugins.step_graph import DECODE_FORM, LOGITS, StepBatch
 from latentrt.runtime.backends.base import StepResult
 from latentrt.runtime.backends.forms import FormChooser
-from latentrt.runtime.backends.padding import SIZES, StepShape, decode_shape, fill
+from latentrt.runtime.backends.padding import GRAPHS, SIZES, StepShape, decode_shape, fill
+from latentrt.runtime.backends.passes import JoinedResult, split
 from latentrt.runtime.backends.torch.graph import StepProgram
-from latentrt.runtime.errors import EngineLostError
+from latentrt.runtime.errors import EngineLostError, StepMemoryError
 
 _WARM_UP = 3  # runs before a capture: kernels compile, libraries choose their algorithms
+
+
+def current(device: torch.device) -> AbstractContextManager:
+    """Makes a GPU the current one: Triton, captures and events go to that, wherever the tensors lie."""
+    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
 
 
 class StepRunner:
     """Programs by form, with their latent caches [num_pages, page_size, width], one per layer, by their input names.
 
     On a GPU, steps that decode one token a sequence are captured once per padded shape (`sizes`, widths of the block
-    table in powers of two) and replayed; all others run eagerly, in the form that `chooser` says. `capture=False` runs
-    everything eagerly, and so does every shape after one that cannot be captured: `uncaptured` says why.
+    table in powers of two) and replayed; all others run eagerly, in the form that `chooser` says. A step of both kinds
+    runs in two passes. Of captured shapes the last used are kept. `capture=False` runs everything eagerly, in one pass, and so
+    does every shape after one that cannot be captured: `uncaptured` says why.
     """
 
     def __init__(
@@ -38,21 +45,33 @@ class StepRunner:
         self._pool = torch.cuda.graph_pool_handle() if self.capture else None
 
     @torch.inference_mode()
-    def step(self, batch: StepBatch) -> "DeviceResult":
+    def step(self, batch: StepBatch) -> StepResult:
         """Runs one step; appends to the caches."""
-        with _gpu_faults():
-            return DeviceResult(self._logits(batch)[: len(batch.logit_rows)])
+        with current(self.program.device), _gpu_faults():
+            parts = split(batch, next(iter(self.caches.values())).shape[1]) if self.capture else None
+            if parts is None:
+                return self._pass(batch, self.capture)
+            # prompts are not captured, which might fill the same memory: one result stays while the other is made
+            (prompts, theirs), (decoding, its) = parts
+            return JoinedResult([(self._pass(prompts, False), theirs), (self._pass(decoding, True), its)])
 
-    def _logits(self, batch: StepBatch) -> torch.Tensor:
-        shape = decode_shape(batch, self.sizes, self.max_pages) if self.capture else None
+    def _pass(self, batch: StepBatch, capture: bool) -> "DeviceResult":
+        return DeviceResult(self._logits(batch, capture)[: len(batch.logit_rows)])
+
+    def _logits(self, batch: StepBatch, capture: bool) -> torch.Tensor:
+        shape = decode_shape(batch, self.sizes, self.max_pages) if capture else None
         captured = self.captured(shape) if shape is not None else None
         return captured.replay(batch) if captured else self._eager(batch)[LOGITS]
 
     def captured(self, shape: StepShape) -> "CapturedStep | None":
         """The CUDA graph of a shape, captured when first asked for; None if it cannot be, which is said once."""
-        if shape not in self._graphs and not self.uncaptured:
+        if shape in self._graphs:
+            self._graphs[shape] = self._graphs.pop(shape)  # the last is the last used
+        elif not self.uncaptured:
             device = self.program.device
             try:
+                if len(self._graphs) >= GRAPHS:
+                    del self._graphs[next(iter(self._graphs))]
                 with torch.cuda.stream(torch.cuda.current_stream(device)):  # a capture that fails leaves its own current
                     self._graphs[shape] = CapturedStep(self.program, self.caches, shape, self._pool)
             except RuntimeError as error:
@@ -75,11 +94,11 @@ class DeviceResult(StepResult):
         self._on_device = logits
 
     def logits(self) -> np.ndarray:
-        with _gpu_faults():
+        with current(self._on_device.device), _gpu_faults():
             return _to_host(self._on_device)
 
     def greedy(self) -> tuple[np.ndarray, np.ndarray]:
-        with _gpu_faults(), torch.inference_mode():
+        with current(self._on_device.device), _gpu_faults(), torch.inference_mode():
             return self._greedy()
 
     def _greedy(self) -> tuple[np.ndarray, np.ndarray]:
@@ -92,9 +111,11 @@ class DeviceResult(StepResult):
 
 @contextmanager
 def _gpu_faults() -> Iterator[None]:
-    """A fault of the GPU shows in any later call, and every call after it fails too."""
+    """A fault of the GPU shows in any later call, and every call after it fails too; one for want of memory does not."""
     try:
         yield
+    except torch.OutOfMemoryError as error:
+        raise StepMemoryError(f"the step needs more memory than is free ({str(error).splitlines()[0]})") from error
     except torch.AcceleratorError as error:
         raise EngineLostError(f"the GPU failed ({str(error).splitlines()[0]}); load the engine again") from error
 
