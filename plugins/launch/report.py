@@ -15,6 +15,7 @@ from latentrt.plugins.launch.plan import KernelSpec, PlanError
 V2_LITE = dict(heads=16, experts=64, hidden=2048, inner=1408, method="greedy", n_group=1, topk_group=1)
 V2 = dict(heads=128, experts=160, hidden=5120, inner=1536, method="group_limited_greedy", n_group=8, topk_group=3)
 MODELS = {"V2-Lite": V2_LITE, "V2": V2}
+VOCAB = 102400
 FORMATS = ("bfloat16", "float16", "float8_e4m3fn")
 PROGRESS_SECONDS = 10
 
@@ -48,6 +49,8 @@ def tuned(
 
     formats: of weights. caches: packed cache formats, all unless given, each with the first of `formats`.
     """
+    from latentrt.plugins.sampling.plan import Sampling
+
     seen = set()
     chosen = [(f, None) for f in formats] + [(formats[0], c) for c in (cache_formats.PACKED if caches is None else caches)]
     for name, model in MODELS.items():
@@ -61,6 +64,8 @@ def tuned(
                     if spec not in seen:
                         seen.add(spec)
                         yield f"{name} {cache or weights}", spec
+    for spec in ops.part("sampling", "plan").kernels(Sampling(VOCAB)):
+        yield "both", spec
 
 
 def _compile(job: tuple[str, KernelSpec, int, Path | None]) -> tuple[str, KernelSpec, int, CompiledKernel | str]:

@@ -101,11 +101,25 @@ def _int32(values) -> np.ndarray:
 LOGIT_ROWS = 256  # of one step: every row has logits [vocab_size], and a plan's profiles take as many
 
 
+SURE, UNSURE, NOT_FINITE = 0, 1, 2  # what `StepResult.draw` says of a row
+
+
+@dataclass(frozen=True)
+class Draws:
+    """How the tokens of N logit rows are chosen. numbers [N, 4] float64: temperature (0: the largest logit), top_p, min_p, and
+    the uniform number that the token falls on; top_k [N] int32, 0: all."""
+
+    numbers: np.ndarray
+    top_k: np.ndarray
+
+
 class StepResult:
     """What a step computed, for its N logit rows; valid until the backend's next step. This one has the logits on the host.
 
-    Whoever samples asks for `greedy` where that is enough: a backend may answer it without moving logits.
+    Whoever samples asks for `greedy` or `draw` where that is enough: a backend may answer without moving logits.
     """
+
+    can_draw = False  # whether `draw` may be asked
 
     def __init__(self, logits: np.ndarray):
         self._logits = logits
@@ -122,6 +136,16 @@ class StepResult:
         logits = self.logits()
         ids = logits.argmax(-1)
         return ids, np.take_along_axis(logits, ids[:, None], -1)[:, 0]
+
+
+    def rows(self, places: Sequence[int]) -> np.ndarray:
+        """Logits of some rows only, [len(places), vocab_size] float32, on the host."""
+        return self.logits()[places]
+
+    def draw(self, draws: Draws) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Ids [N], what is said of them [N], and the largest logits [N]: SURE ids are those of runtime/engine/sampler.py, for
+        the same numbers. UNSURE rows have none: they are too close to call here."""
+        raise NotImplementedError
 
 
 class Backend(ABC):

@@ -4,10 +4,12 @@ Together they would share a grid: every sequence would be as long as the longest
 that decode replay theirs, and prompts see a block table of prompts alone.
 """
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from latentrt.plugins.step_graph import StepBatch
-from latentrt.runtime.backends.base import StepResult
+from latentrt.runtime.backends.base import UNSURE, Draws, StepResult
 
 Part = tuple[StepBatch, np.ndarray]  # a part of a step, and which of the step's logits are its own
 
@@ -42,6 +44,7 @@ class JoinedResult(StepResult):
 
     def __init__(self, parts: list[tuple[StepResult, np.ndarray]]):
         self._parts = parts
+        self.can_draw = any(result.can_draw for result, _ in parts)
 
     def logits(self) -> np.ndarray:
         return self._joined([(result.logits(), places) for result, places in self._parts])
@@ -49,6 +52,25 @@ class JoinedResult(StepResult):
     def greedy(self) -> tuple[np.ndarray, np.ndarray]:
         found = [(result.greedy(), places) for result, places in self._parts if len(places)]
         return tuple(self._joined([(answer[k], places) for answer, places in found]) for k in (0, 1))
+
+    def rows(self, places: Sequence[int]) -> np.ndarray:
+        wanted, found = np.asarray(places), []
+        for result, own in self._parts:
+            inside = np.isin(wanted, own)
+            if inside.any():
+                found.append((result.rows(np.searchsorted(own, wanted[inside])), np.flatnonzero(inside)))
+        return self._joined(found)
+
+    def draw(self, draws: Draws) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        found = []
+        for result, places in self._parts:
+            count = len(places)
+            if result.can_draw and count:
+                answer = result.draw(Draws(draws.numbers[places], draws.top_k[places]))
+            else:  # whose logits are on the host
+                answer = np.zeros(count, np.int32), np.full(count, UNSURE, np.int32), np.zeros(count, np.float32)
+            found.append((answer, places))
+        return tuple(self._joined([(answer[k], places) for answer, places in found]) for k in range(3))
 
     def _joined(self, parts: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
         whole = np.empty((sum(len(places) for _, places in parts), *parts[0][0].shape[1:]), parts[0][0].dtype)

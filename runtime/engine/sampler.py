@@ -18,7 +18,7 @@ from functools import cache
 
 import numpy as np
 
-from latentrt.runtime.backends.base import StepResult
+from latentrt.runtime.backends.base import NOT_FINITE, UNSURE, Draws, StepResult
 from latentrt.runtime.engine.processors import Guide, Processors
 from latentrt.runtime.errors import EngineError
 from latentrt.runtime.sampling_params import GREEDY, SamplingParams
@@ -27,6 +27,8 @@ BLOCK = 64  # logits
 WORTH_THREADS = 1 << 19  # logits: below, and without drawing, a thread takes longer to wake than a row to sample
 # Of a sum: scores down to -30 (7e-6), their exponentials (1e-6), blocks added one by one (4e-6), and the total's as much.
 FLOAT32_ERROR = 3e-5
+DRAWN_TEMPERATURES = (1e-2, 1e2)  # with others, logits that differ may have weights that do not: the host looks closer
+_INT32_MAX = (1 << 31) - 1
 FLOAT32_TEMPERATURES = (1e-30, 1e30)  # others leave the range of float32
 BINS = 4096
 HIGH_BITS_OF_ONE = 1023 << 6  # exponent and six bits of the fraction
@@ -44,12 +46,32 @@ class Sampler:
     ):  # fmt: skip
         self.params = params
         self._random = np.random.default_rng(params.seed)
+        self._uniform: float | None = None  # drawn for a token that was not chosen yet
         self._processors = Processors(params, prompt, ends, guide)
 
     @property
     def takes_largest(self) -> bool:
         """Whether the next token is that of the largest logit."""
         return self.params.temperature == GREEDY and not self._processors.active
+
+    @property
+    def drawn_anywhere(self) -> bool:
+        """Whether a backend may choose the next token: nothing but these numbers says which it is."""
+        smallest, highest = DRAWN_TEMPERATURES
+        return not self._processors.active and (self.takes_largest or smallest <= self.params.temperature <= highest)
+
+    def numbers(self) -> tuple[float, float, float, float]:
+        """What `Draws.numbers` holds of it. The uniform number stays the same until a token was chosen."""
+        params = self.params
+        if params.temperature == GREEDY:
+            return 0.0, 1.0, 0.0, 0.0
+        if self._uniform is None:
+            self._uniform = self._random.random()
+        return params.temperature, params.top_p, params.min_p, self._uniform
+
+    def accept_drawn(self) -> None:
+        """A backend chose the token that its `numbers` ask for."""
+        self._uniform = None
 
     def next(self, logits: np.ndarray) -> int | EngineError:
         """The next token for logits [vocab] float32, which are left as they are; see `choose` for errors."""
@@ -64,7 +86,8 @@ class Sampler:
             if not math.isfinite(largest):
                 return self._processors.refused(largest)
         if self.params.temperature != GREEDY:
-            token = _choose(logits, float(largest), self.params, self._random.random())
+            token = _choose(logits, float(largest), self.params, self.numbers()[-1])
+            self._uniform = None
         return self._accept(token)
 
     def _accept(self, token: int) -> int | EngineError:
@@ -85,7 +108,33 @@ def choose(result: StepResult, samplers: Sequence[Sampler]) -> list[int | Engine
     if all(sampler.takes_largest for sampler in samplers):  # then no logits leave the device
         ids, largest = result.greedy()
         return [int(i) if math.isfinite(v) else _not_finite(v) for i, v in zip(ids, largest, strict=True)]
-    logits = result.logits()
+    if result.can_draw and any(sampler.drawn_anywhere for sampler in samplers):
+        return _drawn(result, samplers)
+    return _on_host(result.logits(), samplers)
+
+
+def _drawn(result: StepResult, samplers: Sequence[Sampler]) -> list[int | EngineError]:
+    """The same where the backend chooses what it can; logits of other rows alone come to the host."""
+    asked = [sampler.drawn_anywhere for sampler in samplers]
+    numbers = [s.numbers() if there else (0.0, 1.0, 0.0, 0.0) for s, there in zip(samplers, asked, strict=True)]
+    top_k = [min(max(s.params.top_k, 0), _INT32_MAX) if there else 0 for s, there in zip(samplers, asked, strict=True)]
+    ids, states, largest = result.draw(Draws(np.array(numbers), np.array(top_k, np.int32)))
+    tokens: list[int | EngineError] = [int(i) for i in ids]
+    rest = []
+    for n, (sampler, there, state) in enumerate(zip(samplers, asked, states, strict=True)):
+        if not there or state == UNSURE:
+            rest.append(n)
+        elif state == NOT_FINITE:
+            tokens[n] = _not_finite(largest[n])
+        else:
+            sampler.accept_drawn()
+    if rest:
+        for n, token in zip(rest, _on_host(result.rows(rest), [samplers[n] for n in rest]), strict=True):
+            tokens[n] = token
+    return tokens
+
+
+def _on_host(logits: np.ndarray, samplers: Sequence[Sampler]) -> list[int | EngineError]:
     if len(logits) != len(samplers):
         raise ValueError(f"{len(logits)} rows of logits for {len(samplers)} samplers")
     drawn = any(sampler.params.temperature != GREEDY for sampler in samplers)

@@ -142,8 +142,8 @@ def test_decode_is_captured_once_and_replayed(backend, device):
     assert zeroed < device.log.index(runs[0]), "captured on padding alone: nothing is written to the cache"
     assert device.log[zeroed][3] == backend.runner.stream, "in the order of the steps that warm up"
     device.log.clear()
-    backend.step(decode_batch(4))
-    assert [e[0] for e in device.log] == ["upload", "launch", "download"]
+    backend.step(decode_batch(4)).logits()
+    assert [e[0] for e in device.log] == ["synchronize", "upload", "launch", "download"]
 
 
 def test_padding_of_a_decode_step(backend, device):
@@ -174,12 +174,13 @@ def test_prompts_beside_decoding_are_a_pass_of_their_own(backend, device):
     rows = [SequenceRows([1], 3, [0]), SequenceRows(range(33), 0, [32]), SequenceRows([2], 70, [0])]
     backend.step(pack(rows, TABLE))
     device.log.clear()
-    result = backend.step(pack(rows, TABLE))
-    assert [e[0] for e in device.log] == ["upload", "execute", "download", "upload", "launch", "download"]
+    logits = backend.step(pack(rows, TABLE)).logits()
+    happened = [e[0] for e in device.log if e[0] != "synchronize"]
+    assert happened == ["upload", "execute", "download", "upload", "launch", "download"]
     assert [e[2] for e in device.log if e[0] == "download"] == [(1, fakes.VOCAB), (2, fakes.VOCAB)]
     (prompt,) = executed(device)
     assert prompt[1] == 1 and prompt[2]["input_ids"] == (64,) and prompt[2]["block_table"] == (1, 1)
-    assert result.logits().shape == (3, fakes.VOCAB) and (result.logits() == 1.5).all()
+    assert logits.shape == (3, fakes.VOCAB) and (logits == 1.5).all()
 
 
 def test_logits_leave_through_one_pinned_buffer(backend):

@@ -24,6 +24,7 @@ from latentrt.export.quantization import BFloat16, Fp8, WeightFormat
 from latentrt.export.tracing import Shapes
 from latentrt.export.weight_set import StoredWeight
 from latentrt.plugins.contract import DOMAIN, VERSION
+from latentrt.plugins.sampling import plan as sampling
 from latentrt.plugins.step_graph import (
     ABSORBED,
     EXPANDED,
@@ -103,6 +104,7 @@ class TensorrtLowering(Lowering):
         graph = _common(models)
         with stage(f"{name}: kernels") as advance:
             specs = dict.fromkeys(spec for m in models.values() for spec in gpu_kernels.needed(m.graph, self.capability))
+            specs |= dict.fromkeys(sampling.kernels(sampling.Sampling(config.vocab_size)))
             kernels = gpu_kernels.compile_all(list(specs), self.capability, advance)
         with stage(f"{name}: {self.module}") as advance:
             streamed = self.spec.weights == "embedded"

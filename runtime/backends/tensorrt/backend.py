@@ -22,7 +22,9 @@ from latentrt.runtime.backends.base import Backend, BackendOptions, StepResult, 
 from latentrt.runtime.backends.forms import chooser
 from latentrt.runtime.backends.padding import StepShape
 from latentrt.runtime.backends.tensorrt import device as cuda_device
+from latentrt.runtime.backends.tensorrt import drawing
 from latentrt.runtime.backends.tensorrt.device import Device, NoGpuError
+from latentrt.runtime.backends.tensorrt.drawing import TokenDrawer
 from latentrt.runtime.backends.tensorrt.runner import DECODE, Bindings, EngineRunner
 from latentrt.runtime.backends.tensorrt.runtime_cache import RuntimeCache
 from latentrt.runtime.bundle.manifest import Target
@@ -49,7 +51,8 @@ class TensorRtBackend(Backend):
         self.device = _device(bundle, name, target, options.gpu)
         trt = package(bundle, name, target)
         with self._timed("kernels"):
-            self._plugins = _plugins(trt, self.device, kernels(bundle, target))
+            compiled = kernels(bundle, target)
+            self._plugins = _plugins(trt, self.device, compiled)
         with self._timed("plan"):
             self._logger = trt.Logger(trt.Logger.WARNING)
             self._runtime = trt.Runtime(self._logger)
@@ -70,7 +73,8 @@ class TensorRtBackend(Backend):
                 for form, files in target.engines.items()
                 for index, profile in enumerate(files.profiles)
             }
-            self.runner = EngineRunner(self.device, bindings, limits, contexts, choose, options.capture)
+            drawer = self._drawer(bindings, limits) if drawing.kernel(bindings.vocab_size) in compiled else None
+            self.runner = EngineRunner(self.device, bindings, limits, contexts, choose, options.capture, drawer)
         self.load_seconds |= {"runtime_cache": self.runtime_caches[DECODE_FORM].state, "context_bytes": activations}
         self.load_seconds["graphs"] = self.runner.graphs
 
@@ -83,6 +87,8 @@ class TensorRtBackend(Backend):
         self.device.activate()
         with self._timed("first_step") if first else _nothing():
             result = self.runner.step(batch)
+            if first:
+                self.device.synchronize(self.runner.stream)
         self.load_seconds["graphs"] = self.runner.graphs
         if first or self.load_seconds["graphs"] != graphs:
             self._save()
@@ -107,6 +113,10 @@ class TensorRtBackend(Backend):
     def _save(self) -> None:
         for cache in self.runtime_caches.values():
             cache.save()
+
+    def _drawer(self, bindings: Bindings, limits: StepShape) -> TokenDrawer:
+        _, launchers = self._plugins
+        return TokenDrawer(self.device, launchers, bindings.logits, bindings.vocab_size, limits.logit_rows)
 
     def _bind(self, limits: StepShape, cache_tokens: int | None) -> Bindings:
         spec, outputs = self.target.cache, {o.name: o for o in self.target.outputs}

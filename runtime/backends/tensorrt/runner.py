@@ -7,11 +7,12 @@ from dataclasses import dataclass
 import numpy as np
 
 from latentrt.plugins.step_graph import DECODE_FORM, StepBatch
-from latentrt.runtime.backends.base import StepResult
+from latentrt.runtime.backends.base import Draws, StepResult
 from latentrt.runtime.backends.forms import FormChooser
 from latentrt.runtime.backends.padding import GRAPHS, SIZES, StepShape, decode_shape, fill, prefill_shape
 from latentrt.runtime.backends.passes import JoinedResult, split
 from latentrt.runtime.backends.tensorrt.device import CudaError, Device
+from latentrt.runtime.backends.tensorrt.drawing import TokenDrawer
 from latentrt.runtime.errors import EngineError
 
 DECODE, PREFILL = "decode", "prefill"  # profiles
@@ -30,6 +31,27 @@ class Bindings:
     vocab_size: int
 
 
+class EngineResult(StepResult):
+    """Logits that the last pass of a runner left on the GPU: `count` rows, on the host from row `at` of its buffer on."""
+
+    def __init__(self, runner: "EngineRunner", at: int, count: int):
+        self._runner, self._at, self._count = runner, at, count
+        self.can_draw = runner.drawer is not None
+
+    def logits(self) -> np.ndarray:
+        return self._runner.download(self._at, self._count)
+
+    def draw(self, draws: Draws) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self._runner.drawer.draw(draws, self._runner.stream)
+
+    def greedy(self) -> tuple[np.ndarray, np.ndarray]:
+        if not self.can_draw:
+            return super().greedy()
+        nothing = np.zeros((self._count, 4)), np.zeros(self._count, np.int32)
+        ids, _, largest = self.draw(Draws(*nothing))
+        return ids.astype(np.int64), largest
+
+
 class EngineRunner:
     """Runs steps. contexts: (form, profile) -> what makes a context, and the profile's index in the form's engine.
 
@@ -44,9 +66,9 @@ class EngineRunner:
 
     def __init__(
         self, device: Device, bindings: Bindings, limits: StepShape, contexts: Mapping[tuple[str, str], tuple],
-        chooser: FormChooser, capture: bool = True,
+        chooser: FormChooser, capture: bool = True, drawer: TokenDrawer | None = None,
     ):  # fmt: skip
-        self.device, self.bindings = device, bindings
+        self.device, self.bindings, self.drawer = device, bindings, drawer
         self.limits, self.chooser, self.uncaptured = limits, chooser, "" if capture else "not asked for"
         self.stream, self._makers = device.stream(), dict(contexts)
         self.contexts = {name: self._context(name) for name in contexts}
@@ -65,15 +87,22 @@ class EngineRunner:
         """Runs one step; appends to the caches."""
         parts = split(batch, self._page_size) if _DECODE in self.contexts else None
         if parts is None:
-            return StepResult(self._pass(batch, 0))
-        results, at = [], 0
-        for part, places in parts:
-            results.append((StepResult(self._pass(part, at)), places))
-            at += len(places)
-        return JoinedResult(results)
+            self._pass(batch)
+            return EngineResult(self, 0, len(batch.logit_rows))
+        (prompts, theirs), (decoding, its) = parts
+        self._pass(prompts)
+        on_host = StepResult(self.download(0, len(theirs)))  # the next pass writes over what is on the GPU
+        self._pass(decoding)
+        return JoinedResult([(on_host, theirs), (EngineResult(self, len(theirs), len(its)), its)])
 
-    def _pass(self, batch: StepBatch, at: int) -> np.ndarray:
-        """Logits [N, vocab_size] float32: rows of the pinned buffer from `at` on."""
+    def download(self, at: int, count: int) -> np.ndarray:
+        """The last pass's logits [count, vocab_size] float32, as rows of the pinned buffer from `at` on."""
+        logits = self._logits[at : at + count]
+        if count:
+            self.device.download(logits, self.bindings.logits, self.stream)
+        return logits
+
+    def _pass(self, batch: StepBatch) -> None:
         shape = decode_shape(batch, self._sizes(), self.limits.max_pages) if _DECODE in self.contexts else None
         graph = self._graph(shape) if shape is not None else None
         name = _DECODE
@@ -85,9 +114,6 @@ class EngineRunner:
             self.device.launch(graph, self.stream)
         else:
             self._enqueue(self.contexts[name], shape)
-        logits = self._logits[at : at + len(batch.logit_rows)]
-        self.device.download(logits, self.bindings.logits, self.stream)
-        return logits
 
     def close(self) -> None:
         """Lets go of contexts: before the memory that they use is freed."""
@@ -113,6 +139,7 @@ class EngineRunner:
 
     def _upload(self, batch: StepBatch, shape: StepShape) -> None:
         length = shape.offsets()[1]
+        self.device.synchronize(self.stream)  # the pass before may still read its inputs
         fill(batch, shape, self._host)
         self.device.upload_async(self._inputs, self._host[:length], self.stream)
 

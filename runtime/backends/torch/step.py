@@ -1,14 +1,14 @@
 """Runs a step program on a device: caches, and on a GPU decode steps as CUDA graphs, one per padded shape."""
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import numpy as np
 import torch
 
 from latentrt.plugins.step_graph import DECODE_FORM, LOGITS, StepBatch
-from latentrt.runtime.backends.base import StepResult
+from latentrt.runtime.backends.base import Draws, StepResult
 from latentrt.runtime.backends.forms import FormChooser
 from latentrt.runtime.backends.padding import GRAPHS, SIZES, StepShape, decode_shape, fill
 from latentrt.runtime.backends.passes import JoinedResult, split
@@ -88,14 +88,27 @@ class StepRunner:
 
 
 class DeviceResult(StepResult):
-    """Logits [N, vocab_size] on the device; the largest of each row are found there."""
+    """Logits [N, vocab_size] on the device; tokens are chosen there, on a GPU by one kernel."""
 
     def __init__(self, logits: torch.Tensor):
         self._on_device = logits
+        self.can_draw = logits.device.type == "cuda"
 
     def logits(self) -> np.ndarray:
         with current(self._on_device.device), _gpu_faults():
             return _to_host(self._on_device)
+
+    def rows(self, places: Sequence[int]) -> np.ndarray:
+        with current(self._on_device.device), _gpu_faults(), torch.inference_mode():
+            return _to_host(self._on_device[torch.as_tensor(places, device=self._on_device.device)])
+
+    def draw(self, draws: Draws) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        from latentrt.plugins.sampling.kernel import choose
+
+        device = self._on_device.device
+        with current(device), _gpu_faults(), torch.inference_mode():
+            asked = (torch.from_numpy(a).to(device, non_blocking=True) for a in (draws.numbers, draws.top_k))
+            return tuple(found.cpu().numpy() for found in choose(self._on_device.float(), *asked))
 
     def greedy(self) -> tuple[np.ndarray, np.ndarray]:
         with current(self._on_device.device), _gpu_faults(), torch.inference_mode():
