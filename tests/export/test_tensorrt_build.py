@@ -221,7 +221,7 @@ def test_the_kernels_are_those_of_both_plans(fast_trace, no_tensorrt, tmp_path, 
         gpu_kernels, "compile_all", lambda specs, capability, progress: asked.extend(specs) or kernel_files(tmp_path, 89)
     )
     build(EXAMPLE, tmp_path / "bundle", "sm89")
-    assert {s.op for s in asked} == {"mla_attention", "mla_prefill", "moe_route", "moe_experts"}
+    assert {s.op for s in asked} == {"mla_attention", "mla_prefill", "moe_route", "moe_experts", "sampling"}
     assert len(asked) == len(set(asked))
 
 

@@ -107,7 +107,7 @@ class OnDevice(StepResult):
         return tuple(t.numpy() for t in kernel.choose(*map(torch.from_numpy, (self._logits, draws.numbers, draws.top_k))))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=8, deadline=None)
 @given(seed=st.integers(0, 10**6), params=st.lists(PARAMS, min_size=1, max_size=5), split=st.integers(0, 5))
 def test_a_batch_gets_the_tokens_of_the_host(seed, params, split):
     """Seeds, greedy rows, rows with a penalty and rows without numbers side by side; some logits on the host already."""

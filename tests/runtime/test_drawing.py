@@ -19,7 +19,8 @@ if not interpreter.interpreting():
     pytest.skip("kernels run in Triton's interpreter: TRITON_INTERPRET=1", allow_module_level=True)
 
 ROWS, VOCAB, STREAM = 6, 300, 7
-DTYPES = {"*fp32": (ctypes.c_float, torch.float32), "*fp64": (ctypes.c_double, torch.float64), "*i32": (ctypes.c_int32, torch.int32)}
+DTYPES = {"*fp32": (ctypes.c_float, torch.float32), "*fp64": (ctypes.c_double, torch.float64),
+          "*i32": (ctypes.c_int32, torch.int32)}  # fmt: skip
 
 
 class HostDevice:

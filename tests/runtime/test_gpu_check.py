@@ -13,7 +13,7 @@ import pytest
 pytestmark = pytest.mark.slow
 
 SCRIPT = Path(__file__).parents[2] / "benchmarks" / "gpu_check.py"
-CHEAP = ("attention", "routing", "experts", "fused", "launch", "engines", "measure-attention", "measure-experts")
+CHEAP = ("attention", "routing", "experts", "fused", "sampling", "launch", "engines", "measure-attention", "measure-experts")
 PREFIX = """
 import os, runpy, sys, time
 os.environ["TRITON_INTERPRET"] = "1"
@@ -68,10 +68,10 @@ def test_dry_run(tmp_path):
 
 
 def test_with_torch_and_triton_alone(tmp_path):
-    names = ("attention", "routing", "experts", "fused", "launch", "probe", "example", "engines", "measure-model")
+    names = ("attention", "routing", "experts", "fused", "sampling", "launch", "probe", "example", "engines", "measure-model")
     result, _ = run(tmp_path, "--dry-run", *sections(*names), prefix=("-c", MISSING))
     why = {s["section"]: s["why"] for s in result["skipped"] if s["name"] == s["section"]}
-    assert set(why) == {"probe", "example", "engines", "measure-model"} and "not installed" in why["example"]
+    assert set(why) == {"sampling", "probe", "example", "engines", "measure-model"} and "not installed" in why["example"]
     assert not result["failed"] and {c["section"] for c in result["passed"]} == set(names) - set(why)
 
 
