@@ -2,6 +2,7 @@
 
 import json
 import os
+import struct
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,38 @@ def test_spec_survives_json():
     for _, spec in tuned(90, FORMATS[:1], ()):
         assert aot.spec_from_json(json.loads(json.dumps(asdict(spec)))) == spec
     assert set(MODELS) == {"V2", "V2-Lite"}
+
+
+def test_cubins_take_the_parameters_that_launchers_pass(covering):
+    """By the table in the cubin itself: so many, of these sizes, one after another, then Triton's two scratch pointers."""
+    sizes = {"i32": 4, "fp32": 4, "i64": 8, "fp64": 8}
+    for kernel in covering:
+        expected, offset = [], 0
+        for kind in (*(kind for _, kind in kernel.metadata["parameters"]), "*", "*"):
+            size = sizes.get(kind, 8)
+            offset = -(-offset // size) * size
+            expected.append((offset, size))
+            offset += size
+        assert parameters(kernel.cubin, kernel.name) == expected, kernel.name
+
+
+def parameters(cubin: bytes, name: str) -> list[tuple[int, int]]:
+    """Offset and size of a kernel's parameters: EIATTR_KPARAM_INFO (0x17) of section .nv.info.<name>, an ELF64 file."""
+    (headers,) = struct.unpack_from("<Q", cubin, 0x28)
+    size, count, names = struct.unpack_from("<HHH", cubin, 0x3A)
+    sections = [struct.unpack_from("<IIQQQQ", cubin, headers + k * size) for k in range(count)]
+    found = {}
+    for label, _, _, _, offset, length in sections:
+        start = sections[names][4] + label
+        if cubin[start : cubin.index(b"\0", start)].decode() != f".nv.info.{name}":
+            continue
+        at, end = offset, offset + length
+        while at + 4 <= end:
+            form, attribute, value = struct.unpack_from("<BBH", cubin, at)
+            at += 4
+            if form == 4:  # `value` bytes follow
+                if attribute == 0x17:
+                    _, ordinal, place, rest = struct.unpack_from("<IHHI", cubin, at)
+                    found[ordinal] = place, rest >> 18
+                at += value
+    return [found[k] for k in sorted(found)]
