@@ -4,9 +4,9 @@
         launch()
     assert found.faults == []
 
-Inside, programs of a launch run in an order that `seed` shuffles. A lane may touch its launch's tensors only. Two programs of one
-launch must not write one byte, nor one read what another writes: on a GPU they run at once. What torch.empty gave is not read
-before it was written.
+Inside, programs of a launch run in an order that `seed` shuffles. A lane may touch its launch's tensors only. Two programs of
+one launch must not write one byte, nor one read what another writes: on a GPU they run at once. What torch.empty gave is not
+read before it was written.
 """
 
 import inspect
