@@ -31,6 +31,7 @@ _ROWS = (
     _gpu("sm89", "tensorrt_rtx", float8=True),
     _gpu("sm90", "tensorrt", float8=True),
     _gpu("sm100", "tensorrt", float8=True),
+    _gpu("sm103", "tensorrt", float8=True),
     _gpu("sm120", "tensorrt_rtx", float8=True),
     _gpu("sm121", "tensorrt_rtx", float8=True),
 )
