@@ -1,0 +1,115 @@
+"""words.py in ONNX's operations, for plain ONNX Runtime. Values are names, tokens are rows [T, ...], `f` collects nodes.
+
+Numbers before packing are int64, words int32. Where a step is the same as in words.py, so are its bits; sums of squared errors
+are ONNX Runtime's, whose order is another, so that of two scales that are equally good to float32's rounding it may take the other.
+"""
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import numpy as np
+from onnx import TensorProto
+
+from latentrt.plugins.cache_formats.words import SMALLEST, word_count
+
+if TYPE_CHECKING:
+    from latentrt.plugins.onnx_function import FunctionBuilder
+
+FLOAT, FLOAT16, BFLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
+INT32, INT64, UINT16, UINT32 = TensorProto.INT32, TensorProto.INT64, TensorProto.UINT16, TensorProto.UINT32
+
+
+def pack(f: "FunctionBuilder", codes: str, bits: int, elements: int) -> str:
+    """int64 [T, elements] from 0 to 2^bits - 1 -> int32 [T, word_count]. bits: 2, 4, 6, 8 or 16."""
+    if bits == 6:
+        low, high = f("BitwiseAnd", codes, f.constant(15)), f("Div", codes, f.constant(16))
+        return f("Concat", pack(f, low, 4, elements), pack(f, high, 2, elements), axis=-1)
+    each, words = 32 // bits, word_count(elements, bits)
+    if fill := words * each - elements:
+        codes = f("Pad", codes, f.constant([0, 0, 0, fill]))
+    codes = f("Reshape", codes, f.constant([0, words, each]))
+    placed = f("Mul", codes, f.constant([1 << bits * k for k in range(each)]))
+    return f.cast(_reduced(f, "ReduceSum", placed, words), INT32)  # from 2^31 on it is its two's complement
+
+
+def _reduced(f: "FunctionBuilder", op_type: str, x: str, *shape: int) -> str:
+    """Along the last axis: [T, *shape]. Of no rows ONNX Runtime (1.31) reduces nothing, and leaves the axis as it is."""
+    return f("Reshape", f(op_type, x, f.constant([-1]), keepdims=0), f.constant([0, *shape]))
+
+
+def part(f: "FunctionBuilder", values: str, start: int, stop: int) -> str:
+    """Of the last axis."""
+    return f("Slice", values, f.constant([start]), f.constant([stop]), f.constant([-1]))
+
+
+def look_up(f: "FunctionBuilder", words: str, table: np.ndarray, elements: int) -> str:
+    """int32 [T, n] -> float32 [T, elements]: what row b of `table` [256, numbers in a byte] says of every byte b, in order."""
+    values = f("Gather", f.constant(table, np.float32), _numbers(f, words, 8))  # [T, n, 4, numbers in a byte]
+    found = -(-elements // (4 * table.shape[1])) * 4 * table.shape[1]
+    values = f("Reshape", values, f.constant([0, found]))
+    return values if found == elements else part(f, values, 0, elements)
+
+
+def unpack(f: "FunctionBuilder", words: str, bits: int, elements: int, zero: int = 0) -> str:
+    """int32 [T, word_count] -> float32 [T, elements]: the codes less `zero`."""
+    if bits == 6:
+        low = word_count(elements, 4)
+        high = _table(2) * 16 - zero
+        low, high = part(f, words, 0, low), look_up(f, part(f, words, low, word_count(elements, 6)), high, elements)
+        return f("Add", look_up(f, low, _table(4), elements), high)
+    return look_up(f, words, _table(bits) - zero, elements)
+
+
+def _table(bits: int) -> np.ndarray:
+    """The numbers in every byte, [256, 8 / bits]."""
+    return np.arange(256)[:, None] >> np.arange(0, 8, bits) & (1 << bits) - 1
+
+
+def _numbers(f: "FunctionBuilder", words: str, bits: int) -> str:
+    """int32 [T, n] -> int32 [T, n, 32 / bits]."""
+    words = f("Unsqueeze", f("BitCast", words, to=UINT32), f.constant([2]))
+    words = f("BitShift", words, f.constant(range(0, 32, bits), np.uint32), direction="RIGHT")
+    return f.cast(f("BitwiseAnd", words, f.constant((1 << bits) - 1, np.uint32)), INT32)
+
+
+def pack_halves(f: "FunctionBuilder", values: str, elements: int) -> str:
+    """float16 or bfloat16 [T, elements] -> int32 [T, ceil(elements / 2)]."""
+    return pack(f, f.cast(f("BitCast", values, to=UINT16), INT64), 16, elements)
+
+
+def unpack_halves(f: "FunctionBuilder", words: str, dtype: int, elements: int) -> str:
+    """The way back, as float32. dtype: ONNX's."""
+    halves = f.cast(_numbers(f, words, 16), UINT16)
+    values = f("Reshape", f.cast(f("BitCast", halves, to=dtype), FLOAT), f.constant([0, elements + elements % 2]))
+    return part(f, values, 0, elements) if elements % 2 else values
+
+
+def largest(f: "FunctionBuilder", x: str, groups: int) -> str:
+    """The largest of |x| [T, groups, n] in each group, [T, groups, 1]; NaN where there is one, which ReduceMax may miss."""
+    size = f("Abs", x)
+    sums = _reduced(f, "ReduceSum", size, groups, 1)
+    return f("Where", f("IsNaN", sums), sums, _reduced(f, "ReduceMax", size, groups, 1))
+
+
+def quantize(f: "FunctionBuilder", x: str, groups: int, bits: int, grid: Sequence[float]) -> tuple[str, str]:
+    """float32 [T, groups, n] -> codes of the same shape, int64, and float16 scales [T, groups]."""
+    half, last = 1 << bits - 1, f.constant([-1])
+    scales = f("Div", largest(f, x, groups), f.constant(grid, np.float32))  # [T, groups, candidates]
+    scales = f.cast(f.cast(scales, FLOAT16), FLOAT)
+    scales = f("Where", f("Equal", scales, f.constant(0.0, np.float32)), f.constant(SMALLEST, np.float32), scales)
+    if len(grid) > 1:
+        every, wide = f("Unsqueeze", x, f.constant([2])), f("Unsqueeze", scales, last)  # [T, groups, 1, n], [.., candidates, 1]
+        missed = f("Sub", f("Mul", _codes(f, every, wide, half), wide), every)
+        error = _reduced(f, "ReduceSum", f("Mul", missed, missed), groups, len(grid))
+        error = f("Where", f("IsNaN", error), f.constant(-1.0, np.float32), error)  # larger scales come first: the first stays
+        best = f("Reshape", f("ArgMin", error, axis=-1), f.constant([0, groups, 1]))
+        scales = f("GatherElements", scales, best, axis=-1)
+    codes = f("Add", _codes(f, x, scales, half), f.constant(half, np.float32))
+    return f.cast(codes, INT64), f.cast(f("Squeeze", scales, last), FLOAT16)
+
+
+def _codes(f: "FunctionBuilder", x: str, scales: str, half: int) -> str:
+    """Whole numbers from -half to half - 1, as float32; 0 for NaN."""
+    codes = f("Round", f("Div", x, scales))
+    codes = f("Where", f("IsNaN", codes), f.constant(0.0, np.float32), codes)
+    return f("Clip", codes, f.constant(-half, np.float32), f.constant(half - 1, np.float32))
