@@ -9,13 +9,14 @@ Patterns are those that torch's exporter makes of `export/models`. What does not
 this kind: tests hold that there is.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import onnx
 from onnx import helper, numpy_helper
 
 from latentrt.plugins.contract import DOMAIN
-from latentrt.plugins.onnx_function import MICROSOFT
+from latentrt.plugins.onnx_function import MICROSOFT, set_opset
 
 CPU_DOMAIN = "latentrt.cpu"
 INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits
@@ -45,8 +46,8 @@ def replace(model: onnx.ModelProto) -> int:
         nodes = [n for n in model.graph.node if (n.domain, n.op_type) == (DOMAIN, op_type)]
         for node in nodes:
             change(node, graph, heads)
-    called = {(n.domain, n.op_type, n.overload) for n in model.graph.node}
-    _assign(model.functions, [f for f in model.functions if (f.domain, f.name, f.overload) in called])
+    _assign(model.functions, _called(model))
+    set_opset(model, model.functions)
     for node in model.graph.node:
         if _quantizes_activations(node, graph):
             weights = [graph.panels(name).name for name in node.input[1:3]]
@@ -58,6 +59,27 @@ def replace(model: onnx.ModelProto) -> int:
         _drop_unused(model.graph)
     model.opset_import.append(helper.make_opsetid(CPU_DOMAIN, 1))
     return sum(node.domain == CPU_DOMAIN for node in model.graph.node)
+
+
+def _called(model: onnx.ModelProto) -> list[onnx.FunctionProto]:
+    """Functions that the graph needs; each comes before those that it calls (onnx_function.bodies)."""
+    called, kept = {_key(n) for n in _nodes(model.graph.node)}, []
+    for function in (f for f in model.functions if (f.domain, f.name, f.overload) in called):
+        kept.append(function)
+        called |= {_key(n) for n in _nodes(function.node)}
+    return kept
+
+
+def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """These, and those of loops and branches."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            yield from _nodes(attribute.g.node)
+
+
+def _key(node: onnx.NodeProto) -> tuple[str, str, str]:
+    return node.domain, node.op_type, node.overload
 
 
 class _OtherPatternError(Exception):
@@ -280,10 +302,10 @@ def _experts(node: onnx.NodeProto, graph: _Graph, heads: list[_HeadProducts]) ->
 
 
 def _is_plain(node: onnx.NodeProto, graph: _Graph) -> bool:
-    """A custom op whose weights a recipe left in float32, over a cache that its ONNX function reads."""
+    """A custom op whose weights a recipe left in float32."""
     if node.op_type == "MoeExperts":
         return all(graph.initializers[name].data_type == _FLOAT for name in node.input[3:5])
-    if node.op_type != "MlaAttention" or _attribute(node, "cache_format").decode() not in _MLA:
+    if node.op_type != "MlaAttention":
         return False
     behind = [n for n in graph.graph.node if node.output[0] in n.input]
     try:
