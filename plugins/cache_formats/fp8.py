@@ -5,6 +5,7 @@ rotated.
 """
 
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 from latentrt.plugins.cache_formats.base import CacheFormat, Field
@@ -81,7 +82,7 @@ class Fp8(CacheFormat):
 
         rank, rope = sizes
         groups, starts = -(-rank // GROUP), [self.start(name, *sizes) for name in ("latent", "scales", "k_pe", "")]
-        latent, scale, k_pe = (words.part(f, rows, *ends) for ends in zip(starts, starts[1:], strict=False))
+        latent, scale, k_pe = (words.part(f, rows, *ends) for ends in pairwise(starts))
         table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
         values = words.look_up(f, latent, table[:, None], rank)
         scale = f("Unsqueeze", f("BitCast", scale, to=words.FLOAT), f.constant([2]))

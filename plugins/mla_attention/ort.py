@@ -53,7 +53,8 @@ def MlaAttention(  # noqa: N802 (the name is the op's, the parameters are its in
     slot = op.Concat(op.Unsqueeze(page, one), op.Unsqueeze(op.Mod(position, page_size), one), axis=1)
     cache_out = op.ScatterND(cache, slot, _DOMAIN.EncodeCells(latent, k_pe, cache))
 
-    flat = op.Reshape(cache_out, op.Concat(minus_one, op.Shape(cache, start=2, end=3), axis=0))  # [num_pages * page_size, width]
+    width = op.Shape(cache, start=2, end=3)
+    flat = op.Reshape(cache_out, op.Concat(minus_one, width, axis=0))  # [num_pages * page_size, width]
     query = op.Concat(q_latent, q_pe, axis=-1)  # [T, H, rank + rope]
     length = op.Shape(query, start=2, end=3)
     slots = op.Range(first_axis, op.Squeeze(page_size), step)

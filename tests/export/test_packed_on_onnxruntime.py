@@ -1,5 +1,7 @@
 """Packed latent caches on plain ONNX Runtime, built and run: against transformers, and against torch over the same format."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -14,16 +16,18 @@ from latentrt.plugins.cache_formats import onnx_words, rotation
 from latentrt.plugins.cache_formats.integers import Integers
 from latentrt.runtime import backends
 from latentrt.runtime.bundle.reader import Bundle
+from latentrt.runtime.errors import RequestError
 from tests import checkpoints, ragged
 from tests.builds import build
 from tests.conftest import EXAMPLE
 from tests.export.conftest import PACKED_KL
 
 pytestmark = pytest.mark.usefixtures("fast_trace")
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="needs g++")
 LENGTHS = [60, 9, 1, 70]
 SCHEDULE = [[50, 3, 0, 64], [1, 1, 1, 1], [2, 0, 0, 3]]
-# Latents differ in the last bit of float32 between torch and ONNX Runtime, so that one in some thousand codes is another, a step
-# away: measured up to 9e-7 nats on the example, where the format itself costs 4e-4 to 3e-3.
+# Latents differ in the last bit of float32 between torch and ONNX Runtime, so that now and then a code is another, one step away:
+# measured up to 9e-7 nats on the example, where the format itself costs 4e-4 to 3e-3.
 SAME_FORMAT_KL = 1e-5
 
 
@@ -73,7 +77,7 @@ def test_the_example_in_fp32(traced, tmp_path, capsys, name):
     """As torch over the same format; and `latentrt info` says what is allocated."""
     path = traced.build_once(f"example.fp32.{name}", EXAMPLE, tmp_path / "b", "cpu", "fp32", cache_format=name)
     assert kl(torch_logits(EXAMPLE, name), engine_logits(path)) < SAME_FORMAT_KL
-    assert cli.run(["info", str(path)]) == 0
+    assert cli.main(["info", str(path)]) == 0
     c, layout = Bundle(path).manifest.config, cache_formats.get(name)
     size = c["num_hidden_layers"] * layout.bytes_per_token(c["kv_lora_rank"], c["qk_rope_head_dim"])
     assert f"{name}, pages of 64: {size:,} B per token" in " ".join(capsys.readouterr().out.split())
@@ -122,16 +126,56 @@ def test_faults_are_seen(packable, tmp_path, monkeypatch, place, name, fault):
     assert kl(transformers_logits(packable), engine_logits(tmp_path / "b")) > 10 * PACKED_KL["int6"]
 
 
-@pytest.mark.parametrize(("precision", "name"), [("int8", "int6"), ("int8", "fp8"), ("int4", "int4")])
-def test_accuracy_exact_with_a_packed_cache(traced, tmp_path, precision, name):
-    """Beside the same weights over a float32 cache: what the format costs, as in fp32."""
+@pytest.mark.parametrize(("precision", "name", "limit"), [("int8", "int6", 0.0022), ("int8", "fp8", 9e-4), ("int4", "int4", 0.013)])
+def test_accuracy_exact_with_a_packed_cache(traced, tmp_path, precision, name, limit):
+    """Beside the same weights over a float32 cache: what the format costs on these random tokens, twice what was measured."""
     paths = [
         traced.build_once(f"example.{precision}.exact.{cache}", EXAMPLE, tmp_path / cache, "cpu", precision, accuracy="exact",
                           cache_format=cache) for cache in ("float32", name)
     ]  # fmt: skip
     plain, packed = map(engine_logits, paths)
     assert Bundle(paths[1]).target(None)[1].engines["absorbed"].native is None
-    assert 0 < kl(plain, packed) < 2 * PACKED_KL[name] + 0.005
+    assert 0 < kl(plain, packed) < limit
+
+
+@pytest.fixture(scope="module")
+def fast(traced, tmp_path_factory):
+    """The example in int8, fast, over int6, which has both graphs."""
+    path = tmp_path_factory.mktemp("fast") / "bundle"
+    return traced.build_once("example.int8.int6", EXAMPLE, path, "cpu", "int8", cache_format="int6")
+
+
+@needs_compiler
+def test_both_graphs_of_a_bundle_read_the_same_cache(fast):
+    """As near to each other as either is to float32 weights: both round activations, each in its own order (2e-3, 1e-3)."""
+    bundle = Bundle(fast)
+    files = bundle.target(None)[1].engines["absorbed"]
+    assert files.native and files.native != files.graph
+    own, theirs = (engine_logits(fast, kernels=kernels) for kernels in ("native", "onnxruntime"))
+    expected = torch_logits(EXAMPLE, "int6")
+    assert kl(expected, own) < 0.004 and kl(expected, theirs) < 0.004 and kl(own, theirs) < 0.004
+
+
+def test_without_a_compiler_a_packed_cache_is_read_all_the_same(fast, monkeypatch, tmp_path, capfd):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with backends.load(Bundle(fast), cache_tokens=640) as backend:
+        assert not backend.native
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == "latentrt: no own CPU kernels, ONNX Runtime's are slower: g++ is not installed"
+    with pytest.raises(RequestError, match=r"kernels is 'native', but g\+\+ is not installed"):
+        backends.load(Bundle(fast), cache_tokens=640, kernels="native")
+
+
+def test_a_recipe_may_keep_absorbed_weights_plain(tmp_path):
+    """Of one layer: its attention is ONNX Runtime's in both graphs, beside layers whose is our own."""
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text('plain = ["model.layers.2.self_attn.kv_b_proj"]')
+    build(EXAMPLE, tmp_path / "b", "cpu", "int8", cache_format="int6", recipe=recipe)
+    expected = torch_logits(EXAMPLE, "int6")
+    files = Bundle(tmp_path / "b").target(None)[1].engines["absorbed"]
+    assert files.native, "a recipe must not cost own kernels"
+    for kernels in ("onnxruntime", *(["native"] if shutil.which("g++") else [])):
+        assert kl(expected, engine_logits(tmp_path / "b", kernels=kernels)) < 0.004
 
 
 def test_without_own_kernels_a_bundle_is_built_all_the_same(packable, tmp_path, monkeypatch):

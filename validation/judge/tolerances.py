@@ -156,7 +156,7 @@ _FLOAT16_CACHE = {
 def _packed_cache(kl: float, top1: float, layer: float, token: float) -> dict[str, Tolerance]:
     """What an engine of int8 weights was measured at on the example, with room for other text; int4's own limits are wider."""
     return {
-        "exact_logits": Tolerance(None, "cached tokens are rounded in every layer: single logits move; the distribution is judged"),
+        "exact_logits": Tolerance(None, "rounded tokens move single logits, and flip experts; the distribution is judged"),
         "routed_logits": Tolerance(None, "as exact logits"),
         "greedy": Tolerance(None, "greedy text parts at the first near tie; reported only"),
         "exact_kl": Tolerance(2 * kl, f"cached tokens are rounded in every layer; measured {kl:g} nats; doubled"),
