@@ -1,7 +1,7 @@
 """Bodies of the custom ops as ONNX functions, which ONNX Runtime inlines: what a model's nodes need, and how they are written.
 
-Each plugins/<op>/ort.py has `body(call) -> list[onnx.FunctionProto]`, where `call` is an OpCall: the op's own, then those that it
-calls, which are the same for all calls in a model.
+Each plugins/<op>/ort.py has `body(call) -> list[onnx.FunctionProto]`, where `call` is an OpCall: the op's own, then those that
+it calls, which are the same for all calls in a model.
 """
 
 from collections.abc import Mapping, Sequence

@@ -1,8 +1,8 @@
 """words.py in ONNX's operations, for plain ONNX Runtime. Values are names, tokens are rows [T, ...], `f` collects nodes.
 
-Numbers before packing are int64, words int32. Results have the bits of words.py but for two things. Squared errors are summed in
-another order, so that of two scales that are equally good to float32's rounding the other may be taken. NaN stays NaN, of other
-bits.
+Numbers before packing are int64, words int32. Results have the bits of words.py but for two things. Squared errors are summed
+in another order, so that of two scales that are equally good to float32's rounding the other may be taken. NaN stays NaN, of
+other bits.
 """
 
 from collections.abc import Sequence
