@@ -76,6 +76,7 @@ class Fp8(CacheFormat):
         return f("Concat", words.pack(f, codes, 8, rank), scale, halves, axis=-1)
 
     def decode_onnx(self, f: "FunctionBuilder", rows: str, sizes: tuple[int, int]) -> str:
+        import numpy as np
         import torch
 
         from latentrt.plugins.cache_formats import onnx_words as words
@@ -84,10 +85,14 @@ class Fp8(CacheFormat):
         groups, starts = -(-rank // GROUP), [self.start(name, *sizes) for name in ("latent", "scales", "k_pe", "")]
         latent, scale, k_pe = (words.part(f, rows, *ends) for ends in pairwise(starts))
         table = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float().numpy()
-        values = words.look_up(f, latent, table[:, None], rank)
+        values = f("Gather", f.constant(table, np.float32), f.cast(words.fields(f, latent, 8, rank), words.INT32))
         scale = f("Unsqueeze", f("BitCast", scale, to=words.FLOAT), f.constant([2]))
-        scale = f("Reshape", f("Expand", scale, f.constant([1, 1, GROUP])), f.constant([0, groups * GROUP]))
-        values = f("Mul", values, words.part(f, scale, 0, rank))
+        whole = rank % GROUP == 0
+        values = f("Reshape", values, f.constant([0, groups, GROUP])) if whole else values
+        if not whole:
+            scale = f("Reshape", f("Expand", scale, f.constant([1, 1, GROUP])), f.constant([0, groups * GROUP]))
+            scale = words.part(f, scale, 0, rank)
+        values = f("Reshape", f("Mul", values, scale), f.constant([0, rank]))
         return f("Concat", values, words.unpack_halves(f, k_pe, words.BFLOAT16, rope), axis=-1)
 
 

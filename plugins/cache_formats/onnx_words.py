@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from latentrt.plugins.onnx_function import FunctionBuilder
 
 FLOAT, FLOAT16, BFLOAT16 = TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BFLOAT16
-INT32, INT64, UINT16, UINT32 = TensorProto.INT32, TensorProto.INT64, TensorProto.UINT16, TensorProto.UINT32
+INT32, INT64 = TensorProto.INT32, TensorProto.INT64
+UINT8, UINT16, UINT32 = TensorProto.UINT8, TensorProto.UINT16, TensorProto.UINT32
 
 
 def pack(f: "FunctionBuilder", codes: str, bits: int, elements: int) -> str:
@@ -43,34 +44,36 @@ def part(f: "FunctionBuilder", values: str, start: int, stop: int) -> str:
     return f("Slice", values, f.constant([start]), f.constant([stop]), f.constant([-1]))
 
 
-def look_up(f: "FunctionBuilder", words: str, table: np.ndarray, elements: int) -> str:
-    """int32 [T, n] -> float32 [T, elements]: what row b of `table` [256, numbers in a byte] says of every byte b, in order."""
-    values = f("Gather", f.constant(table, np.float32), _numbers(f, words, 8))  # [T, n, 4, numbers in a byte]
-    found = -(-elements // (4 * table.shape[1])) * 4 * table.shape[1]
-    values = f("Reshape", values, f.constant([0, found]))
-    return values if found == elements else part(f, values, 0, elements)
-
-
 def unpack(f: "FunctionBuilder", words: str, bits: int, elements: int, zero: int = 0) -> str:
     """int32 [T, word_count] -> float32 [T, elements]: the codes less `zero`."""
     if bits == 6:
         low = word_count(elements, 4)
-        high = _table(2) * 16 - zero
-        low, high = part(f, words, 0, low), look_up(f, part(f, words, low, word_count(elements, 6)), high, elements)
-        return f("Add", look_up(f, low, _table(4), elements), high)
-    return look_up(f, words, _table(bits) - zero, elements)
+        tops = fields(f, part(f, words, low, word_count(elements, 6)), 2, elements)
+        tops = f("BitShift", tops, f.constant(4, np.uint8), direction="LEFT")
+        codes = f("BitwiseOr", fields(f, part(f, words, 0, low), 4, elements), tops)
+    else:
+        codes = fields(f, words, bits, elements)
+    return f("Sub", f.cast(codes, FLOAT), f.constant(zero, np.float32))
 
 
-def _table(bits: int) -> np.ndarray:
-    """The numbers in every byte, [256, 8 / bits]."""
-    return np.arange(256)[:, None] >> np.arange(0, 8, bits) & (1 << bits) - 1
+def fields(f: "FunctionBuilder", words: str, bits: int, elements: int) -> str:
+    """int32 [T, n] -> uint8 [T, elements], of 2, 4 or 8 bits each."""
+    found = f.cast(_shifted(f, words, bits), UINT8)  # a cast drops what a byte does not hold
+    if bits < 8:
+        found = f("BitwiseAnd", found, f.constant((1 << bits) - 1, np.uint8))
+    return _in_turn(f, found, word_count(elements, bits) * 32 // bits, elements)
 
 
-def _numbers(f: "FunctionBuilder", words: str, bits: int) -> str:
-    """int32 [T, n] -> int32 [T, n, 32 / bits]."""
-    words = f("Unsqueeze", f("BitCast", words, to=UINT32), f.constant([2]))
-    words = f("BitShift", words, f.constant(range(0, 32, bits), np.uint32), direction="RIGHT")
-    return f.cast(f("BitwiseAnd", words, f.constant((1 << bits) - 1, np.uint32)), INT32)
+def _in_turn(f: "FunctionBuilder", values: str, found: int, elements: int) -> str:
+    """[T, parts of a word, words], `found` in all of a row -> [T, elements]."""
+    values = f("Reshape", f("Transpose", values, perm=[0, 2, 1]), f.constant([0, found]))
+    return values if found == elements else part(f, values, 0, elements)
+
+
+def _shifted(f: "FunctionBuilder", words: str, bits: int) -> str:
+    """int32 [T, n] -> uint32 [T, 32 / bits, n]: part k in the lowest bits. A whole row by one number; in turn would be slow."""
+    words = f("Unsqueeze", f("BitCast", words, to=UINT32), f.constant([1]))
+    return f("BitShift", words, f.constant([[k] for k in range(0, 32, bits)], np.uint32), direction="RIGHT")
 
 
 def pack_halves(f: "FunctionBuilder", values: str, elements: int) -> str:
@@ -80,9 +83,8 @@ def pack_halves(f: "FunctionBuilder", values: str, elements: int) -> str:
 
 def unpack_halves(f: "FunctionBuilder", words: str, dtype: int, elements: int) -> str:
     """The way back, as float32. dtype: ONNX's."""
-    halves = f.cast(_numbers(f, words, 16), UINT16)
-    values = f("Reshape", f.cast(f("BitCast", halves, to=dtype), FLOAT), f.constant([0, elements + elements % 2]))
-    return part(f, values, 0, elements) if elements % 2 else values
+    halves = f("BitCast", f.cast(_shifted(f, words, 16), UINT16), to=dtype)
+    return _in_turn(f, f.cast(halves, FLOAT), elements + elements % 2, elements)
 
 
 def largest(f: "FunctionBuilder", x: str, groups: int) -> str:

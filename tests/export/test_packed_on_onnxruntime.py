@@ -8,7 +8,7 @@ import torch
 
 from latentrt import cli
 from latentrt.export.checkpoint import Checkpoint
-from latentrt.export.lowering.onnxruntime import lowering
+from latentrt.export.lowering.onnxruntime import native
 from latentrt.export.models.deepseek_v2 import weights
 from latentrt.export.models.deepseek_v2.model import DeepseekV2Step
 from latentrt.plugins import cache_formats
@@ -93,7 +93,13 @@ def doubled_scale(real):
 
 
 def swapped_nibbles(real):
-    return lambda bits: real(bits)[:, ::-1] if bits == 4 else real(bits)
+    """Of every byte: elements e and e + 1 of the lower plane."""
+
+    def fields(f, words, bits, elements):
+        found = real(f, words, bits, elements)
+        return f("Gather", found, f.constant(np.arange(elements) ^ 1), axis=-1) if bits == 4 else found
+
+    return fields
 
 
 def neighbours_slot(real):
@@ -116,7 +122,7 @@ def turned_once_more(real):
 
 
 @pytest.mark.parametrize(("place", "name", "fault"), [
-    (onnx_words, "unpack_halves", doubled_scale), (onnx_words, "_table", swapped_nibbles),
+    (onnx_words, "unpack_halves", doubled_scale), (onnx_words, "fields", swapped_nibbles),
     (Integers, "encode_onnx", neighbours_slot), (weights, "_rotated", turned_once_more),
 ], ids=["scale", "planes", "neighbour", "rotation"])  # fmt: skip
 def test_faults_are_seen(packable, tmp_path, monkeypatch, place, name, fault):
@@ -180,9 +186,9 @@ def test_a_recipe_may_keep_absorbed_weights_plain(tmp_path):
         assert kl(expected, engine_logits(tmp_path / "b", kernels=kernels)) < 0.004
 
 
-def test_without_own_kernels_a_bundle_is_built_all_the_same(packable, tmp_path, monkeypatch):
-    """They do not take every model."""
-    monkeypatch.setattr(lowering, "with_own_kernels", lambda model: None)
+def test_a_format_that_own_kernels_do_not_read_needs_none(packable, tmp_path, monkeypatch):
+    """As one that was just added."""
+    monkeypatch.delitem(native._MLA, "int6")
     build(packable, tmp_path / "b", "cpu", "int8", cache_format="int6")
     assert Bundle(tmp_path / "b").target(None)[1].engines["absorbed"].native is None
     assert kl(transformers_logits(packable), engine_logits(tmp_path / "b")) < 5e-3

@@ -22,7 +22,8 @@ CPU_DOMAIN = "latentrt.cpu"
 INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits
 PANEL = 16  # outputs
 _UINT8, _FLOAT = onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT
-_MLA = {"float32": "Mla", "float16": "MlaHalf"}  # by the element type of the cache
+_PACKED = "fp8", "int6", "int6r", "int4"
+_MLA = {"float32": "Mla", "float16": "MlaHalf", **dict.fromkeys(_PACKED, "MlaPacked")}  # by the cache's format
 
 
 def with_own_kernels(model: onnx.ModelProto) -> onnx.ModelProto | None:
@@ -186,6 +187,8 @@ def _mla(node: onnx.NodeProto, graph: _Graph, heads: list[_HeadProducts]) -> boo
     """MlaAttention and all between it and the linear products before and behind it become one node."""
     q_latent, q_pe, latent, k_pe, *rest = node.input
     cache_format, attended, cache = _attribute(node, "cache_format").decode(), *node.output
+    if cache_format not in _MLA:
+        return False
     try:
         w_uk = next((found for found in heads if found.y == q_latent), None)
         w_uv = next((found for found in heads if found.x == attended), None)
@@ -204,7 +207,7 @@ def _mla(node: onnx.NodeProto, graph: _Graph, heads: list[_HeadProducts]) -> boo
     given = {"softmax_scale": _attribute(node, "softmax_scale"), "cache_format": cache_format,
              "epsilon": _attribute(norm, "epsilon"), "v_head_dim": w_uv.outputs, "form": "auto"}  # fmt: skip
     inputs = [q, kv_split.input[0], norm.input[1], *factors, *rest, *w_uk.weights, *w_uv.weights]
-    _use(node, _MLA.get(cache_format, "MlaPacked"), inputs, **given)
+    _use(node, _MLA[cache_format], inputs, **given)
     node.output[:] = [behind[0].output[0], cache]
     behind[0].output[0] += ".unused"
     return True
