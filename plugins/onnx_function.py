@@ -1,9 +1,10 @@
 """Bodies of the custom ops as ONNX functions, which ONNX Runtime inlines: what a model's nodes need, and how they are written.
 
-Each plugins/<op>/ort.py has `body(call) -> onnx.FunctionProto`, where `call` is an OpCall.
+Each plugins/<op>/ort.py has `body(call) -> list[onnx.FunctionProto]`, where `call` is an OpCall: the op's own, then those that
+it calls, which are the same for all calls in a model.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +16,7 @@ from latentrt.plugins.contract import DOMAIN, OpContract
 
 MICROSOFT = "com.microsoft"
 OPSET = 23
+BIT_CAST_OPSET = 26  # has BitCast, which packed caches need; what 23 has means the same there, for more types
 Shape = tuple[int | None, ...]  # None where the size is not fixed
 
 
@@ -31,19 +33,31 @@ def bodies(model: onnx.ModelProto) -> list[onnx.FunctionProto]:
     """Bodies of all custom ops in `model`. All inputs of their nodes must have a type and a shape.
 
     Nodes of an op that are used alike share a body. Where some are used otherwise (experts of some layers in other types), each
-    further kind gets a body of its own, and its nodes in `model` that overload's name.
+    further kind gets a body of its own, and its nodes in `model` that overload's name. `model` takes the opset of its bodies.
     """
-    values, found = _values(model.graph), []
+    values, found, called = _values(model.graph), [], {}
     for onnx_type, contract in ops.contracts().items():
         nodes = [n for n in model.graph.node if (n.domain, n.op_type) == (DOMAIN, onnx_type)]
         kinds: list[OpCall] = []
         for node, call in ((node, _call(node, contract, values)) for node in nodes):
             if call not in kinds:
                 kinds.append(call)
-                found.append(ops.part(contract.name, "ort").body(call))
-                found[-1].overload = _overload(kinds.index(call))
+                own, *others = ops.part(contract.name, "ort").body(call)
+                own.overload = _overload(kinds.index(call))
+                found.append(own)
+                for other in others:
+                    assert called.setdefault(other.name, other) == other, f"two functions {other.name}"
             node.overload = _overload(kinds.index(call))
+    found += called.values()
+    set_opset(model, found)
     return found
+
+
+def set_opset(model: onnx.ModelProto, functions: Sequence[onnx.FunctionProto]) -> None:
+    """The lowest that all functions know: inlined nodes are read as the model's opset says."""
+    newest = max([OPSET, *(i.version for f in functions for i in f.opset_import if i.domain == "")])
+    for imported in (i for holder in (model, *functions) for i in holder.opset_import if i.domain == ""):
+        imported.version = newest
 
 
 def _overload(kind: int) -> str:
@@ -69,10 +83,19 @@ def _call(node: onnx.NodeProto, contract: OpContract, values: Mapping[str, tuple
 
 
 class FunctionBuilder:
-    """Collects nodes over value names. Input names are the contract's; "" stands for an input left out."""
+    """Collects nodes over value names; those of inputs and outputs are given. "" stands for an input left out."""
 
-    def __init__(self, contract: OpContract):
-        self.contract, self.nodes = contract, []
+    def __init__(
+        self, name: str, inputs: Sequence[str], outputs: Sequence[str], attributes: Sequence[str] = (), opset: int = OPSET
+    ):
+        self.name, self.inputs, self.outputs, self.attributes = name, inputs, outputs, attributes
+        self.opset, self.nodes = opset, []
+
+    @classmethod
+    def of(cls, contract: OpContract) -> "FunctionBuilder":
+        """For the op's body, named as the contract names the op, its inputs, outputs and attributes."""
+        parts = contract.inputs, contract.outputs, contract.attributes
+        return cls(contract.onnx_type, *([part.name for part in specs] for specs in parts))
 
     def __call__(self, op_type: str, *inputs: str, outputs: int = 1, domain: str = "", **attributes):
         """Appends a node; returns its output's name, or a list of names where there are several."""
@@ -87,9 +110,7 @@ class FunctionBuilder:
         return self("Cast", value, to=to)
 
     def finish(self, *outputs: str) -> onnx.FunctionProto:
-        """The function, named as the contract names the op; `outputs` are the values that it returns, in order."""
-        names = [o.name for o in self.contract.outputs]
-        self.nodes += [helper.make_node("Identity", [v], [n]) for v, n in zip(outputs, names, strict=True)]
-        opsets = [helper.make_opsetid("", OPSET), helper.make_opsetid(MICROSOFT, 1)]
-        inputs, attributes = [s.name for s in self.contract.inputs], [a.name for a in self.contract.attributes]
-        return helper.make_function(DOMAIN, self.contract.onnx_type, inputs, names, self.nodes, opsets, attributes)
+        """The function; `outputs` are the values that it returns, in order."""
+        self.nodes += [helper.make_node("Identity", [v], [n]) for v, n in zip(outputs, self.outputs, strict=True)]
+        opsets = [helper.make_opsetid("", self.opset), helper.make_opsetid(MICROSOFT, 1)]
+        return helper.make_function(DOMAIN, self.name, self.inputs, self.outputs, self.nodes, opsets, self.attributes)

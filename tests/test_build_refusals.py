@@ -155,8 +155,7 @@ def test_what_headers_and_options_tell_is_refused_before_the_slow_imports(tiny_c
 
 
 @pytest.mark.parametrize(("options", "message"), [
-    (dict(precision="fp32", cache_format="int6"), "packed caches are read by own kernels, which run int8 and int4"),
-    (dict(precision="int8", accuracy="exact", cache_format="fp8"), "accuracy exact; packed caches are read by own kernels"),
+    (dict(precision="fp32", cache_format="fp8"), r"kv_lora_rank is 20, .*; it takes a kv_lora_rank that 32 divides"),
     (dict(precision="int8", cache_format="int6"), r"kv_lora_rank is 20, .*; it takes a kv_lora_rank that 32 divides"),
     (dict(precision="int8", cache_format="int5"), "accepted for target cpu: float32, float16, fp8, int6, int6r, int4"),
 ])  # fmt: skip

@@ -1,6 +1,6 @@
 """What a cache format answers. Kernels, plans, graphs, backends and validation ask it, and know no format by name.
 
-Plans and the options of a build ask before torch is there: only encoding and decoding import it.
+Plans and the options of a build ask before torch is there: only encoding and decoding import it, and ONNX.
 """
 
 from abc import ABC, abstractmethod
@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
+
+    from latentrt.plugins.onnx_function import FunctionBuilder
 
 _BYTES = {"float32": 4, "float16": 2, "bfloat16": 2, "int32": 4}
 
@@ -46,6 +48,17 @@ class CacheFormat(ABC):
     @abstractmethod
     def decode(self, rows: "torch.Tensor", kv_lora_rank: int, qk_rope_head_dim: int) -> "tuple[torch.Tensor, torch.Tensor]":
         """[..., width] -> latent [..., kv_lora_rank] and k_pe [..., qk_rope_head_dim]: floats."""
+
+    @abstractmethod
+    def encode_onnx(self, f: "FunctionBuilder", latent: str, k_pe: str, sizes: tuple[int, int]) -> str:
+        """`encode` in ONNX's operations, over names of values [T, kv_lora_rank] and [T, qk_rope_head_dim]: [T, width].
+
+        sizes: those two. Types are `encode`'s, or the caller casts: floats in, what `element` says or a float out.
+        """
+
+    @abstractmethod
+    def decode_onnx(self, f: "FunctionBuilder", rows: str, sizes: tuple[int, int]) -> str:
+        """`decode` in ONNX's operations: [n, width] -> [n, kv_lora_rank + qk_rope_head_dim], floats."""
 
     @property
     def dtype(self) -> "torch.dtype":

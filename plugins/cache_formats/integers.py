@@ -14,6 +14,8 @@ from latentrt.plugins.cache_formats.base import CacheFormat, Field
 if TYPE_CHECKING:
     import torch
 
+    from latentrt.plugins.onnx_function import FunctionBuilder
+
 GRID = {8: (127.0,), 6: (31.0, 33.0, 35.0, 38.0), 4: (7.0, 7.5, 8.0, 8.5, 9.0, 10.0)}
 
 
@@ -72,6 +74,42 @@ class Integers(CacheFormat):
         latent = unpack(latent, self.latent_bits, kv_lora_rank).unflatten(-1, (groups, -1)) - (1 << self.latent_bits - 1)
         k_pe = unpack(k_pe, self.rope_bits, qk_rope_head_dim) - (1 << self.rope_bits - 1)
         return (latent * scales[..., :groups, None]).flatten(-2), k_pe * scales[..., groups:]
+
+    def encode_onnx(self, f: "FunctionBuilder", latent: str, k_pe: str, sizes: tuple[int, int]) -> str:
+        from latentrt.plugins.cache_formats import onnx_words as words
+
+        planes, scales, counts = [], [], []
+        for x, elements, bits, group in self._parts(latent, k_pe, *sizes):
+            counts.append(elements // group)
+            groups = f("Reshape", f.cast(x, words.FLOAT), f.constant([0, counts[-1], group]))
+            codes, scale = words.quantize(f, groups, counts[-1], bits, GRID[bits])
+            planes.append(words.pack(f, f("Reshape", codes, f.constant([0, elements])), bits, elements))
+            scales.append(scale)
+        halves = words.pack_halves(f, f("Concat", *scales, axis=-1), sum(counts))
+        return f("Concat", *planes, halves, axis=-1)
+
+    def decode_onnx(self, f: "FunctionBuilder", rows: str, sizes: tuple[int, int]) -> str:
+        from latentrt.plugins.cache_formats import onnx_words as words
+
+        parts = self._parts("latent", "k_pe", *sizes)
+        at, count = self.start("scales", *sizes), sum(elements // group for _, elements, _, group in parts)
+        scales = words.unpack_halves(f, words.part(f, rows, at, self.width(*sizes)), words.FLOAT16, count)
+        values, start, first = [], 0, 0
+        for _, elements, bits, group in parts:
+            stop, last = start + words.word_count(elements, bits), first + elements // group
+            codes = words.unpack(f, words.part(f, rows, start, stop), bits, elements, 1 << bits - 1)
+            codes = f("Reshape", codes, f.constant([0, last - first, group]))
+            codes = f("Mul", codes, f("Unsqueeze", words.part(f, scales, first, last), f.constant([2])))
+            values.append(f("Reshape", codes, f.constant([0, elements])))
+            start, first = stop, last
+        return f("Concat", *values, axis=-1)
+
+    def _parts(self, latent: str, k_pe: str, kv_lora_rank: int, qk_rope_head_dim: int) -> tuple[tuple[str, int, int, int], ...]:
+        """Name, elements, bits, and how many share a scale."""
+        return (
+            (latent, kv_lora_rank, self.latent_bits, self._group(kv_lora_rank)),
+            (k_pe, qk_rope_head_dim, self.rope_bits, qk_rope_head_dim),
+        )
 
     def _group(self, kv_lora_rank: int) -> int:
         if not self.group:

@@ -8,6 +8,8 @@ from latentrt.plugins.cache_formats.base import CacheFormat, Field
 if TYPE_CHECKING:
     import torch
 
+    from latentrt.plugins.onnx_function import FunctionBuilder
+
 
 @dataclass(frozen=True)
 class Plain(CacheFormat):
@@ -31,6 +33,12 @@ class Plain(CacheFormat):
 
     def decode(self, rows: "torch.Tensor", kv_lora_rank: int, qk_rope_head_dim: int) -> "tuple[torch.Tensor, torch.Tensor]":
         return rows[..., :kv_lora_rank], rows[..., kv_lora_rank:]
+
+    def encode_onnx(self, f: "FunctionBuilder", latent: str, k_pe: str, sizes: tuple[int, int]) -> str:
+        return f("Concat", latent, k_pe, axis=-1)
+
+    def decode_onnx(self, f: "FunctionBuilder", rows: str, sizes: tuple[int, int]) -> str:
+        return rows
 
 
 FORMATS = tuple(map(Plain, ("float32", "float16", "bfloat16")))

@@ -3,12 +3,14 @@
 New tokens enter the cache by ScatterND, which ONNX Runtime does in place when input and output are bound to one buffer.
 A Loop then takes the sequences one by one, so nothing is padded: gather the rows of its pages once, and two matrix
 products. Scores are computed transposed (keys times queries), which spares a transposition of the gathered keys.
+EncodeCells and DecodeCells are the cache format's own (plugins/cache_formats/onnx_codec.py).
 """
 
 import onnx
 from onnxscript import script, values
 from onnxscript.onnx_opset import opset23 as op
 
+from latentrt.plugins.cache_formats import onnx_codec
 from latentrt.plugins.contract import DOMAIN, VERSION
 from latentrt.plugins.onnx_function import OpCall
 
@@ -17,9 +19,9 @@ _INT64 = onnx.TensorProto.INT64
 _END = 2**63 - 1
 
 
-def body(call: OpCall) -> onnx.FunctionProto:
-    """The same for every call: any plain cache format, computation in the queries' dtype (float32 on the CPU)."""
-    return MlaAttention.to_function_proto()
+def body(call: OpCall) -> list[onnx.FunctionProto]:
+    """For any cache format; computation in the queries' dtype (float32 on the CPU)."""
+    return [MlaAttention.to_function_proto(), *onnx_codec.functions(call)]
 
 
 @script(_DOMAIN, default_opset=op)
@@ -34,7 +36,6 @@ def MlaAttention(  # noqa: N802 (the name is the op's, the parameters are its in
     step = op.Constant(value_int=1)
     tokens = op.Shape(q_latent, start=0, end=1)
     page_size = op.Shape(cache, start=1, end=2)
-    width = op.Shape(cache, start=2, end=3)
     rank = op.Shape(q_latent, start=2, end=3)
     count = op.Cast(num_tokens, to=_INT64)
     starts = op.Min(op.Cast(query_starts, to=_INT64), count)
@@ -50,10 +51,12 @@ def MlaAttention(  # noqa: N802 (the name is the op's, the parameters are its in
     entry = op.Concat(op.Unsqueeze(owner, one), op.Unsqueeze(op.Div(position, page_size), one), axis=1)
     page = op.Where(valid, op.GatherND(table, entry), zero)
     slot = op.Concat(op.Unsqueeze(page, one), op.Unsqueeze(op.Mod(position, page_size), one), axis=1)
-    cache_out = op.ScatterND(cache, slot, op.CastLike(op.Concat(latent, k_pe, axis=-1), cache))
+    cache_out = op.ScatterND(cache, slot, _DOMAIN.EncodeCells(latent, k_pe, cache))
 
+    width = op.Shape(cache, start=2, end=3)
     flat = op.Reshape(cache_out, op.Concat(minus_one, width, axis=0))  # [num_pages * page_size, width]
-    query = op.Concat(q_latent, q_pe, axis=-1)  # [T, H, width]
+    query = op.Concat(q_latent, q_pe, axis=-1)  # [T, H, rank + rope]
+    length = op.Shape(query, start=2, end=3)
     slots = op.Range(first_axis, op.Squeeze(page_size), step)
     attended = op.Slice(q_latent, zero, zero, zero)
     sequences = op.Squeeze(op.Shape(cached_lengths))
@@ -68,10 +71,10 @@ def MlaAttention(  # noqa: N802 (the name is the op's, the parameters are its in
         pages = op.Slice(op.Gather(table, b), zero, used, zero)
         rows = op.Add(op.Mul(op.Unsqueeze(pages, one), page_size), op.Unsqueeze(slots, zero))
         rows = op.Slice(op.Reshape(rows, minus_one), zero, total, zero)
-        keys = op.CastLike(op.Gather(flat, rows), q_latent)  # [total, width]
+        keys = _DOMAIN.DecodeCells(op.Gather(flat, rows), q_latent)  # [total, rank + rope]
         q = op.Slice(query, first, last, zero)
         shape = op.Shape(q, start=0, end=2)  # [new, H]
-        queries = op.Reshape(q, op.Concat(op.ReduceProd(shape, keepdims=1), width, axis=0))  # [new * H, width]
+        queries = op.Reshape(q, op.Concat(op.ReduceProd(shape, keepdims=1), length, axis=0))  # [new * H, rank + rope]
         scores = op.Transpose(op.MatMul(keys, op.Transpose(queries, perm=[1, 0])), perm=[1, 0])
         scores = op.Mul(scores, op.CastLike(op.Constant(value_float=softmax_scale), scores))
         scores = op.Reshape(scores, op.Concat(shape, total, axis=0), allowzero=1)  # [new, H, total]

@@ -10,6 +10,7 @@ import onnx
 from onnxscript import script, values
 from onnxscript.onnx_opset import opset23 as op
 
+from latentrt.plugins.cache_formats import onnx_codec
 from latentrt.plugins.contract import DOMAIN, VERSION
 from latentrt.plugins.onnx_function import OpCall
 
@@ -18,9 +19,9 @@ _INT64 = onnx.TensorProto.INT64
 _END = 2**63 - 1
 
 
-def body(call: OpCall) -> onnx.FunctionProto:
-    """The same for every call: any plain cache format, computation in the queries' dtype (float32 on the CPU)."""
-    return MlaPrefill.to_function_proto()
+def body(call: OpCall) -> list[onnx.FunctionProto]:
+    """For any cache format; computation in the queries' dtype (float32 on the CPU)."""
+    return [MlaPrefill.to_function_proto(), *onnx_codec.functions(call)]
 
 
 @script(_DOMAIN, default_opset=op)
@@ -52,7 +53,7 @@ def MlaPrefill(  # noqa: N802 (the name is the op's, the parameters are its inpu
     entry = op.Concat(op.Unsqueeze(owner, one), op.Unsqueeze(op.Div(position, page_size), one), axis=1)
     page = op.Where(valid, op.GatherND(table, entry), zero)
     slot = op.Concat(op.Unsqueeze(page, one), op.Unsqueeze(op.Mod(position, page_size), one), axis=1)
-    cache_out = op.ScatterND(cache, slot, op.CastLike(op.Concat(latent, k_pe, axis=-1), cache))
+    cache_out = op.ScatterND(cache, slot, _DOMAIN.EncodeCells(latent, k_pe, cache))
 
     flat = op.Reshape(cache_out, op.Concat(minus_one, width, axis=0))  # [num_pages * page_size, width]
     slots = op.Range(first_axis, op.Squeeze(page_size), step)
@@ -73,7 +74,7 @@ def MlaPrefill(  # noqa: N802 (the name is the op's, the parameters are its inpu
             pages = op.Slice(op.Gather(table, b), zero, used, zero)
             rows = op.Add(op.Mul(op.Unsqueeze(pages, one), page_size), op.Unsqueeze(slots, zero))
             rows = op.Slice(op.Reshape(rows, minus_one), zero, total, zero)
-            cells = op.CastLike(op.Gather(flat, rows), q_nope)  # [total, width]
+            cells = _DOMAIN.DecodeCells(op.Gather(flat, rows), q_nope)  # [total, rank + rope]
             keys_latent = op.Slice(cells, zero, rank, one)
             keys_pe = op.Transpose(op.Slice(cells, rank, end, one), perm=[1, 0])  # [rope, total]
             keys = op.MatMul(w_uk, op.Transpose(keys_latent, perm=[1, 0]))  # [H, qk_nope_head_dim, total]

@@ -23,12 +23,12 @@ _UINT8 = onnx.TensorProto.UINT8
 _SWIGLU = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
 
 
-def body(call: OpCall) -> onnx.FunctionProto:
+def body(call: OpCall) -> list[onnx.FunctionProto]:
     """The function for one layout, type and number of experts, block size of scales, and number of choices."""
-    f = FunctionBuilder(CONTRACT)
+    f = FunctionBuilder.of(CONTRACT)
     ids = f("Sub", f.cast("topk_ids", _INT64), f.constant(call.attributes["first_expert"]))  # [T, top_k]
     chosen_only = call.attributes["gate_up_layout"] == "interleaved"
-    return f.finish(_chosen_experts(f, call, ids) if chosen_only else _every_expert(f, call, ids))
+    return [f.finish(_chosen_experts(f, call, ids) if chosen_only else _every_expert(f, call, ids))]
 
 
 def _chosen_experts(f: FunctionBuilder, call: OpCall, ids: str) -> str:

@@ -14,10 +14,10 @@ from latentrt.plugins.onnx_function import FunctionBuilder, OpCall
 _INT32, _INT64 = onnx.TensorProto.INT32, onnx.TensorProto.INT64
 
 
-def body(call: OpCall) -> onnx.FunctionProto:
+def body(call: OpCall) -> list[onnx.FunctionProto]:
     """The function for these attributes; the correction bias is not supported (no V2 checkpoint has one)."""
     assert "correction_bias" not in call.types, call
-    f, attributes = FunctionBuilder(CONTRACT), call.attributes
+    f, attributes = FunctionBuilder.of(CONTRACT), call.attributes
     softmax = attributes["scoring_func"] == "softmax"
     scores = f("Softmax", "router_logits", axis=-1) if softmax else f("Sigmoid", "router_logits")
     if attributes["topk_method"] == "group_limited_greedy":
@@ -30,10 +30,8 @@ def body(call: OpCall) -> onnx.FunctionProto:
     tokens = f("Squeeze", f("Shape", "router_logits", start=0, end=1))
     row = f("Range", f.constant(0), tokens, f.constant(1))
     valid = f("Unsqueeze", f("Less", row, f.cast("num_tokens", _INT64)), f.constant([1]))  # [T, 1]
-    return f.finish(
-        f("Where", valid, f.cast(ids, _INT32), f.constant(-1, np.int32)),
-        f("Where", valid, weights, f.constant(0.0, np.float32)),
-    )
+    ids = f("Where", valid, f.cast(ids, _INT32), f.constant(-1, np.int32))
+    return [f.finish(ids, f("Where", valid, weights, f.constant(0.0, np.float32)))]
 
 
 def _limit_to_groups(f: FunctionBuilder, scores: str, attributes: Mapping) -> str:

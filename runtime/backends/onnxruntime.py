@@ -66,7 +66,7 @@ def _session(bundle: Bundle, target: Target, options: BackendOptions) -> tuple[b
     if options.kernels == "native" and not files.native:
         missing = f"{bundle.path} has no graph for them: only int8 and int4 at accuracy fast have one"
         raise RequestError(f"kernels is 'native', but {missing}")
-    library = _own_kernels(options, insist=files.native == files.graph) if files.native else None
+    library = _own_kernels(options) if files.native else None
     path = bundle.file(files.native if library else files.graph)
     try:
         session = ort.InferenceSession(str(path), _options(options, library), providers=["CPUExecutionProvider"])
@@ -89,16 +89,9 @@ def _options(given: BackendOptions, library: str | None = None) -> ort.SessionOp
     return options
 
 
-def _own_kernels(given: BackendOptions, insist: bool) -> str | None:
-    """Path of the library of own kernels; None where it is not wanted, or (one line says why) not to be had.
-
-    insist: there is no other graph, because the latent cache is packed.
-    """
+def _own_kernels(given: BackendOptions) -> str | None:
+    """Path of the library of own kernels; None where it is not wanted, or (one line says why) not to be had."""
     wanted = given.kernels if given.kernels != AUTO else os.environ.get("LATENTRT_CPU_KERNELS", AUTO)
-    if insist:
-        if wanted == "onnxruntime":
-            raise RequestError("kernels is 'onnxruntime', but only own kernels read this bundle's latent cache")
-        wanted = "native"
     if wanted == "onnxruntime":
         return None
     try:
@@ -107,8 +100,7 @@ def _own_kernels(given: BackendOptions, insist: bool) -> str | None:
         return library
     except Exception as error:  # no compiler; or this ONNX Runtime refuses the library, an exception of its own
         if wanted == "native":
-            found = "only own kernels read this bundle's latent cache" if insist else "kernels is 'native'"
-            raise RequestError(f"{found}, but {error}") from error
+            raise RequestError(f"kernels is 'native', but {error}") from error
         print(f"latentrt: no own CPU kernels, ONNX Runtime's are slower: {error}", file=sys.stderr)
         return None
 

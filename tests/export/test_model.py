@@ -16,6 +16,7 @@ from latentrt.plugins.cache_formats import rotation
 from latentrt.plugins.step_graph import FORMS
 from tests import checkpoints, ragged
 from tests.checkpoints import PLAIN_ROPE, YARN
+from tests.export.conftest import PACKED_KL
 from tests.formula import Formula
 
 # float32 rounds to 6e-8; a few thousand products over some layers, and absorption's other order of sums, stay below 1e-4
@@ -108,22 +109,6 @@ def test_formula_agrees_with_transformers(plain):
     assert worst([Formula(plain).logits(tokens)], [expected]) < TOLERANCE
 
 
-PACKED = {"kv_lora_rank": 96, "qk_rope_head_dim": 8, "attention_bias": True}  # 96: three blocks of rotation
-
-
-@pytest.fixture(scope="module")
-def packable(tmp_path_factory) -> Path:
-    """Gains of the latent's norm are far from 1, or leaving them out would not be seen."""
-    folder = checkpoints.write(tmp_path_factory.mktemp("packable"), seed=4, **PACKED)
-
-    def change(tensors: dict) -> None:
-        for name in (n for n in tensors if n.endswith("kv_a_layernorm.weight")):
-            tensors[name] = torch.rand(tensors[name].shape, generator=torch.Generator().manual_seed(2)) * 3 + 0.1
-
-    checkpoints.edit_tensors(folder, change)
-    return folder
-
-
 def logits_of(folder: Path, model: DeepseekV2Step, tokens: list[int]) -> torch.Tensor:
     pages = ragged.Pages([len(tokens)], 8)
     step = ragged.torch_step(model, pages, cache_formats.get(model.cache_format).dtype)
@@ -145,11 +130,6 @@ def kl(folder: Path, model: DeepseekV2Step) -> float:
     expected = checkpoints.reference_logits(checkpoints.reference(folder), tokens)
     expected, found = (torch.as_tensor(x).double().log_softmax(-1) for x in (expected, logits_of(folder, model, tokens)))
     return (expected.exp() * (expected - found)).sum(-1).mean().item()
-
-
-# Mean KL to transformers of this random model: measured 2.7e-4, 2.1e-4, 2.1e-4 and 2.1e-3 nats; doubled for other draws. The
-# faults below give 0.07.
-PACKED_KL = {"fp8": 6e-4, "int6": 5e-4, "int6r": 5e-4, "int4": 5e-3}
 
 
 @pytest.mark.parametrize("form", FORMS)

@@ -73,14 +73,11 @@ def test_what_is_refused(tmp_path, tiny_checkpoint, content, words):
     assert not (tmp_path / "bundle").exists()
 
 
-def test_what_no_precision_or_cache_takes(tmp_path, tiny_checkpoint):
+def test_what_no_precision_takes(tmp_path, tiny_checkpoint):
     with pytest.raises(BuildError, match=r"recipe is given, but only fp8, int8, int4 quantize .* target cpu is built in fp32"):
         build(tiny_checkpoint, tmp_path / "b", "cpu", "fp32", recipe=written(tmp_path, "lm_head"))
     with pytest.raises(BuildError, match=r"cannot be read .*; give a TOML file"):
         build(tiny_checkpoint, tmp_path / "b", "cpu", "int8", recipe=tmp_path / "none.toml")
-    kept = written(tmp_path, "*.kv_b_proj")
-    with pytest.raises(BuildError, match=r"cache_format is 'int6', .* model.layers.0.self_attn.kv_b_proj plain"):
-        build(tiny_checkpoint, tmp_path / "b", "cpu", "int8", cache_format="int6", recipe=kept)
     assert not (tmp_path / "b").exists()
 
 

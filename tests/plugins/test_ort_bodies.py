@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import helper
 
+from latentrt.plugins import cache_formats
 from latentrt.plugins.contract import DOMAIN
 from latentrt.plugins.mla_attention import op as mla_op
 from latentrt.plugins.moe_experts import op as experts_op
@@ -60,23 +61,27 @@ def int32(values):
     return torch.tensor(list(values), dtype=torch.int32)
 
 
-def attention_inputs(sequences, page_size, heads, padding, seed, dtype=torch.float32) -> list[torch.Tensor]:
+def attention_inputs(
+    sequences, page_size, heads, padding, seed, cache_format="float32", rank=6, rope=4
+) -> list[torch.Tensor]:  # fmt: skip
     """Shuffled pages, NaN in cells that are not cached, stray table entries that point to a page of NaN."""
     g = torch.Generator().manual_seed(seed)
-    rank, rope, rows = 6, 4, sum(new for _, new in sequences)
+    layout, rows = cache_formats.get(cache_format), sum(new for _, new in sequences)
     counts = [-(-(past + new) // page_size) for past, new in sequences]
     free = (1 + torch.randperm(sum(counts), generator=g)).tolist()
     last = sum(counts) + 1
-    cache = torch.full((last + 1, page_size, rank + rope), float("nan"))
+    nothing = float("nan") if layout.dtype.is_floating_point else -1  # a packed format's scales are NaN then
+    cache = torch.full((last + 1, page_size, layout.width(rank, rope)), nothing, dtype=layout.dtype)
     table = torch.full((len(sequences), max(counts) + 1), last, dtype=torch.int32)
     for b, (past, _) in enumerate(sequences):
         table[b, : counts[b]] = int32(free.pop() for _ in range(counts[b]))
         for p in range(past):
-            cache[table[b, p // page_size], p % page_size] = torch.randn(rank + rope, generator=g)
+            token = torch.randn(rank + rope, generator=g)
+            cache[table[b, p // page_size], p % page_size] = layout.encode(token[None, :rank], token[None, rank:])[0]
     shapes = (rows + padding, heads, rank), (rows + padding, heads, rope), (rows + padding, rank), (rows + padding, rope)
     starts = np.cumsum([0, *(new for _, new in sequences)])
     return [
-        *(torch.randn(s, generator=g) for s in shapes), cache.to(dtype), table, int32(past for past, _ in sequences),
+        *(torch.randn(s, generator=g) for s in shapes), cache, table, int32(past for past, _ in sequences),
         int32(starts), int32([rows]),
     ]  # fmt: skip
 
@@ -87,12 +92,28 @@ SEQUENCES = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5)), min_size=1
 @SETTINGS
 @given(SEQUENCES, st.integers(1, 4), st.sampled_from([1, 2, 5]), st.integers(0, 3), st.integers(0, 99), st.booleans())
 def test_mla_attention(sequences, page_size, heads, padding, seed, half):
-    tensors = attention_inputs(sequences, page_size, heads, padding, seed, torch.float16 if half else torch.float32)
     attributes = {"softmax_scale": 0.3, "cache_format": "float16" if half else "float32"}
+    tensors = attention_inputs(sequences, page_size, heads, padding, seed, attributes["cache_format"])
     attended, cache = mla_op.mla_attention(*tensors, *attributes.values())
     found = run(mla_op.CONTRACT, tensors, attributes)
     torch.testing.assert_close(found[0], attended, rtol=0, atol=TOLERANCE)
     torch.testing.assert_close(found[1][1:], cache[1:], rtol=0, atol=0, equal_nan=True)
+
+
+PACKED_SIZES = st.sampled_from([(32, 8), (64, 64), (96, 8), (160, 16)])
+
+
+@SETTINGS
+@given(st.sampled_from(cache_formats.PACKED), PACKED_SIZES, SEQUENCES, st.integers(1, 4), st.sampled_from([1, 2, 5]),
+       st.integers(0, 3), st.integers(0, 99))  # fmt: skip
+def test_mla_attention_over_a_packed_cache(name, sizes, sequences, page_size, heads, padding, seed):
+    """The words of the cache are the reference's; what is decoded is the same, so that attention differs by sums alone."""
+    tensors = attention_inputs(sequences, page_size, heads, padding, seed, name, *sizes)
+    attributes = {"softmax_scale": 0.1, "cache_format": name}
+    attended, cache = mla_op.mla_attention(*tensors, *attributes.values())
+    found = run(mla_op.CONTRACT, tensors, attributes)
+    torch.testing.assert_close(found[0], attended, rtol=0, atol=TOLERANCE)  # measured 4e-6
+    assert torch.equal(found[1][1:], cache[1:])
 
 
 def test_mla_attention_survives_extreme_scores():
@@ -105,11 +126,11 @@ def test_mla_attention_survives_extreme_scores():
     torch.testing.assert_close(found, attended, rtol=1e-4, atol=1e-2)  # scores of 1e5 round by 1e-2: weights by 1 %
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
-def test_mla_attention_writes_in_place(dtype):
+@pytest.mark.parametrize("name", ["float32", "float16", "int6"])
+def test_mla_attention_writes_in_place(name):
     """Bound to one buffer for input and output, the cache is not copied: every cell that is not new keeps its bits."""
-    tensors = attention_inputs([(5, 2), (0, 3)], 2, 2, 0, 3, dtype)
-    attributes = {"softmax_scale": 0.3, "cache_format": str(dtype).removeprefix("torch.")}
+    tensors = attention_inputs([(5, 2), (0, 3)], 2, 2, 0, 3, name, 32, 8)
+    attributes = {"softmax_scale": 0.3, "cache_format": name}
     _, expected = mla_op.mla_attention(*tensors, *attributes.values())
     engine = session(mla_op.CONTRACT, tensors, attributes)
     binding = engine.io_binding()

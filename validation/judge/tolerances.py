@@ -156,6 +156,9 @@ _FLOAT16_CACHE = {
 def _packed_cache(kl: float, top1: float, layer: float, token: float) -> dict[str, Tolerance]:
     """What an engine of int8 weights was measured at on the example, with room for other text; int4's own limits are wider."""
     return {
+        "exact_logits": Tolerance(None, "rounded tokens move single logits, and flip experts; the distribution is judged"),
+        "routed_logits": Tolerance(None, "as exact logits"),
+        "greedy": Tolerance(None, "greedy text parts at the first near tie; reported only"),
         "exact_kl": Tolerance(2 * kl, f"cached tokens are rounded in every layer; measured {kl:g} nats; doubled"),
         "kl_mean": Tolerance(2 * kl, f"as exact KL, with what the weights cost; measured {kl:g}"),
         "top1": Tolerance(top1 - 0.02, f"near ties of the two best tokens fall the other way; measured {top1:g}", ">="),
@@ -183,8 +186,7 @@ def find(precision: str, accuracy: str, cache_format: str) -> Tolerances:
         raise KeyError(f"no tolerances for precision {key!r}, known: {', '.join(rows)}")
     own = "bfloat16" if key in ("bf16", "fp8") else "float32"  # what the row itself is for
     packed = {name: row for name, row in _CACHES.items() if name != "float16"}
-    others = {"bf16": packed, "fp8": packed, "int8 fast": _CACHES, "int4 fast": _CACHES}
-    others = others.get(key, {"float16": _CACHES["float16"]})
+    others = packed if key in ("bf16", "fp8") else _CACHES
     if cache_format not in (own, *others):
         raise KeyError(f"no tolerances for {key} with cache format {cache_format!r}, known: {', '.join((own, *others))}")
     if cache_format == own:

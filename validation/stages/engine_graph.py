@@ -19,7 +19,8 @@ def load(executor: Executor, backend: Backend, threads: int, notes: list[str]) -
     """The graph to look into, or None with a note that says why. A note also says where it is not what ran."""
     bundle, target, cache = executor.bundle, executor.target, executor.target.cache
     if target.compute_capability is None:
-        graph = bundle.file(target.engines[DECODE_FORM].graph)
+        files = target.engines[DECODE_FORM]
+        graph = bundle.file(files.native if getattr(backend, "native", False) else files.graph)
         return OnnxRuntimeGraph(torch_graph.read(graph), graph.parent, cache.page_size, cache.width, cache.dtype, threads)
     device = _device(executor, backend)
     needed = _COPIES * sum(ref.size for ref in bundle.manifest.weight_sets[target.weight_set].files)

@@ -26,7 +26,7 @@ from latentrt.export.weight_set import StoredWeight
 from latentrt.plugins.moe_experts.op import CONTRACT as MOE_EXPERTS
 from latentrt.plugins.onnx_function import MICROSOFT, bodies
 
-OWN_KERNELS = 2  # version of what the graph with own kernels asks of them: another one makes bundles out of date
+OWN_KERNELS = 3  # version of what the graph with own kernels asks of them: another one makes bundles out of date
 _ACCURACY_LEVEL = {"exact": 0, "fast": 4}  # of MatMulNBits and 4-bit QMoE: 0 float32 activations, 4 int8
 _DTYPES = {torch.float32: ir.DataType.FLOAT, torch.uint8: ir.DataType.UINT8}
 
@@ -57,12 +57,7 @@ class OnnxruntimeLowering(Lowering):
         return super().options() | {"accuracy": self.choices.accuracy}
 
     def weight_format(self, weights: list[Weight]) -> WeightFormat:
-        found = weight_format(weights, self.choices).keeping(self.spec.plain_modules)
-        absorbed = [w.module for w in weights if w.role == "absorbed" and not found.is_quantized(w)]
-        if absorbed and not self.choices.is_plain:
-            kept = f"cache_format is {self.choices.cache_format!r}, and the recipe keeps {absorbed[0]} plain"
-            raise BuildError(f"{kept}; own kernels, which alone read packed caches, want it quantized: take it out")
-        return found
+        return weight_format(weights, self.choices).keeping(self.spec.plain_modules)
 
     def stored_weights(self, weights: list[Weight]) -> list[Weight]:
         return stored_weights(weights)
@@ -82,11 +77,6 @@ class OnnxruntimeLowering(Lowering):
             if self.choices.precision != "fp32" and (own := with_own_kernels(proto)):
                 native = scratch / "native.onnx"
                 native.write_bytes(own.SerializeToString())
-            if not self.choices.is_plain:
-                if native is None:
-                    found = f"cache_format is {self.choices.cache_format!r}"
-                    raise BuildError(f"{found}, which own kernels alone read, and these do not take this model")
-                graph.write_bytes(native.read_bytes())
         return Lowered({form: LoweredEngine(graph, native=native)}, inputs, outputs, self.limits(config))
 
 

@@ -9,19 +9,21 @@ Patterns are those that torch's exporter makes of `export/models`. What does not
 this kind: tests hold that there is.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import onnx
 from onnx import helper, numpy_helper
 
 from latentrt.plugins.contract import DOMAIN
-from latentrt.plugins.onnx_function import MICROSOFT
+from latentrt.plugins.onnx_function import MICROSOFT, set_opset
 
 CPU_DOMAIN = "latentrt.cpu"
 INT8_ACTIVATIONS = 4  # accuracy_level of MatMulNBits
 PANEL = 16  # outputs
 _UINT8, _FLOAT = onnx.TensorProto.UINT8, onnx.TensorProto.FLOAT
-_MLA = {"float32": "Mla", "float16": "MlaHalf"}  # by the element type of the cache
+_PACKED = "fp8", "int6", "int6r", "int4"
+_MLA = {"float32": "Mla", "float16": "MlaHalf", **dict.fromkeys(_PACKED, "MlaPacked")}  # by the cache's format
 
 
 def with_own_kernels(model: onnx.ModelProto) -> onnx.ModelProto | None:
@@ -45,8 +47,8 @@ def replace(model: onnx.ModelProto) -> int:
         nodes = [n for n in model.graph.node if (n.domain, n.op_type) == (DOMAIN, op_type)]
         for node in nodes:
             change(node, graph, heads)
-    called = {(n.domain, n.op_type, n.overload) for n in model.graph.node}
-    _assign(model.functions, [f for f in model.functions if (f.domain, f.name, f.overload) in called])
+    _assign(model.functions, _called(model))
+    set_opset(model, model.functions)
     for node in model.graph.node:
         if _quantizes_activations(node, graph):
             weights = [graph.panels(name).name for name in node.input[1:3]]
@@ -58,6 +60,27 @@ def replace(model: onnx.ModelProto) -> int:
         _drop_unused(model.graph)
     model.opset_import.append(helper.make_opsetid(CPU_DOMAIN, 1))
     return sum(node.domain == CPU_DOMAIN for node in model.graph.node)
+
+
+def _called(model: onnx.ModelProto) -> list[onnx.FunctionProto]:
+    """Functions that the graph needs; each comes before those that it calls (onnx_function.bodies)."""
+    called, kept = {_key(n) for n in _nodes(model.graph.node)}, []
+    for function in (f for f in model.functions if (f.domain, f.name, f.overload) in called):
+        kept.append(function)
+        called |= {_key(n) for n in _nodes(function.node)}
+    return kept
+
+
+def _nodes(nodes: Iterable[onnx.NodeProto]) -> Iterator[onnx.NodeProto]:
+    """These, and those of loops and branches."""
+    for node in nodes:
+        yield node
+        for attribute in node.attribute:
+            yield from _nodes(attribute.g.node)
+
+
+def _key(node: onnx.NodeProto) -> tuple[str, str, str]:
+    return node.domain, node.op_type, node.overload
 
 
 class _OtherPatternError(Exception):
@@ -164,6 +187,8 @@ def _mla(node: onnx.NodeProto, graph: _Graph, heads: list[_HeadProducts]) -> boo
     """MlaAttention and all between it and the linear products before and behind it become one node."""
     q_latent, q_pe, latent, k_pe, *rest = node.input
     cache_format, attended, cache = _attribute(node, "cache_format").decode(), *node.output
+    if cache_format not in _MLA:
+        return False
     try:
         w_uk = next((found for found in heads if found.y == q_latent), None)
         w_uv = next((found for found in heads if found.x == attended), None)
@@ -182,7 +207,7 @@ def _mla(node: onnx.NodeProto, graph: _Graph, heads: list[_HeadProducts]) -> boo
     given = {"softmax_scale": _attribute(node, "softmax_scale"), "cache_format": cache_format,
              "epsilon": _attribute(norm, "epsilon"), "v_head_dim": w_uv.outputs, "form": "auto"}  # fmt: skip
     inputs = [q, kv_split.input[0], norm.input[1], *factors, *rest, *w_uk.weights, *w_uv.weights]
-    _use(node, _MLA.get(cache_format, "MlaPacked"), inputs, **given)
+    _use(node, _MLA[cache_format], inputs, **given)
     node.output[:] = [behind[0].output[0], cache]
     behind[0].output[0] += ".unused"
     return True
@@ -280,10 +305,10 @@ def _experts(node: onnx.NodeProto, graph: _Graph, heads: list[_HeadProducts]) ->
 
 
 def _is_plain(node: onnx.NodeProto, graph: _Graph) -> bool:
-    """A custom op whose weights a recipe left in float32, over a cache that its ONNX function reads."""
+    """A custom op whose weights a recipe left in float32."""
     if node.op_type == "MoeExperts":
         return all(graph.initializers[name].data_type == _FLOAT for name in node.input[3:5])
-    if node.op_type != "MlaAttention" or _attribute(node, "cache_format").decode() not in _MLA:
+    if node.op_type != "MlaAttention":
         return False
     behind = [n for n in graph.graph.node if node.output[0] in n.input]
     try:
