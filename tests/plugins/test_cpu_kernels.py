@@ -187,6 +187,14 @@ def test_latents_too_wide_for_sums_of_32_bits_are_unpacked():
     check_mla(cpu_nodes.mla(np.random.default_rng(7), [(5, 1), (0, 2)], 4, 2, 2080, 8, 16, 8, 0, "int6", "absorbed", 32), False)
 
 
+@pytest.mark.parametrize("size", [1e6, 1e-6])
+def test_fp8_latents_of_any_size(size):
+    """A scale of 128 or more cannot be multiplied by the power of two that e4m3's bits need."""
+    case = cpu_nodes.mla(np.random.default_rng(8), [(0, 9), (0, 1)], 4, 2, 64, 32, 16, 24, 0, "fp8", "absorbed", 32)
+    case.feeds["norm"], case.feeds["q"] = (case.feeds[n] * np.float32(by) for n, by in (("norm", size), ("q", 1 / size)))
+    check_mla(case, False)
+
+
 @pytest.mark.parametrize(("sequence", "form"), [((0, 100), "expanded"), ((1000, 2), "absorbed"), ((1000, 200), "expanded")])
 def test_a_form_is_chosen_for_each_sequence(sequence, form):
     """The bits are those of the form, whatever else is in the step."""
