@@ -77,7 +77,7 @@ def assert_encoded(name: str, found: torch.Tensor, latent: torch.Tensor, k_pe: t
 
 
 @SETTINGS
-@given(st.sampled_from(cache_formats.PACKED), st.sampled_from(SIZES), st.sampled_from([1e-30, 1e-6, 1e-3, 1.0, 1e3]),
+@given(st.sampled_from(cache_formats.PACKED), st.sampled_from(SIZES), st.sampled_from([1e-42, 1e-30, 1e-6, 1e-3, 1.0, 1e3]),
        st.sampled_from([1, 30]), st.integers(0, 5), st.integers(0, 2**32))  # fmt: skip
 def test_tokens_have_the_torch_codecs_words(name, sizes, spread, outlier, count, seed):
     rng = np.random.default_rng(seed)
@@ -148,15 +148,36 @@ def test_halves_of_a_step_are_rounded_to_even(steps):
 
 @pytest.mark.parametrize("name", cache_formats.PACKED)
 @pytest.mark.parametrize("place", [0, 77, 159])
-@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e38, 1e5, 1e-45])
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf"), 1e38, 2.2e6, 5e5, 1e5, 1e-45])
 def test_what_is_no_number_becomes_what_torch_makes_of_it(name, value, place):
-    """Decoded, since NaN has many bits; the other groups' words are untouched. A NaN at the end is not lost in a maximum."""
+    """Decoded, since NaN has many bits; the other groups' words are untouched. A NaN at the end is not lost in a maximum.
+
+    Of 2.2e6 (6 bits) and 5e5 (4 bits) the first scales are infinite, and later ones are not.
+    """
     latent, k_pe = torch.randn(2, 160, generator=torch.Generator().manual_seed(3)), torch.ones(2, 16)
     latent[0, place] = k_pe[1, 5] = value
     found, expected = encode(name, latent, k_pe), cache_formats.get(name).encode(latent, k_pe)
     decoded = (cache_formats.get(name).decode(rows, 160, 16) for rows in (found, expected))
     for mine, theirs in zip(*decoded, strict=True):
         torch.testing.assert_close(mine, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def test_of_two_scales_that_are_equally_good_the_first_is_taken():
+    """-56 is 7 steps of 8 and 8 steps of 7, both without error."""
+    latent, k_pe = torch.zeros(1, 128), torch.zeros(1, 8)
+    latent[0, [5, 70]] = -56.0
+    found = encode("int4", latent, k_pe)
+    assert torch.equal(found, cache_formats.get("int4").encode(latent, k_pe))
+    scales = found[:, -2:].contiguous().view(torch.float16)[0]
+    assert scales[:2].tolist() == [8.0, 8.0]
+
+
+def test_a_group_of_subnormal_numbers_saturates():
+    """A scale that rounds down makes them more than 448 times itself."""
+    latent, k_pe = torch.full((1, 128), 9e-43), torch.zeros(1, 8)
+    scale = latent.amax() / 448
+    assert (latent / scale).max() > 465 and scale > 0
+    assert torch.equal(encode("fp8", latent, k_pe), cache_formats.get("fp8").encode(latent, k_pe))
 
 
 def test_the_search_takes_a_clipped_scale_where_it_is_better():
