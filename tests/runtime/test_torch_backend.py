@@ -20,7 +20,7 @@ from latentrt.runtime.backends.torch.graph import StepProgram
 from latentrt.runtime.backends.torch.step import StepRunner
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.errors import BundleError
-from tests import ragged
+from tests import gpu_graphs, ragged
 
 LENGTHS = [37, 5, 64, 1, 130]
 # prompt chunks, decode steps, a sequence without new tokens, a mixture
@@ -91,15 +91,7 @@ def test_padded_decode_step_equals_plain(pair):
 
 @pytest.fixture(scope="module")
 def bfloat16_graph(tiny_checkpoint, traced):
-    """The bf16 graph of a GPU target, weights as inputs, and those weights."""
-    import onnx_ir as ir
-
-    from latentrt.export.checkpoint import Checkpoint
-    from latentrt.export.models.deepseek_v2 import model as deepseek_v2
-
-    source = Checkpoint(tiny_checkpoint)
-    weights = {w.name: w.read(source.read).bfloat16().contiguous() for w in deepseek_v2.weights(source.config)}
-    return ir.to_proto(traced(source.config, torch.bfloat16, "bfloat16")), weights, source.config
+    return gpu_graphs.bfloat16(tiny_checkpoint, traced)
 
 
 @pytest.fixture(scope="module")
@@ -108,36 +100,15 @@ def float32_logits(tiny_bundle):
     return ragged.run(ragged.engine_step(backend), sequences(320), SCHEDULE, ragged.Pages(LENGTHS, 64))
 
 
-def quantized(graph, checkpoint, static_scales=None):
-    """The FP8 graph as the TensorRT lowering writes it, and its weights with their scales."""
-    import onnx_ir as ir
-
-    from latentrt.export.checkpoint import Checkpoint
-    from latentrt.export.lowering.tensorrt.lowering import prepare
-    from latentrt.export.models.deepseek_v2 import model as deepseek_v2
-    from latentrt.export.quantization import Fp8
-
-    source, scheme = Checkpoint(checkpoint), Fp8()
-    weights = deepseek_v2.weights(source.config)
-    model = ir.from_proto(graph[0])
-    prepare(model, weights, scheme, static_scales)
-    stored = {
-        w.name + kind.suffix: tensor.contiguous()
-        for w in weights
-        for kind, tensor in zip(scheme.stored(w), scheme.encode(w, w.read(source.read)), strict=True)
-    }
-    return ir.to_proto(model), stored, source.config
-
-
 @pytest.fixture(scope="module")
 def float8_graph(tiny_checkpoint, bfloat16_graph):
-    return quantized(bfloat16_graph, tiny_checkpoint)
+    return gpu_graphs.quantized(bfloat16_graph, tiny_checkpoint)
 
 
 @pytest.fixture(scope="module")
 def static_float8_graph(tiny_checkpoint, bfloat16_graph):
     """The same with one constant scale of activations for every weight: 0.01, so that 4.48 is the largest of them."""
-    return quantized(bfloat16_graph, tiny_checkpoint, dict.fromkeys(bfloat16_graph[1], 0.01))
+    return gpu_graphs.quantized(bfloat16_graph, tiny_checkpoint, dict.fromkeys(bfloat16_graph[1], 0.01))
 
 
 def row_errors(graph, expected: list[np.ndarray], fuse: bool) -> np.ndarray:
