@@ -21,7 +21,7 @@ def blocks(scheduler: Scheduler, backend: Backend, lists: list[list[int]]) -> It
         for step in _steps(scheduler, lists, ids):
             batch = [SequenceRows(lists[i][start:end], start, range(end - start)) for i, start, end in step]
             table = scheduler.cache.block_table([ids[i] for i, _, _ in step])
-            yield backend.step(pack(batch, table)).logits()
+            yield backend.step(pack(batch, table)).logits().copy()  # other requests' steps may come before it is read
             for index, _, end in step:
                 if end == len(lists[index]):
                     scheduler.cache.release(ids[index])

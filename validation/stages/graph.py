@@ -44,7 +44,7 @@ class EngineStage(Stage):
         """A step with more logits than an engine gives is run again for the rest: it writes the same tokens once more."""
         rows, most = batch.logit_rows, self.logit_rows or len(batch.logit_rows)
         if len(rows) <= most:
-            return self.backend.step(batch).logits()
+            return self.backend.step(batch).logits().copy()  # the next step may take its memory
         parts = [replace(batch, logit_rows=rows[i : i + most]) for i in range(0, len(rows), most)]
         return np.concatenate([self.backend.step(part).logits().copy() for part in parts])
 

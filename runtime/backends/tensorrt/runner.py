@@ -160,6 +160,7 @@ class EngineRunner:
         elif not self.uncaptured:
             try:
                 if len(self._graphs) >= GRAPHS:
+                    self.device.synchronize(self.stream)  # it may be the one that runs
                     graph, _ = self._graphs.pop(next(iter(self._graphs)))
                     self.device.free_graph(graph)
                 self._graphs[shape] = self._captured(shape)
