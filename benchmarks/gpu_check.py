@@ -31,7 +31,7 @@ SECTIONS = {
     "attention": ("attention:check", 120, 60),
     "routing": ("experts:check_route", 30, 10),
     "experts": ("experts:check_experts", 90, 50),
-    "fused": ("fused:check", 30, 15),
+    "fused": ("fused:check", 30, 10),
     "sampling": ("sampling:check", 30, 5),
     "launch": ("launch:check", 120, 60),
     "probe": ("probe:probe", 60, 15),
