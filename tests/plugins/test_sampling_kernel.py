@@ -98,7 +98,8 @@ class OnDevice(StepResult):
         return self._logits[places]
 
     def logits(self):
-        raise AssertionError("all logits were moved")
+        self.moved += len(self._logits)  # of a batch that holds no row to draw
+        return self._logits
 
     def greedy(self):
         return StepResult(self._logits).greedy()
