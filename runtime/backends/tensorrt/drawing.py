@@ -10,7 +10,7 @@ from latentrt.runtime.backends.base import Draws
 from latentrt.runtime.backends.tensorrt.device import Device
 
 _WORDS = {"numbers": 8, "top_k": 1, "ids": 1, "states": 1, "largest": 1}  # int32 of a row, in the order in memory
-_ASKED = 9  # of them the first ones go to the GPU, the others come back
+_ALL, _ASKED = sum(_WORDS.values()), _WORDS["numbers"] + _WORDS["top_k"]  # what is asked goes to the GPU, the rest comes back
 
 
 def kernel(vocab_size: int) -> KernelSpec:
@@ -23,9 +23,8 @@ class TokenDrawer:
 
     def __init__(self, device: Device, launcher, logits: int, vocab_size: int, rows: int):
         self._device, self._launcher, self._logits, self._config = device, launcher, logits, Sampling(vocab_size)
-        words = sum(_WORDS.values())
-        self._host, self._memory = device.pinned(rows * words), device.allocate(rows * words * 4)
-        self._rows, self._plans = rows, {}
+        self._host, self._memory = device.pinned(rows * _ALL), device.allocate(rows * _ALL * 4)
+        self._plans = {}
         launcher.prepare(kernels(self._config))
 
     def draw(self, draws: Draws, stream) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -38,7 +37,7 @@ class TokenDrawer:
         if count not in self._plans:
             self._plans[count] = self._launcher.ready(plan(self._config, count), TENSORS)
         self._plans[count]([self._logits, *self._addresses(count)], 0, int(stream))
-        self._device.download(self._host[count * _ASKED : count * 12], self._memory + 4 * count * _ASKED, stream)
+        self._device.download(self._host[count * _ASKED : count * _ALL], self._memory + 4 * count * _ASKED, stream)
         ids, states, largest = found
         return ids.copy(), states.copy(), largest.view(np.float32).copy()
 
