@@ -242,7 +242,7 @@ def drafts(bundle: BundlePath, held_out: Path = Path("examples/tiny-deepseek-v2/
         seconds, right, answers = {count: [] for count in engines}, {}, {}
         for _ in range(3):
             for count, engine in engines.items():
-                scheduler = engine.loop.scheduler
+                (scheduler,) = engine.loop.schedulers.ranks
                 before, start = (scheduler.drafted_tokens, scheduler.accepted_tokens), time.perf_counter()
                 answers[count] = [engine.generate([prompt], params)[0].token_ids for prompt in prompts]
                 seconds[count].append(time.perf_counter() - start)

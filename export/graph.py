@@ -18,21 +18,22 @@ from latentrt.plugins.step_graph import ABSORBED, FORMS, LAST_HIDDEN, LOGITS
 
 def build(
     config: Config, dtype: torch.dtype = torch.float32, cache_format: str = "float32", page_size: int = 64,
-    form: str = ABSORBED,
+    form: str = ABSORBED, ranks: int = 1,
 ) -> ir.Model:  # fmt: skip
     """The step graph of `config` with weights as inputs, activations and weights in `dtype`. See docs/step-graph.md.
 
-    form: how it attends, one of FORMS. Both forms have the same inputs and outputs.
+    form: how it attends, one of FORMS. Both forms have the same inputs and outputs. ranks: how many share the experts,
+    each with an equal part of them.
     """
-    return build_forms(config, dtype, cache_format, page_size, (form,))[form]
+    return build_forms(config, dtype, cache_format, page_size, (form,), ranks)[form]
 
 
 def build_forms(
     config: Config, dtype: torch.dtype = torch.float32, cache_format: str = "float32", page_size: int = 64,
-    forms: Sequence[str] = FORMS,
+    forms: Sequence[str] = FORMS, ranks: int = 1,
 ) -> dict[str, ir.Model]:  # fmt: skip
     """Step graphs by form; what they have in common is traced once."""
-    parts = _Parts(Shapes(config, dtype, cache_format, page_size))
+    parts = _Parts(Shapes(config, dtype, cache_format, page_size, ranks))
     return {form: parts.stamped(form) for form in forms}
 
 

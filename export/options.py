@@ -25,6 +25,7 @@ class TargetSpec:
     weights: str = "inputs"  # or "embedded" in the plan; a matter of TensorRT
     activations: str = "dynamic"  # scales of FP8 activations: one per token, or "static": one per linear
     forms: tuple[str, ...] = (ABSORBED,)  # of attention; an engine each
+    ranks: int = 1  # processes, a GPU each, that share the experts
     plain_modules: tuple[str, ...] = ()  # whose weights a recipe leaves unquantized
 
     def identity(self) -> dict:
@@ -45,9 +46,9 @@ class Choice:
 
 CHOICES = (
     Choice("accuracy", ("fast", "exact"), "target cpu has a choice of it", lambda row, precision: row.name == "cpu"),
-    Choice("weights", ("inputs", "embedded"), "GPU targets have a plan for them", lambda row, precision: row.name != "cpu"),
+    Choice("weights", ("inputs", "embedded"), "GPU targets have a plan", lambda row, precision: row.compute_capability),
     Choice("activations", ("dynamic", "static"), "fp8 products scale them", lambda row, precision: precision == "fp8"),
-    Choice("prefill", (AUTO, EXPANDED, ABSORBED), "GPU targets have two forms", lambda row, precision: row.name != "cpu"),
+    Choice("prefill", (AUTO, EXPANDED, ABSORBED), "other targets have two forms", lambda row, precision: row.name != "cpu"),
 )
 
 
@@ -66,6 +67,7 @@ class BuildOptions:
     prefill: str = AUTO
     force: bool = False
     recipe: Path | None = None  # export/recipe.py
+    ranks: int = 1
 
     def specs(self) -> list[TargetSpec]:
         """One per target, in order. BuildError for a value that is not accepted, or that concerns no target of this build."""
@@ -73,6 +75,7 @@ class BuildOptions:
         rows = [targets.find(name) for name in names]
         precisions = {row.name: targets.precision(row, self.precision) for row in rows}
         self._check(precisions)
+        self._check_ranks(rows)
         return [self._spec(row, precisions[row.name]) for row in rows]
 
     def _check(self, precisions: Mapping[str, str]) -> None:
@@ -94,10 +97,20 @@ class BuildOptions:
         if self.activations == "dynamic" and self.calibration is not None:
             raise BuildError("calibration is given, but activations is 'dynamic', which needs none; add --activations static")
 
+    def _check_ranks(self, rows: list[TargetRow]) -> None:
+        if self.ranks < 1:
+            raise BuildError(f"ranks is {self.ranks}, accepted: 1 (one process) or more")
+        alone = [row.name for row in rows if row.backend == "onnxruntime"]
+        if self.ranks > 1 and alone:
+            found = f"ranks is {self.ranks}, but ONNX Runtime's target {alone[0]} cannot join processes"
+            raise BuildError(f"{found}; use --target torch (CPU or GPU), or a GPU target")
+        if self.ranks > 1 and self.weights == "embedded":
+            raise BuildError(f"ranks is {self.ranks}: all share a plan, but not its embedded weights; leave --weights out")
+
     def _spec(self, row: TargetRow, precision: str) -> TargetSpec:
         chosen = {c.name: getattr(self, c.name) if c.applies(row, precision) else c.values[0] for c in CHOICES}
         forms = _forms(row, chosen["weights"], chosen.pop("prefill"))
-        own = {"cache_format": self.cache_format, "max_context": self.max_context or 0, "forms": forms}
+        own = {"cache_format": self.cache_format, "max_context": self.max_context or 0, "forms": forms, "ranks": self.ranks}
         return TargetSpec(row, precision, **own, **chosen)
 
 

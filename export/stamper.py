@@ -6,7 +6,7 @@ from latentrt.export.models.base import weight_name
 from latentrt.export.tracing import CACHE, OPSET, Shapes
 from latentrt.plugins import ops
 from latentrt.plugins.contract import DOMAIN, VERSION
-from latentrt.plugins.step_graph import INPUTS, attention_output, cache_name, layer_output, layer_prefix, mlp_output, updated
+from latentrt.plugins.step_graph import attention_output, cache_name, layer_output, layer_prefix, mlp_output, updated
 
 IR_VERSION = 11
 
@@ -21,7 +21,7 @@ class Stamper:
         self.caches: list[ir.Value] = []
         self.outputs: list[ir.Value] = []
         self.constants: dict[tuple, ir.Value] = {}
-        self.batch = {name: shapes.values[name].as_input(name) for name in INPUTS}
+        self.batch = {name: shapes.values[name].as_input(name) for name in shapes.inputs}
 
     def stamp_layer(self, part: ir.Model, layer: int, feeds: dict[str, ir.Value]) -> ir.Value:
         """Stamps what `trace_layer` made and names its outputs; returns hidden. `feeds`: hidden and angles."""
@@ -84,7 +84,7 @@ class Stamper:
 
 def _value_name(node: ir.Node, index: int) -> str:
     """The contract's output name for custom ops, so that validation finds topk_ids; the exporter's name otherwise."""
-    if node.domain != DOMAIN:
+    contract = ops.contracts()[node.op_type] if node.domain == DOMAIN else None
+    if contract is None or contract.collective:  # of which a layer has several
         return node.outputs[index].name
-    contract = ops.contracts()[node.op_type]
     return f"{contract.name}.{contract.outputs[index].name}"

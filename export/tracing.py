@@ -21,7 +21,7 @@ from latentrt.export.models import registry
 from latentrt.export.models.base import Config, Family, page_shape
 from latentrt.plugins import cache_formats, ops
 from latentrt.plugins.contract import OpContract, onnx_translation
-from latentrt.plugins.step_graph import DYNAMIC, INPUTS, LAST_HIDDEN, LOGITS, NUM_PAGES, TOKENS, Dim, size
+from latentrt.plugins.step_graph import DYNAMIC, LAST_HIDDEN, LOGITS, NUM_PAGES, TOKENS, Dim, inputs, size
 
 OPSET = 23
 HIDDEN, CACHE = "hidden", "cache"
@@ -54,6 +54,7 @@ class Shapes:
     dtype: torch.dtype
     cache_format: str
     page_size: int
+    ranks: int = 1  # which share the experts
     dims: dict = field(default_factory=lambda: {n: torch.export.Dim(n, min=1, max=2**31 - 1) for n in DYNAMIC})
 
     @property
@@ -64,11 +65,16 @@ class Shapes:
     def values(self) -> dict[str, Value]:
         page = page_shape(self.config, self.cache_format, self.page_size)
         return {
-            **{name: Value(dims, torch.int32) for name, dims in INPUTS.items()},
+            **{name: Value(dims, torch.int32) for name, dims in self.inputs.items()},
             HIDDEN: Value((TOKENS, self.config.hidden_size), self.dtype),
             **{name: Value((TOKENS, width), torch.float32) for name, width in self.angles.items()},
             CACHE: Value((NUM_PAGES, *page), cache_formats.get(self.cache_format).dtype),
         }
+
+    @property
+    def inputs(self) -> dict[str, tuple[Dim, ...]]:
+        """Dimensions of what every part takes, by name."""
+        return inputs(self.ranks)
 
     @property
     def angles(self) -> dict[str, int]:
@@ -76,7 +82,7 @@ class Shapes:
 
     def batch(self) -> dict[str, torch.Tensor]:
         """Examples of the step's inputs."""
-        return {name: self.values[name].example() for name in INPUTS}
+        return {name: self.values[name].example() for name in self.inputs}
 
     def dynamic(self, name: str) -> dict:
         """Dynamic axes of `values[name]`, in torch.export's words."""
@@ -92,7 +98,7 @@ def trace_embed(s: Shapes) -> ir.Model:
 def trace_layer(s: Shapes, kind: Hashable, form: str) -> ir.Model:
     """One kind of layer in one form of attention, with LAYER_OUTPUTS."""
     takes = HIDDEN, *s.angles, CACHE
-    return _trace_part(s, lambda: s.family.layer(s.config, kind, s.cache_format, form), takes, LAYER_OUTPUTS)
+    return _trace_part(s, lambda: s.family.layer(s.config, kind, s.cache_format, form, s.ranks), takes, LAYER_OUTPUTS)
 
 
 def trace_head(s: Shapes) -> ir.Model:
@@ -113,7 +119,7 @@ def op_calls(s: Shapes, kinds: Iterable[Hashable], form: str) -> list[OpCall]:
     """The custom ops of each kind of layer, from a run on the meta device: a matter of milliseconds."""
     calls: list[OpCall] = []
     for kind in kinds:
-        layer, _ = _on_meta(partial(s.family.layer, s.config, kind, s.cache_format, form), s.dtype)
+        layer, _ = _on_meta(partial(s.family.layer, s.config, kind, s.cache_format, form, s.ranks), s.dtype)
         with _Recorder(calls), torch.no_grad():
             layer(*(s.values[name].example() for name in (HIDDEN, *s.angles, CACHE)), s.batch())
     return calls
@@ -147,8 +153,8 @@ class _Recorder(TorchDispatchMode):
 def _trace_part(s: Shapes, make: Callable[[], nn.Module], takes: Sequence[str], outputs: Sequence[str]) -> ir.Model:
     """All parts take the batch beside what `takes` names."""
     arguments = *(s.values[name].example() for name in takes), s.batch()
-    dynamic = *(s.dynamic(name) for name in takes), {name: s.dynamic(name) for name in INPUTS}
-    return trace(make, s.dtype, arguments, dynamic, [*takes, *INPUTS], outputs)
+    dynamic = *(s.dynamic(name) for name in takes), {name: s.dynamic(name) for name in s.inputs}
+    return trace(make, s.dtype, arguments, dynamic, [*takes, *s.inputs], outputs)
 
 
 def trace(

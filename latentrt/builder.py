@@ -3,6 +3,7 @@
 import hashlib
 import json
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from functools import cached_property
@@ -18,6 +19,7 @@ from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.errors import BuildError
 from latentrt.export.lowering.base import Lowered, LoweredEngine, Lowering, described
 from latentrt.export.models import registry
+from latentrt.export.models.base import Weight
 from latentrt.export.options import BuildOptions
 from latentrt.export.progress import Report
 from latentrt.export.samples import Samples
@@ -109,6 +111,12 @@ def _needed_bytes(out: Path, checkpoint: Checkpoint, pending: list[Lowering], pr
     return max(0, new - finished_bytes(out)) + engines
 
 
+def _of_experts(weights: list[Weight], located: Mapping[str, StoredWeight]) -> list[str]:
+    """Stored tensors of the routed experts, whose first axis is that of experts."""
+    stacked = [weight.name for weight in weights if weight.role in ("gate_up", "down")]
+    return [name for weight in stacked for name in located if name in (weight, f"{weight}.scale")]
+
+
 def _set_key(lowering: Lowering, weight_format) -> str:
     return f"{weight_format.key}.{lowering.gate_up_layout}{'.rotated' if lowering.rotated else ''}"
 
@@ -159,7 +167,7 @@ class _Builder:
             scales = self.activation_scales if lowering.spec.activations == "static" else None
             given = located, self.writer.folder, Path(scratch), stage, scales
             lowered = lowering.lower(models, config, weights, *given)
-            target = self._target(lowering, lowered, key)
+            target = self._target(lowering, lowered, key, _of_experts(weights, located))
         text = self._text(baked)
         manifest = self._manifest(text, {key: stored}, {name: target})
         if lowering.executes:
@@ -222,21 +230,22 @@ class _Builder:
     def _trace(self, lowering: Lowering) -> dict:
         """The step graphs that the lowering wants, by form; its own copies."""
         kind = {"dtype": lowering.dtype, "cache_format": lowering.cache_format, "page_size": lowering.page_size,
-                "forms": lowering.spec.forms}  # fmt: skip
+                "forms": lowering.spec.forms, "ranks": lowering.spec.ranks}  # fmt: skip
         key = tuple(kind.values())
         if key not in self.traced:
             with self.report.stage("export graph (torch -> ONNX)"):
                 self.traced[key] = step_graphs.build_forms(self.checkpoint.config, **kind)
         return {form: model.clone() for form, model in self.traced[key].items()}
 
-    def _target(self, lowering: Lowering, lowered: Lowered, weight_set_key: str) -> Target:
+    def _target(self, lowering: Lowering, lowered: Lowered, weight_set_key: str, experts: list[str]) -> Target:
         row, spec = lowering.spec.target, lowering.spec
         return Target(
             backend=row.backend, backend_version=lowering.backend_version, compute_capability=row.compute_capability,
             precision=spec.precision, options=lowering.options() | self.inputs.calibrated(lowering),
             engines={form: self._engine(engine) for form, engine in lowered.engines.items()}, weight_set=weight_set_key,
             kernels=[self._kernel(kernel) for kernel in lowered.kernels], weight_inputs=lowered.weight_inputs,
-            inputs=described(lowered.inputs), outputs=described(lowered.outputs), limits=lowered.limits,
+            inputs=described(lowered.inputs), outputs=described(lowered.outputs), limits=lowered.limits, ranks=spec.ranks,
+            shared_weights=experts if spec.ranks > 1 else [],
             cache=lowering.cache(self.checkpoint.config), built_from=self.inputs.identity(lowering), executed=None,
         )  # fmt: skip
 

@@ -3,6 +3,7 @@
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from operator import add, floordiv, mul
 from typing import TYPE_CHECKING
 
 import torch
@@ -25,6 +26,7 @@ _ONNX_TYPES = {
     torch.int32: "tensor(int32)",
     torch.uint8: "tensor(uint8)",
 }
+_OPERATORS = {"+": add, "*": mul, "/": floordiv}
 _KINDS = {int: ("int", "INT"), float: ("float", "FLOAT"), str: ("str", "STRING")}  # torch's words, ONNX's
 
 
@@ -60,7 +62,8 @@ class TensorSpec:
 
 @dataclass(frozen=True)
 class OutputSpec:
-    """One output: dims are names bound by inputs or integer attributes; its dtype is input `like`'s, or `dtype`."""
+    """One output: dims are names bound by inputs or integer attributes, or two with "*" or "/" between them; its dtype is input
+    `like`'s, or `dtype`."""
 
     name: str
     dims: tuple[str, ...]
@@ -92,6 +95,7 @@ class OpContract:
     attributes: tuple[AttributeSpec, ...]
     aliases: tuple[tuple[str, str], ...] = ()  # (output, input) pairs that may share memory
     check: Callable[[dict, dict], str | None] = lambda tensors, attributes: None
+    collective: bool = False  # it joins ranks: no kernel of ours
 
     @property
     def torch_name(self) -> str:
@@ -180,7 +184,7 @@ class OpContract:
         by_name = {s.name: t for s, t in zip(self.inputs, tensors, strict=True)}
         device = tensors[0].device
         return [
-            torch.empty([sizes[d] for d in o.dims], dtype=by_name[o.like].dtype if o.like else o.dtype, device=device)
+            torch.empty([_size_of(d, sizes) for d in o.dims], dtype=by_name[o.like].dtype if o.like else o.dtype, device=device)
             for o in self.outputs
         ]
 
@@ -191,15 +195,17 @@ def _torch_tensor(spec: TensorSpec, written: bool) -> str:
     return f"Tensor{'?' if spec.optional else ''} {spec.name}"
 
 
+def terms(dim: str) -> tuple[str, str, str]:
+    """The parts of a dimension: a name or an integer, "+", "*" or "/", another one; of a single one the last two are empty."""
+    left, operator, right = (*dim.split(" "), "", "")[:3]
+    return left, operator, right
+
+
 def _size_of(dim: str, sizes: dict[str, int]) -> int:
-    """Size of a dimension that is no name: an integer, "name + integer" or "integer * name"."""
-    if dim.isdigit():
-        return int(dim)
-    if " + " in dim:
-        name, offset = dim.split(" + ")
-        return sizes[name] + int(offset)
-    factor, name = dim.split(" * ")
-    return int(factor) * sizes[name]
+    """Size of a dimension: a name, an integer, or two of them with "+", "*" or "/" between them."""
+    left, operator, right = terms(dim)
+    found = [int(part) if part.isdigit() else sizes[part] for part in (left, right) if part]
+    return _OPERATORS[operator](*found) if operator else found[0]
 
 
 def register(contract: OpContract, compute: Callable) -> None:

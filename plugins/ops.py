@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from latentrt.plugins.trt_base import PluginOp
 
 NAMES = ("mla_attention", "mla_prefill", "moe_route", "moe_experts")
+COLLECTIVES = ("all_gather", "reduce_scatter")  # which join ranks; torch.distributed or the engine's own runs them
 
 
 def part(op: str, name: str) -> ModuleType:
@@ -20,7 +21,7 @@ def part(op: str, name: str) -> ModuleType:
 @cache
 def contracts() -> dict[str, "OpContract"]:
     """Contracts by the op's type in ONNX graphs. Registers the torch ops and the ONNX schemas."""
-    found = [part(name, "op").CONTRACT for name in NAMES]
+    found = [part(name, "op").CONTRACT for name in (*NAMES, *COLLECTIVES)]
     return {contract.onnx_type: contract for contract in found}
 
 

@@ -37,6 +37,18 @@ class StepBatch:
 
 
 INPUTS: dict[str, tuple[Dim, ...]] = {f.name: f.metadata["dims"] for f in fields(StepBatch)}
+FIRST_EXPERT = "first_expert"
+RANK_INPUTS: dict[str, tuple[Dim, ...]] = {FIRST_EXPERT: (1, 1)}  # int32, beside those of a step, where ranks share the experts
+
+
+def inputs(ranks: int = 1) -> dict[str, tuple[Dim, ...]]:
+    """All inputs of a graph but caches and weights, by name, for so many ranks that share the experts."""
+    return INPUTS | (RANK_INPUTS if ranks > 1 else {})
+
+
+def first_expert(rank: int, ranks: int, num_experts: int) -> np.ndarray:
+    """What a rank's graph gets as `first_expert` [1, 1]."""
+    return np.full(RANK_INPUTS[FIRST_EXPERT], rank * (num_experts // ranks), np.int32)
 
 
 def size(dim: Dim, sizes: Mapping[str, int]) -> int:

@@ -15,6 +15,7 @@ import numpy as np
 from latentrt.plugins.step_graph import LOGITS
 from latentrt.runtime import backends
 from latentrt.runtime.backends.base import Backend
+from latentrt.runtime.bundle.manifest import Target
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.engine.loop import EngineLoop, Stream
 from latentrt.runtime.engine.sequence import Event, GenerationResult, Sequence
@@ -127,7 +128,7 @@ class Engine:
         wrong = next((i for i, t in enumerate(tokens) if not 0 <= t < self.vocab_size), None)
         if wrong is not None:
             raise RequestError(f"{where}: token {wrong} is {tokens[wrong]}, accepted: 0 to {self.vocab_size - 1} (vocab_size)")
-        longest, capacity = self.limits.max_context, self.loop.scheduler.cache.capacity
+        longest, capacity = self.limits.max_context, self.loop.schedulers.capacity
         if len(tokens) > longest:
             raise RequestError(f"{where} has {len(tokens)} tokens, accepted: up to {longest} (max_context); shorten it")
         if len(tokens) > capacity:
@@ -184,9 +185,15 @@ def _integers(tokens, where: str) -> list[int]:
     return [int(token) for token in tokens]
 
 
+def _check_ranks(name: str, target: Target, ranks: int | None) -> None:
+    if ranks not in (None, target.ranks):
+        found = f"ranks is {ranks}, but target {name} was built for {target.ranks}"
+        raise RequestError(f"{found}; leave it out, or build another bundle with --ranks {ranks}")
+
+
 def load(
     path: Path | str, target: str | None = None, cache_tokens: int | None = None, threads: int = 0,
-    backend: str | None = None, device: str = "auto", drafts: int = 0,
+    backend: str | None = None, device: str = "auto", drafts: int = 0, ranks: int | None = None,
 ) -> Engine:  # fmt: skip
     """An engine for a target of the bundle at `path` (the only one by default).
 
@@ -194,9 +201,11 @@ def load(
     tenths of its free memory hold. threads: 0 for all cores. backend: the target's own by default; "torch" interprets any
     target's graph. device: "cpu", "cuda" or "cuda:1"; "auto" is what the target is for, and with backend "torch" a GPU where
     there is one. drafts: how many tokens a sequence may guess ahead in a step, from what its text repeats; the answers stay the
-    same, and code comes sooner. Raises BundleError if the bundle or the target cannot be used, RequestError for a wrong option.
+    same, and code comes sooner. ranks: the number that the target was built for; it decides how many processes run it, so that
+    another one is refused. Raises BundleError if the bundle or the target cannot be used, RequestError for a wrong option.
     """
     bundle = Bundle(path)
+    _check_ranks(*bundle.target(target), ranks)
     if drafts < 0:
         raise RequestError(f"drafts is {drafts}, accepted: 0 (none) or more")
     try:

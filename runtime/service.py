@@ -113,7 +113,7 @@ class EngineService:
     @property
     def running(self) -> int:
         """Answers that take part in steps."""
-        return len(self.engine.loop.scheduler.running)
+        return len(self.engine.loop.schedulers.running)
 
     @property
     def waiting(self) -> int:
@@ -124,7 +124,7 @@ class EngineService:
     @property
     def alive(self) -> bool:
         """Whether a request could be answered."""
-        return self._thread.is_alive() and self.engine.loop.lost is None
+        return self._thread.is_alive() and self.engine.loop.lost is None and self.engine.backend.alive
 
     async def start(self) -> None:
         """Starts the thread."""
@@ -152,7 +152,7 @@ class EngineService:
             raise ClosingError("the server is shutting down; ask another one")
         if self.engine.loop.lost:
             raise EngineLostError(str(self.engine.loop.lost))
-        waiting, most = self.waiting, self.max_waiting + self.engine.loop.scheduler.max_running
+        waiting, most = self.waiting, self.max_waiting + self.engine.loop.schedulers.max_running
         if asked > most:
             raise RequestError(f"the request asks for {asked} answers, accepted: up to {most} at once; send several requests")
         if waiting + asked > most - self.running:
@@ -176,7 +176,7 @@ class EngineService:
         self.engine.close()
 
     def _retry_after(self, waiting: int) -> int:
-        turns = 1 + waiting / self.engine.loop.scheduler.max_running
+        turns = 1 + waiting / self.engine.loop.schedulers.max_running
         return max(1, min(60, math.ceil(turns * self._answer_seconds)))
 
     def _post(self, command: Callable[[], object]) -> None:

@@ -47,13 +47,13 @@ class Traces:
         self.folder = folder
         self._build_forms = graph.build_forms  # the real one: `remembered` replaces it
 
-    def __call__(self, config, dtype=torch.float32, cache_format="float32", page_size=64, form="absorbed") -> ir.Model:
+    def __call__(self, config, dtype=torch.float32, cache_format="float32", page_size=64, form="absorbed", ranks=1) -> ir.Model:
         """A fresh model."""
-        key = json.dumps([config.model_dump(), str(dtype), cache_format, page_size, form], sort_keys=True)
+        key = json.dumps([config.model_dump(), str(dtype), cache_format, page_size, form, ranks], sort_keys=True)
         file = self.folder / f"graph.{hashlib.sha256(key.encode()).hexdigest()[:16]}.onnx"
         with locked(file.with_suffix(".lock")):
             if not file.exists():
-                model = self._build_forms(config, dtype, cache_format, page_size, (form,))[form]
+                model = self._build_forms(config, dtype, cache_format, page_size, (form,), ranks)[form]
                 file.write_bytes(ir.to_proto(model).SerializeToString())
         return ir.from_proto(onnx.load(file))
 

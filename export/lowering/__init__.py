@@ -11,6 +11,7 @@ _LOWERINGS = {
     "onnxruntime": ("onnxruntime", "OnnxruntimeLowering"),
     "tensorrt": ("tensorrt", "TensorrtLowering"),
     "tensorrt_rtx": ("tensorrt", "TensorrtLowering"),
+    "torch": ("torch", "TorchLowering"),
 }
 
 

@@ -3,7 +3,7 @@
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import onnx_ir as ir
@@ -11,6 +11,7 @@ import torch
 
 from latentrt.export import recipe
 from latentrt.export.errors import BuildError
+from latentrt.export.models import registry
 from latentrt.export.models.base import Config, Weight
 from latentrt.export.options import TargetSpec
 from latentrt.export.quantization import WeightFormat
@@ -19,6 +20,7 @@ from latentrt.plugins import cache_formats
 from latentrt.plugins.launch.compile import CompiledKernel
 from latentrt.plugins.step_graph import Limits
 
+_RANK_ROWS = 128  # of a step, which every one of many ranks may have
 Profiles = dict[str, dict[str, dict[str, list[int]]]]
 Stage = Callable[[str], AbstractContextManager[Callable[[float], None]]]
 
@@ -96,11 +98,15 @@ class Lowering(ABC):
 
     def options(self) -> dict[str, str | int | float | bool]:
         """What the manifest tells of the choices made."""
-        return {"recipe": recipe.digest(self.spec.plain_modules)} if self.spec.plain_modules else {}
+        chosen = {"recipe": recipe.digest(self.spec.plain_modules)} if self.spec.plain_modules else {}
+        return chosen | ({"ranks": self.spec.ranks} if self.spec.ranks > 1 else {})
 
     def limits(self, config: Config) -> Limits:
         """What the target will take."""
-        return Limits(self.spec.max_context or config.max_position_embeddings)
+        found = Limits(self.spec.max_context or config.max_position_embeddings)
+        # 2,048 gathered rows take 193 MB of workspace in the experts of V2, on every rank
+        rows = max(found.max_batch_tokens // self.spec.ranks, _RANK_ROWS)
+        return replace(found, max_batch_tokens=rows, max_sequences=min(found.max_sequences, rows))
 
     def cache(self, config: Config) -> dict[str, str | int]:
         """The latent cache as the manifest describes it (runtime/bundle/manifest.py, CacheSpec)."""
@@ -118,6 +124,8 @@ class Lowering(ABC):
         if reason:
             found = f"kv_lora_rank is {config.kv_lora_rank}, qk_rope_head_dim {config.qk_rope_head_dim}"
             raise BuildError(f"cache_format {self.cache_format!r}: {found}; {reason}")
+        if self.spec.ranks > 1 and (reason := registry.of(config).rank_refusal(config, self.spec.ranks)):
+            raise BuildError(f"ranks is {self.spec.ranks}, accepted: {reason}")
 
     def engine_bytes(self, config: Config, weights: int) -> int:
         """What the bundle gets beside the weight set, at most: engines, kernels, tokenizer. `weights`: bytes of the set."""

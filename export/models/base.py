@@ -72,7 +72,8 @@ class Family:
     """One model family: a row of `registry`.
 
     The modules' `batch` has the step's inputs by name, see plugins/step_graph.py; T rows, of which N get logits.
-    `layer` makes one of (config, kind, cache_format, form). Layers of one kind differ in weights only, and are traced once.
+    `layer` makes one of (config, kind, cache_format, form, ranks=1). Layers of one kind differ in weights only, and are traced
+    once.
     `step` makes the whole step of (config, cache_format="float32", form=ABSORBED): its parts are `embed`, `layers` and
     `head`, and `load_weights(read)` fills it. A layer has `self_attn` and `mlp`, and `mlp.route`, the op, where there is
     routing. Buffers must be made on the CPU, whatever the device: they become constants of the graph.
@@ -89,9 +90,10 @@ class Family:
     checkpoint_tensors: Callable[[Config], dict[str, tuple[int, ...]]]  # names and shapes that a checkpoint must have
     originals: Callable[[Iterable[tuple[Weight, Tensor]]], Iterator[tuple[str, Tensor]]]  # `weights` -> checkpoint tensors
     angles: Callable[[Config], dict[str, int]]  # names and widths of what `embed` gives all layers: [T, width] float32
+    rank_refusal: Callable[[Config, int], str]  # what numbers of ranks can share the experts, if this one cannot; else ""
     layer_kind: Callable[[Config, int], Hashable]
     embed: Callable[[Config], nn.Module]  # (batch) -> hidden [T, hidden_size], *angles
-    layer: Callable[[Config, Hashable, str, str], nn.Module]  # (hidden, *angles, cache, batch) -> the first two after the
+    layer: Callable[..., nn.Module]  # (hidden, *angles, cache, batch) -> the first two after the
     # layer, and what attention and MLP add to the residual, [T, hidden_size] each
     head: Callable[[Config], nn.Module]  # (hidden, batch) -> logits [N, vocab_size] float32, last_hidden [N, hidden_size]
     step: Callable[..., nn.Module]  # (batch, caches) -> logits, last_hidden, caches

@@ -9,7 +9,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text as Line
 
-from latentrt.runtime.bundle.manifest import EndToken, Target, Text, WeightFormat
+from latentrt.runtime.bundle.manifest import EndToken, Target, Text, WeightFormat, WeightSet
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.chat import Conversation
 from latentrt.runtime.engine.sequence import Event, GenerationResult
@@ -55,6 +55,20 @@ def _end_token(end: EndToken) -> str:
     return f"{end.id}{f' {end.token!r}' if end.token is not None else ''} ({', '.join(end.sources)})"
 
 
+def _machine(target: Target) -> str:
+    return target.compute_capability or ("CPU or CUDA GPU" if target.backend == "torch" else "any CPU")
+
+
+def _rank_rows(target: Target, weights: WeightSet) -> dict[str, str]:
+    """What each of several ranks holds."""
+    if target.ranks == 1:
+        return {}
+    files = sum(ref.size for ref in weights.files)
+    experts = sum(weights.tensors[name].size for name in target.shared_weights)
+    own = files - experts + experts // target.ranks
+    return {"ranks": f"{target.ranks}, each with {_bytes(own)} of weights ({_bytes(experts // target.ranks)} of experts)"}
+
+
 def _target_rows(bundle: Bundle, name: str, target: Target) -> dict[str, str]:
     cache, limits = target.cache, target.limits
     options = ", ".join(f"{key} {value}" for key, value in target.options.items())
@@ -62,10 +76,11 @@ def _target_rows(bundle: Bundle, name: str, target: Target) -> dict[str, str]:
     per_token, per_context = _bytes(cache.bytes_per_token), _bytes(cache.bytes_per_token * limits.max_context)
     evidence = "\n".join(map(str, bundle.evidence_files(name)))
     return {
-        f"target {name}": f"{target.backend} {target.backend_version}, {target.compute_capability or 'any CPU'}",
+        f"target {name}": f"{target.backend} {target.backend_version}, {_machine(target)}",
         "precision": f"{target.precision}{f' ({options})' if options else ''}",
         "weights": f"{weights.format.name}, {_bytes(sum(ref.size for ref in weights.files))} in {len(weights.files)} files",
         **_plain_rows(weights.format),
+        **_rank_rows(target, weights),
         "engines": ", ".join(f"{form} ({_bytes(engine.graph.size)})" for form, engine in target.engines.items()),
         "latent cache": f"{cache.format}, pages of {cache.page_size}: {per_token} per token, {per_context} per context",
         "limits": f"context {limits.max_context}, {limits.max_batch_tokens} rows and {limits.max_sequences} sequences a step",

@@ -6,7 +6,7 @@ from typing import Annotated
 import typer
 
 from latentrt import __version__, interrupt
-from latentrt.commands.options import BackendName, BundlePath, Device, TargetName
+from latentrt.commands.options import BackendName, BundlePath, Device, Ranks, TargetName
 from latentrt.commands.run import CacheTokens, Drafts, Threads
 from latentrt.runtime.errors import RequestError
 
@@ -28,7 +28,7 @@ def serve(
     max_body: Annotated[int, typer.Option(min=1, help="Largest body of a request, in bytes.")] = 32 << 20,
     drain_seconds: Annotated[float, typer.Option(min=0, help="After SIGTERM, how long answers may take to end.")] = 30.0,
     target: TargetName = None, threads: Threads = 0, cache_tokens: CacheTokens = None, drafts: Drafts = 0,
-    backend: BackendName = None, device: Device = "auto",
+    backend: BackendName = None, device: Device = "auto", ranks: Ranks = None,
 ) -> int:  # fmt: skip
     """Serves OpenAI's API, and a page to chat at /. Ctrl-C or SIGTERM lets answers end, and leaves."""
     with interrupt.leaves_at_once():
@@ -45,4 +45,4 @@ def serve(
         max_body=max_body, drain_seconds=drain_seconds, version=__version__,
     )  # fmt: skip
     sockets = process.listen(host, port)
-    return process.run(load(bundle, target, cache_tokens, threads, backend, device, drafts), settings, sockets)
+    return process.run(load(bundle, target, cache_tokens, threads, backend, device, drafts, ranks), settings, sockets)

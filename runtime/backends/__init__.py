@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from latentrt.runtime.backends.base import Backend, BackendOptions
     from latentrt.runtime.bundle.reader import Bundle
+    from latentrt.runtime.ranks.joining import Joining
 
 
 @dataclass(frozen=True)
@@ -49,14 +50,28 @@ def load(bundle: "Bundle", target_name: str | None = None, backend: str | None =
     backend: the target's own by default; "torch" interprets any target's ONNX graph. options: fields of BackendOptions.
     """
     from latentrt.runtime.backends.base import BackendOptions
-    from latentrt.runtime.errors import BundleError
 
     asked = BackendOptions(**options)
-    row = _BACKENDS[check(bundle, target_name, backend, asked)]
+    kind = check(bundle, target_name, backend, asked)
     name, target = bundle.target(target_name)
+    if target.ranks > 1:
+        from latentrt.runtime.ranks.backend import RanksBackend
+
+        return RanksBackend(bundle, name, target, asked, kind)
+    return _class(kind, name)(bundle, name, target, asked)
+
+
+def load_rank(bundle: "Bundle", name: str, kind: str, options: "BackendOptions", joining: "Joining") -> "Backend":
+    """One rank's part of a target, in a process that has joined the others."""
+    return _class(kind, name)(bundle, name, bundle.target(name)[1], options, *joining.given)
+
+
+def _class(kind: str, target: str) -> type:
+    from latentrt.runtime.errors import BundleError
+
+    row = _BACKENDS[kind]
     try:
-        module = import_module(f"latentrt.runtime.backends.{row.module}")
+        return getattr(import_module(f"latentrt.runtime.backends.{row.module}"), row.cls)
     except ModuleNotFoundError as error:
-        needs = f"target {name} needs backend {backend or target.backend}, but {error.name} is not installed"
+        needs = f"target {target} needs backend {kind}, but {error.name} is not installed"
         raise BundleError(f"{needs}; see requirements*.txt") from None
-    return getattr(module, row.cls)(bundle, name, target, asked)

@@ -37,6 +37,7 @@ class BackendOptions:
     custom_ops: str = AUTO
     mapped: bool = False
     kernels: str = AUTO
+    rank: int = 0  # of those that share a target's experts
 
     def __post_init__(self):
         if self.cache_tokens is not None and self.cache_tokens < 1:
@@ -52,8 +53,8 @@ class BackendOptions:
 
     @property
     def gpu(self) -> int:
-        """Number of the GPU that `device` names; 0 where it names none."""
-        return int(self.device.partition(":")[2] or 0)
+        """Number of the GPU that `device` names; the rank's where it names none."""
+        return int(self.device.partition(":")[2] or self.rank)
 
 
 @dataclass(frozen=True)
@@ -154,6 +155,14 @@ class Backend(ABC):
     name: str
     target: Target
     num_pages: int
+    ranks = 1  # processes that share the experts
+    two_passes = False  # whether a step decodes apart from prompts
+    alive = True  # whether a step could be run
+
+    @property
+    def pages_by_rank(self) -> list[int]:
+        """Pages of every rank's latent cache: a sequence lives on one rank."""
+        return [self.num_pages]
 
     @property
     def prefill_chunk(self) -> int:
@@ -168,6 +177,20 @@ class Backend(ABC):
     @abstractmethod
     def step(self, batch: StepBatch) -> StepResult:
         """Runs one step; appends to the cache. EngineLostError if no later step can run either."""
+
+    def step_ranks(self, batches: Sequence[StepBatch | None], copies: Sequence[Sequence[tuple[int, int]]]) -> StepResult:
+        """`copy_pages`, then `step`, with pages and a batch for every rank; None where a rank has nothing to do.
+
+        Logits come rank by rank.
+        """
+        (batch,), (pages,) = batches, copies
+        if pages:
+            self.copy_pages(pages)
+        return self.step(batch)
+
+    def step_padded(self, batch: StepBatch, rows: int, decoding: bool) -> StepResult:
+        """One pass of a step of several ranks: `batch`, which may be empty, padded to `rows` rows or more as all are."""
+        raise NotImplementedError
 
     @abstractmethod
     def copy_pages(self, pages: Sequence[tuple[int, int]]) -> None:

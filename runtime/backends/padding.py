@@ -27,6 +27,10 @@ class StepShape:
         """The shape that `batch` has."""
         return cls(len(batch.input_ids), len(batch.cached_lengths), len(batch.logit_rows), batch.block_table.shape[1])
 
+    def at_least(self, rows: int) -> "StepShape":
+        """The same with `rows` rows or more, and one of everything else at least: no engine takes nothing at all."""
+        return StepShape(max(self.rows, rows, 1), *(max(n, 1) for n in (self.sequences, self.logit_rows, self.max_pages)))
+
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every input of a step."""
         return input_shapes(dict(zip(DYNAMIC, astuple(self), strict=False)))
@@ -38,16 +42,18 @@ class StepShape:
         return dict(zip(self.sizes(), starts, strict=False)), starts[-1]
 
 
-def decode_shape(batch: StepBatch, sizes: tuple[int, ...] = SIZES, max_pages: int = 1 << 30) -> StepShape | None:
+def decode_shape(
+    batch: StepBatch, sizes: tuple[int, ...] = SIZES, max_pages: int = 1 << 30, rows: int = 0
+) -> StepShape | None:
     """The shape that a captured graph gives to a decode step (one row and one logit row a sequence), or None.
 
-    The batch grows to the next of `sizes`, the block table's width to the next power of two, at most `max_pages`.
+    The batch grows to the next of `sizes` that holds `rows`; the block table's width to the next power of two, or `max_pages`.
     """
     shape = StepShape.of(batch)
     one_each = shape.rows == shape.sequences and np.array_equal(batch.query_starts, np.arange(shape.rows + 1))
-    if not one_each or shape.logit_rows > shape.rows or shape.rows > max(sizes, default=0):
+    if not one_each or shape.logit_rows > shape.rows or max(shape.rows, rows) > max(sizes, default=0):
         return None
-    size = next(s for s in sorted(sizes) if s >= shape.rows)
+    size = next(s for s in sorted(sizes) if s >= max(shape.rows, rows))
     width = max(shape.max_pages, min(1 << (shape.max_pages - 1).bit_length(), max_pages))
     return StepShape(size, size, size, width)
 

@@ -1,6 +1,8 @@
 """The records of manifest.json, the bundle's passport. What is no field of theirs is refused."""
 
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterator, Sequence
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
@@ -65,6 +67,11 @@ class WeightTensor(_Record):
     offset: int
     dtype: str
     shape: list[int]
+
+    @property
+    def size(self) -> int:
+        """Bytes: the first number in a type's name is its bits."""
+        return math.prod(self.shape) * int(re.search(r"\d+", self.dtype)[0]) // 8
 
 
 class WeightFormat(_Record):
@@ -147,6 +154,8 @@ class Target(_Record):
     weight_inputs: list[str] = []  # inputs of the graph that are tensors of the weight set, under their names there
     cache: CacheSpec
     limits: Limits
+    ranks: int = 1  # processes that share the experts
+    shared_weights: list[str] = []  # tensors of which each of several ranks has an equal part along axis 0
     built_from: str  # digest of all that this target was built from; equal means up to date
     executed: Executed | None
 
@@ -155,6 +164,13 @@ class Target(_Record):
         if DECODE_FORM not in self.engines:
             raise ValueError(f"has engines {', '.join(self.engines)}, but none of form {DECODE_FORM}")
         return self
+
+    def rows_of(self, name: str, stored: Sequence[int], rank: int) -> slice:
+        """Which rows of a tensor of the weight set, of shape `stored`, are a rank's."""
+        if name not in self.shared_weights:
+            return slice(0, stored[0])
+        count = stored[0] // self.ranks
+        return slice(rank * count, (rank + 1) * count)
 
     def refs(self) -> Iterator[FileRef]:
         """The target's own files."""

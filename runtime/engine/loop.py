@@ -1,4 +1,4 @@
-"""The step loop: it owns scheduler and backend, runs steps, hands results to streams, takes aborts, and owns the errors.
+"""The step loop: it owns schedulers and backend, runs steps, hands results to streams, takes aborts, and owns the errors.
 
 One fault ends what it concerns and nothing else. Logits that are no numbers, or a text that cannot be decoded, end that
 request. A backend that raises ends the requests of that step, and the next step may work; after EngineLostError every request
@@ -11,12 +11,14 @@ from typing import Self
 
 import numpy as np
 
+from latentrt.plugins.step_graph import StepBatch
 from latentrt.runtime.backends.base import Backend, StepResult, pack
 from latentrt.runtime.engine import teacher_forcing
 from latentrt.runtime.engine.logprobs import TokenLogprobs, token_logprobs
 from latentrt.runtime.engine.pages import LatentCache
 from latentrt.runtime.engine.sampler import choose
 from latentrt.runtime.engine.scheduler import Scheduled, Scheduler
+from latentrt.runtime.engine.schedulers import Schedulers
 from latentrt.runtime.engine.sequence import Event, Sequence
 from latentrt.runtime.errors import EngineError, EngineLostError
 
@@ -29,9 +31,10 @@ class EngineLoop:
 
     def __init__(self, backend: Backend, chunk: int | None = None, drafts: int = 0):
         self.backend = backend
-        cache = LatentCache(backend.num_pages, backend.target.cache.page_size)
+        size, limits = backend.target.cache.page_size, backend.target.limits
         chunks = chunk or backend.prefill_chunk, chunk or backend.lone_prefill_chunk
-        self.scheduler = Scheduler(backend.target.limits, cache, *chunks, drafts)
+        caches = [LatentCache(pages, size) for pages in backend.pages_by_rank]
+        self.schedulers = Schedulers([Scheduler(limits, cache, *chunks, drafts) for cache in caches])
         self.steps = 0
         self._lock = RLock()
         self.lost: EngineLostError | None = None
@@ -47,18 +50,18 @@ class EngineLoop:
             if self.lost:
                 raise EngineLostError(str(self.lost)) from self.lost
             for sequence in sequences:
-                self.scheduler.add(sequence)
+                self.schedulers.add(sequence)
 
     def abort(self, sequence: Sequence) -> None:
         """Ends a request that has not ended, without an event; its pages are free."""
         with self._lock:
             if not sequence.ended:
                 sequence.ended = True
-                self.scheduler.retire(sequence)
+                self._retire(sequence)
 
     def logit_blocks(self, lists: list[list[int]]) -> Iterator[np.ndarray]:
         """Logits [rows, vocab_size] float32 at every position of token lists, in their order; see teacher_forcing."""
-        blocks = teacher_forcing.blocks(self.scheduler, self.backend, lists)
+        blocks = teacher_forcing.blocks(self.schedulers, self.backend, lists)
         try:
             while True:
                 with self._lock:
@@ -82,11 +85,12 @@ class EngineLoop:
     def step(self) -> bool:
         """Runs one step of what can run, and sends its events; False if nothing can."""
         with self._lock:
-            step = self.scheduler.schedule()
-            if step:
+            plans = self.schedulers.schedule()
+            found = any(plans)
+            if found:
                 self.steps += 1
-                self._run(step)
-            return bool(step)
+                self._run(plans)
+            return found
 
     def close(self) -> None:
         """Closes the backend."""
@@ -101,22 +105,22 @@ class EngineLoop:
             if not sequences[0].sink and not all(s.ended for s in sequences):
                 raise EngineError("nothing can run: logits that are being read hold the latent cache; finish reading them")
 
-    def _run(self, step: list[Scheduled]) -> None:
+    def _run(self, plans: list[list[Scheduled]]) -> None:
+        step = [part for plan in plans for part in plan]
         try:
-            copies, table = self.scheduler.cache.take_copies(), self.scheduler.block_table(step)
-            if copies:
-                self.backend.copy_pages(copies)
-            rows = _Rows(step, self.backend.step(pack([s.batch_rows() for s in step], table)))
+            ranks = list(zip(self.schedulers.ranks, plans, strict=True))
+            copies = [scheduler.cache.take_copies() for scheduler, _ in ranks]
+            rows = _Rows(step, self.backend.step_ranks([_batch(*rank) for rank in ranks], copies))
             tokens = choose(rows.first, [part.sequence.sampler for part in rows.parts]) if rows.parts else []
         except MemoryError as error:
-            if not self.scheduler.shrink(step):
+            if not self.schedulers.shrink(plans):
                 self._failed(step[-1:], error)
             return
         except Exception as error:
             self._failed(step, error)
             return
         for part in step:
-            self.scheduler.advance(part.sequence, part.rows)
+            part.sequence.scheduler.advance(part.sequence, part.rows)
         for n, token in enumerate(tokens):
             self._deliver_all(rows, n, token)
 
@@ -127,7 +131,7 @@ class EngineLoop:
         for place, draft in enumerate(drafts, 1):
             if sequence.ended or token != draft:
                 return
-            self.scheduler.accept_draft(sequence)
+            sequence.scheduler.accept_draft(sequence)
             token = rows.next(n, place)
             self._deliver(sequence, token, rows.told(n, place, token))
 
@@ -135,19 +139,19 @@ class EngineLoop:
         try:
             if isinstance(token, EngineError):
                 raise token
-            sequence.accept(token, self.scheduler.limits.max_context, told)
+            sequence.accept(token, self.backend.target.limits.max_context, told)
         except Exception as error:
             self._fail(sequence, error)
         else:
             if sequence.ended:
-                self.scheduler.retire(sequence)
+                self._retire(sequence)
 
     def _failed(self, step: list[Scheduled], error: Exception) -> None:
         """Ends the step's requests; all of them, if no step can follow."""
         concerned = [s.sequence for s in step]
         if isinstance(error, EngineLostError):
             self.lost = error
-            concerned = [*self.scheduler.running, *self.scheduler.waiting]
+            concerned = [*self.schedulers.running, *self.schedulers.waiting]
         for sequence in concerned:
             self._fail(sequence, error)
 
@@ -156,7 +160,16 @@ class EngineLoop:
         wrapped = EngineError(f"the step failed ({type(error).__name__}: {error})")
         wrapped.__cause__ = error
         sequence.fail(error if isinstance(error, EngineError) else wrapped)
-        self.scheduler.retire(sequence, sound=False)
+        self._retire(sequence, sound=False)
+
+    def _retire(self, sequence: Sequence, sound: bool = True) -> None:
+        if sequence.scheduler:  # else it was never queued
+            sequence.scheduler.retire(sequence, sound)
+
+
+def _batch(scheduler: Scheduler, plan: list[Scheduled]) -> StepBatch | None:
+    """A rank's batch; None where it has nothing to do."""
+    return pack([part.batch_rows() for part in plan], scheduler.block_table(plan)) if plan else None
 
 
 class _Rows:

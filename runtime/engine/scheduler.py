@@ -77,7 +77,7 @@ class Scheduler:
 
     def add(self, sequence: Sequence) -> None:
         """Queues a request; its prompt must fit the limits."""
-        sequence.id = self.new_id()
+        sequence.id, sequence.scheduler = self.new_id(), self
         if len(sequence.tokens) >= self.limits.max_context:
             sequence.finish("context")
             return
@@ -85,9 +85,35 @@ class Scheduler:
 
     def schedule(self) -> list[Scheduled]:
         """The next step's sequences, with pages for their rows; empty if nothing can run."""
+        self.admit()
+        return self.plan(self.decodes)
+
+    def admit(self) -> None:
+        """Room for the next token of every running sequence, and in the room left for sequences that wait."""
         self._grow()
         self._admit()
-        return self._plan()
+
+    @property
+    def decodes(self) -> bool:
+        """Whether a running sequence has but one token to go."""
+        return any(len(s.tokens) - s.cached == 1 for s in self.running)
+
+    @property
+    def backlog(self) -> int:
+        """Tokens that are to be computed before a further request gets its first, each running sequence's next included."""
+        waiting = sum(len(s.tokens) for s in self.waiting)
+        return waiting + sum(len(s.tokens) - s.cached for s in self.running)
+
+    def missing(self, sequence: Sequence) -> int:
+        """How many tokens of a request, which need not be queued here, are to be computed."""
+        match = self.cache.match([] if sequence.reads_prompt else sequence.tokens, sequence.salt)
+        return len(sequence.tokens) - len(match.pages) * self.cache.page_size
+
+    def give_up_waiting(self) -> Sequence:
+        """Takes out the sequence that waits longest; it may be added elsewhere."""
+        sequence = self.waiting.popleft()
+        self._matches.pop(sequence.id, None)
+        return sequence
 
     def shrink(self, step: list[Scheduled]) -> bool:
         """Has later steps hold half as many rows of prompts as `step`, for which memory did not suffice; nothing of it counts.
@@ -201,11 +227,11 @@ class Scheduler:
                 return True
         return False
 
-    def _plan(self) -> list[Scheduled]:
-        """One row of every sequence that decodes, and chunks of prompts in what is left."""
+    def plan(self, decodes: bool) -> list[Scheduled]:
+        """One row of every sequence that decodes, and chunks of prompts in what is left; short ones if anything `decodes`."""
         missing = [(s, len(s.tokens) - s.cached) for s in self.running]
         decoding = sum(1 for _, rows in missing if rows == 1)
-        room = min(self.chunk if decoding else self.lone_chunk, self.limits.max_batch_tokens - decoding)
+        room = min(self.chunk if decodes else self.lone_chunk, self.limits.max_batch_tokens - decoding)
         told = LOGIT_ROWS - len(self.running)  # rows of prompts whose logits are wanted
         plan = []
         for sequence, rows in missing:

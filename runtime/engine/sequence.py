@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
@@ -14,6 +14,9 @@ from latentrt.runtime.engine.sampler import Sampler
 from latentrt.runtime.errors import EngineError
 from latentrt.runtime.sampling_params import SamplingParams
 from latentrt.runtime.text_stream import TextStream
+
+if TYPE_CHECKING:
+    from latentrt.runtime.engine.scheduler import Scheduler
 
 FinishReason = Literal["stop", "length", "context", "cache"]
 
@@ -76,6 +79,7 @@ class Sequence:
         self.room = 0  # tokens that its pages hold; kept by the scheduler
         self.ended = False  # it has a result or an error, or was aborted: it takes no further step
         self.id = 0  # in the latent cache; given by the scheduler
+        self.scheduler: Scheduler | None = None  # where it waits or runs
         self._drafter: Drafter | None = None
         self._eos = frozenset() if params.ignore_eos else eos
         self._ends = self._eos | set(params.stop_token_ids)

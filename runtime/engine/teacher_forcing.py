@@ -6,22 +6,28 @@ import numpy as np
 
 from latentrt.runtime.backends.base import Backend, SequenceRows, pack
 from latentrt.runtime.engine.scheduler import LOGIT_ROWS, Scheduler
+from latentrt.runtime.engine.schedulers import Schedulers
 from latentrt.runtime.errors import RequestError
 
 Slice = tuple[int, int, int]  # list, first token, end
 
 
-def blocks(scheduler: Scheduler, backend: Backend, lists: list[list[int]]) -> Iterator[np.ndarray]:
+def blocks(schedulers: Schedulers, backend: Backend, lists: list[list[int]]) -> Iterator[np.ndarray]:
     """Logits [rows, vocab_size] float32 in the order of the tokens; every step has at most 256 rows, of one list or more.
 
+    Of several ranks the one with the most room in its cache computes them, and the others what their experts add.
     Raises RequestError if running requests leave too little of the latent cache.
     """
+    scheduler = max(schedulers.ranks, key=lambda rank: rank.cache.free_tokens)
+    alone = [scheduler is rank for rank in schedulers.ranks]
     ids = [scheduler.new_id() for _ in lists]
     try:
         for step in _steps(scheduler, lists, ids):
             batch = [SequenceRows(lists[i][start:end], start, range(end - start)) for i, start, end in step]
             table = scheduler.cache.block_table([ids[i] for i, _, _ in step])
-            yield backend.step(pack(batch, table)).logits().copy()  # other requests' steps may come before it is read
+            packed = pack(batch, table)
+            result = backend.step_ranks([packed if own else None for own in alone], [()] * len(alone))
+            yield result.logits().copy()  # other requests' steps may come before it is read
             for index, _, end in step:
                 if end == len(lists[index]):
                     scheduler.cache.release(ids[index])

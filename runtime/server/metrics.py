@@ -85,18 +85,17 @@ class _Engine:
         self._service, self._model = service, model
 
     def collect(self):
-        scheduler = self._service.engine.loop.scheduler
-        cache = scheduler.cache
+        schedulers = self._service.engine.loop.schedulers
         gauges = {
             "num_requests_running": ("Answers that take part in steps.", self._service.running),
             "num_requests_waiting": ("Answers whose turn has not come.", self._service.waiting),
-            "kv_cache_usage_perc": ("Share of the latent cache in use, 0 to 1.", 1 - cache.free_tokens / cache.capacity),
+            "kv_cache_usage_perc": ("Share of the latent cache in use, 0 to 1.", schedulers.cache_usage),
         }
         counters = {
-            "prefix_cache_queries": ("Tokens of prompts that were looked up.", scheduler.asked_tokens),
-            "prefix_cache_hits": ("Tokens of prompts that were cached.", scheduler.reused_tokens),
-            "spec_decode_num_draft_tokens": ("Tokens that were guessed ahead.", scheduler.drafted_tokens),
-            "spec_decode_num_accepted_tokens": ("Guesses that were right.", scheduler.accepted_tokens),
+            "prefix_cache_queries": ("Tokens of prompts that were looked up.", schedulers.total("asked_tokens")),
+            "prefix_cache_hits": ("Tokens of prompts that were cached.", schedulers.total("reused_tokens")),
+            "spec_decode_num_draft_tokens": ("Tokens that were guessed ahead.", schedulers.total("drafted_tokens")),
+            "spec_decode_num_accepted_tokens": ("Guesses that were right.", schedulers.total("accepted_tokens")),
         }
         for kind, metrics in ((GaugeMetricFamily, gauges), (CounterMetricFamily, counters)):
             for name, (words, value) in metrics.items():

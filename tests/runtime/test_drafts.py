@@ -35,8 +35,8 @@ def test_answers_are_those_without_guesses(prompts, new, drafts, memory, cache_t
     for prompt, result in zip(prompts, results, strict=True):
         assert result.token_ids == greedy(prompt, new, memory)
         assert (result.finish_reason, result.prompt_tokens) == ("length", len(prompt))
-    owned(engine.loop.scheduler.cache)
-    assert engine.loop.scheduler.cache.free_tokens == engine.loop.scheduler.cache.capacity
+    owned(engine.loop.schedulers.ranks[0].cache)
+    assert engine.loop.schedulers.ranks[0].cache.free_tokens == engine.loop.schedulers.ranks[0].cache.capacity
 
 
 def test_seeds_stops_and_logprobs_are_the_same():
@@ -51,7 +51,7 @@ def test_seeds_stops_and_logprobs_are_the_same():
 def test_right_guesses_save_steps_and_are_counted():
     engine = fake_engine(drafts=4, memory=1)
     answer = engine.generate([[7]], SamplingParams(max_new_tokens=50))[0].token_ids
-    scheduler = engine.loop.scheduler
+    scheduler = engine.loop.schedulers.ranks[0]
     assert answer == greedy([7], 50, 1)
     assert engine.loop.steps + scheduler.accepted_tokens == 50  # each step gives one token, and one for each right guess
     assert 0 < scheduler.accepted_tokens <= scheduler.drafted_tokens

@@ -106,7 +106,7 @@ def test_small_chunks_and_a_full_cache_change_nothing(engine, tiny_bundle):
     tight = latentrt.load(tiny_bundle, cache_tokens=192)
     chunked = Engine(tight.bundle, tight.backend, chunk=7)
     assert [r.token_ids for r in chunked.generate(prompts, params)] == expected
-    assert chunked.loop.scheduler.cache.free_tokens == 192
+    assert chunked.loop.schedulers.ranks[0].cache.free_tokens == 192
 
 
 def test_unwritten_cache_does_not_leak(tiny_bundle, engine):
@@ -211,7 +211,7 @@ def test_a_conversation_computes_only_what_is_new(example):
     assert [m["role"] for m in conversation.messages] == ["system", "user", "assistant", "user", "assistant"]
     conversation.reset()
     assert conversation.messages == [{"role": "system", "content": "You know Python."}]
-    assert example.loop.scheduler.cache.free_tokens == example.loop.scheduler.cache.capacity
+    assert example.loop.schedulers.ranks[0].cache.free_tokens == example.loop.schedulers.ranks[0].cache.capacity
 
 
 @pytest.mark.slow

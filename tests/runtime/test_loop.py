@@ -49,7 +49,7 @@ def failing(engine: Engine, steps: set[int], error: Exception) -> Engine:
 
 
 def all_free(engine: Engine) -> bool:
-    scheduler = engine.loop.scheduler
+    scheduler = engine.loop.schedulers.ranks[0]
     idle = not scheduler.running and not scheduler.waiting
     return idle and scheduler.cache.free_tokens == scheduler.cache.capacity
 
@@ -120,7 +120,7 @@ def test_a_step_without_memory_is_made_smaller(capsys):
     prompts = [[n % 47 + 1 for n in range(length)] for length in (150, 3, 90)]
     results = engine.generate(prompts, SamplingParams(max_new_tokens=4))
     assert [r.token_ids for r in results] == [greedy(p, 4) for p in prompts] and all_free(engine)
-    assert engine.loop.scheduler.lone_chunk <= 40 and "in chunks of" in capsys.readouterr().err
+    assert engine.loop.schedulers.ranks[0].lone_chunk <= 40 and "in chunks of" in capsys.readouterr().err
 
 
 def test_guesses_are_given_up_before_memory_is_short():
@@ -130,7 +130,7 @@ def test_guesses_are_given_up_before_memory_is_short():
     assert result.token_ids == greedy(prompt, 30, 1)
     engine = short_of_memory(fake_engine(max_batch_tokens=64, drafts=8, memory=1), 2)
     (result,) = engine.generate([[1]], SamplingParams(max_new_tokens=40))
-    assert result.token_ids == greedy([1], 40, 1) and engine.loop.scheduler.drafts == 0
+    assert result.token_ids == greedy([1], 40, 1) and engine.loop.schedulers.ranks[0].drafts == 0
 
 
 def test_where_no_step_is_small_enough_the_youngest_request_ends():

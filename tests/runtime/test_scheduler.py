@@ -34,8 +34,8 @@ def test_answers_do_not_depend_on_the_batch(prompts, new, cache_tokens, page_siz
     for prompt, n, result in zip(prompts, new, results, strict=False):
         assert result.token_ids == greedy(prompt, n)
         assert (result.finish_reason, result.prompt_tokens) == ("length", len(prompt))
-    assert engine.loop.scheduler.cache.free_tokens == engine.loop.scheduler.cache.capacity
-    assert not engine.loop.scheduler.running and not engine.loop.scheduler.waiting
+    assert engine.loop.schedulers.ranks[0].cache.free_tokens == engine.loop.schedulers.ranks[0].cache.capacity
+    assert not engine.loop.schedulers.ranks[0].running and not engine.loop.schedulers.ranks[0].waiting
 
 
 @pytest.mark.parametrize("temperature", [0.7, 1.5])
@@ -112,7 +112,7 @@ def test_closing_a_stream_frees_its_pages():
     stream = engine.stream([[1, 2, 3], [4]], SamplingParams(max_new_tokens=30))
     next(stream)
     stream.close()
-    assert engine.loop.scheduler.cache.free_tokens == engine.loop.scheduler.cache.capacity
+    assert engine.loop.schedulers.ranks[0].cache.free_tokens == engine.loop.schedulers.ranks[0].cache.capacity
     assert engine.generate([[5]], SamplingParams(max_new_tokens=3))[0].token_ids == greedy([5], 3)
 
 
@@ -205,7 +205,7 @@ def test_any_admissions_aborts_and_evictions_lose_no_page_and_change_no_token(da
     """Prompts begin alike often. Every answer is that of the prompt alone, and in the end every page can be had."""
     chunk, new_tokens = data.draw(st.sampled_from([2, 7, 64])), st.lists(token, min_size=1, max_size=6)
     engine = fake_engine(chunk, cache_tokens=cache_tokens, page_size=page_size, max_sequences=3)
-    cache, streams = engine.loop.scheduler.cache, []
+    cache, streams = engine.loop.schedulers.ranks[0].cache, []
     for _ in range(data.draw(st.integers(1, 14))):
         action = data.draw(st.sampled_from(["ask", "ask", "step", "step", "abort"]))
         if action == "ask":
@@ -256,7 +256,7 @@ def test_teacher_forced_rows_come_in_order(lists, cache_tokens, max_batch_tokens
     engine = fake_engine(cache_tokens=cache_tokens, max_batch_tokens=max_batch_tokens, max_sequences=max_sequences)
     expected = [logits_after(tokens[: n + 1]) for tokens in lists for n in range(len(tokens))]
     np.testing.assert_array_equal(engine.logits(lists), expected)
-    assert engine.loop.scheduler.cache.free_tokens == engine.loop.scheduler.cache.capacity
+    assert engine.loop.schedulers.ranks[0].cache.free_tokens == engine.loop.schedulers.ranks[0].cache.capacity
 
 
 def test_teacher_forcing_beside_requests_that_fill_the_cache_is_an_error():
@@ -286,7 +286,7 @@ def test_wrong_prompts_are_refused_before_anything_runs(prompts, message):
     engine = fake_engine()
     with pytest.raises(RequestError, match=message):
         engine.stream(prompts)
-    assert engine.loop.steps == 0 and not engine.loop.scheduler.waiting
+    assert engine.loop.steps == 0 and not engine.loop.schedulers.ranks[0].waiting
 
 
 def test_a_prompt_larger_than_the_cache_is_refused():

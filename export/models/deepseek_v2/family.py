@@ -33,6 +33,15 @@ def _sizes(c: DeepseekV2Config) -> dict[str, tuple[str, int]]:
     }  # fmt: skip
 
 
+def _rank_refusal(c: DeepseekV2Config, ranks: int) -> str:
+    if c.first_k_dense_replace >= c.num_hidden_layers:
+        return "1 (the model has no experts to share)"
+    if c.n_routed_experts % ranks == 0:
+        return ""
+    divisors = [n for n in range(1, c.n_routed_experts + 1) if c.n_routed_experts % n == 0]
+    return f"{', '.join(map(str, divisors))} (divisors of n_routed_experts, which is {c.n_routed_experts})"
+
+
 FAMILY = Family(
     model_type=DeepseekV2Config.model_type,
     architectures="DeepseekV2",
@@ -46,6 +55,7 @@ FAMILY = Family(
     angles=lambda c: dict.fromkeys(("cos", "sin"), c.qk_rope_head_dim // 2),
     embed=_made_by("Embed"),
     layer=_made_by("DecoderLayer"),
+    rank_refusal=_rank_refusal,
     layer_kind=DeepseekV2Config.is_moe_layer,
     head=_made_by("Head"),
     step=_made_by("DeepseekV2Step"),

@@ -4,6 +4,10 @@ A step takes T token rows of B sequences (ragged: rows query_starts[b] .. query_
 Attention has two forms over the same weights and cache. Absorbed: kv_b_proj's key half maps queries into the latent space
 (w_uk), its value half maps the attended latent back (w_uv). Expanded: mla_prefill makes keys and values of the latent.
 Embedding, layers and head are modules of their own, so that each is traced once and stamped.
+
+Several ranks share the routed experts: each has its own sequences and caches, all weights but those of experts, and an equal
+share of these. It routes its own rows, so that no near tie falls another way elsewhere; the rows of all ranks with their
+choices are gathered, every rank adds up what its experts make of them, and the sums go back to the rows' ranks.
 """
 
 from collections.abc import Mapping, Sequence
@@ -16,11 +20,13 @@ from latentrt.export.models.base import Read, weight_name
 from latentrt.export.models.deepseek_v2.config import DeepseekV2Config
 from latentrt.export.models.deepseek_v2.weights import weights
 from latentrt.plugins import cache_formats
+from latentrt.plugins.all_gather.op import all_gather
 from latentrt.plugins.mla_attention.op import CONTRACT, mla_attention
 from latentrt.plugins.mla_prefill.op import mla_prefill
 from latentrt.plugins.moe_experts.op import moe_experts
 from latentrt.plugins.moe_route.op import moe_route
-from latentrt.plugins.step_graph import ABSORBED, EXPANDED, FORMS, INPUTS
+from latentrt.plugins.reduce_scatter.op import reduce_scatter
+from latentrt.plugins.step_graph import ABSORBED, EXPANDED, FIRST_EXPERT, FORMS, INPUTS
 
 ATTENTION_INPUTS = tuple(spec.name for spec in CONTRACT.inputs if spec.name in INPUTS)
 LATENT_NORM_EPS = 1e-6  # q_a_layernorm and kv_a_layernorm ignore rms_norm_eps in the family's own code
@@ -106,52 +112,67 @@ class DenseMlp(nn.Module):
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
 
-    def forward(self, x: Tensor, num_tokens: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, batch: Mapping[str, Tensor] | None = None) -> Tensor:
         return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
 class Experts(nn.Module):
-    """The routed experts' weights, stacked; gate_proj's rows above up_proj's."""
+    """Weights of a rank's share of the routed experts, stacked; gate_proj's rows above up_proj's."""
 
-    def __init__(self, c: DeepseekV2Config):
+    def __init__(self, c: DeepseekV2Config, ranks: int = 1):
         super().__init__()
-        self.gate_up_proj = nn.Parameter(torch.empty(c.n_routed_experts, 2 * c.moe_intermediate_size, c.hidden_size))
-        self.down_proj = nn.Parameter(torch.empty(c.n_routed_experts, c.hidden_size, c.moe_intermediate_size))
+        experts = c.n_routed_experts // ranks
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * c.moe_intermediate_size, c.hidden_size))
+        self.down_proj = nn.Parameter(torch.empty(experts, c.hidden_size, c.moe_intermediate_size))
 
 
 class Moe(nn.Module):
     """Routed and shared experts. `route` is the op moe_route, or what stands in for it."""
 
-    def __init__(self, c: DeepseekV2Config):
+    def __init__(self, c: DeepseekV2Config, ranks: int = 1):
         super().__init__()
-        self.config, self.route = c, moe_route
+        self.config, self.route, self.ranks = c, moe_route, ranks
         self.gate = nn.Linear(c.hidden_size, c.n_routed_experts, bias=False)
-        self.experts = Experts(c)
+        self.experts = Experts(c, ranks)
         if c.shared_intermediate_size:
             self.shared_experts = DenseMlp(c.hidden_size, c.shared_intermediate_size)
 
-    def forward(self, x: Tensor, num_tokens: Tensor) -> Tensor:
-        c = self.config
+    def forward(self, x: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        c, num_tokens = self.config, batch["num_tokens"]
         topk_ids, topk_weights = self.route(
             F.linear(x.float(), self.gate.weight.float()), num_tokens, None,
             scoring_func=c.scoring_func, topk_method=c.topk_method, group_score="max", n_group=c.n_group or 1,
             topk_group=c.topk_group or 1, top_k=c.num_experts_per_tok, norm_topk_prob=int(c.norm_topk_prob),
             routed_scaling_factor=c.routed_scaling_factor,
         )  # fmt: skip
-        y = moe_experts(
+        y = self.routed(x, topk_ids, topk_weights, batch)
+        return y + self.shared_experts(x) if c.shared_intermediate_size else y
+
+    def routed(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
+        """What the chosen experts of all ranks make of x [T, hidden_size], by gathering all rows.
+
+        Here an all-to-all dispatch would go, which sends a row only where its experts are: docs/many-gpus.md says when it pays.
+        """
+        if self.ranks == 1:
+            return self._experts(x, topk_ids, topk_weights)
+        x, topk_ids, topk_weights = (all_gather(t, num_ranks=self.ranks) for t in (x, topk_ids, topk_weights))
+        partial = self._experts(x, topk_ids - batch[FIRST_EXPERT], topk_weights)
+        return reduce_scatter(partial.float(), num_ranks=self.ranks).to(x.dtype)
+
+    def _experts(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        return moe_experts(
             x, topk_ids, topk_weights, self.experts.gate_up_proj, self.experts.down_proj, None, None,
             first_expert=0, gate_up_layout="concatenated",
         )  # fmt: skip
-        return y + self.shared_experts(x) if c.shared_intermediate_size else y
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, c: DeepseekV2Config, is_moe: bool, cache_format: str, form: str = ABSORBED):
+    def __init__(self, c: DeepseekV2Config, is_moe: bool, cache_format: str, form: str = ABSORBED, ranks: int = 1):
         super().__init__()
         self.input_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
         self.self_attn = MlaAttention(c, cache_format, form)
         self.post_attention_layernorm = RMSNorm(c.hidden_size, c.rms_norm_eps)
-        self.mlp = Moe(c) if is_moe else DenseMlp(c.hidden_size, c.intermediate_size)
+        self.mlp = Moe(c, ranks) if is_moe else DenseMlp(c.hidden_size, c.intermediate_size)
 
     def forward(
         self, hidden: Tensor, cos: Tensor, sin: Tensor, cache: Tensor, batch: Mapping[str, Tensor]
@@ -162,7 +183,7 @@ class DecoderLayer(nn.Module):
         """
         attended, cache = self.self_attn(self.input_layernorm(hidden), cos, sin, cache, batch)
         hidden = hidden + attended
-        added = self.mlp(self.post_attention_layernorm(hidden), batch["num_tokens"])
+        added = self.mlp(self.post_attention_layernorm(hidden), batch)
         return hidden + added, cache, attended, added
 
 

@@ -9,7 +9,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from latentrt.plugins.architecture import ARCHITECTURES
-from latentrt.plugins.step_graph import DECODE_FORM, StepBatch, caches
+from latentrt.plugins.step_graph import DECODE_FORM, FIRST_EXPERT, StepBatch, caches, first_expert
 from latentrt.runtime.backends.base import (
     AUTO,
     LOGIT_ROWS,
@@ -39,7 +39,7 @@ class TorchBackend(Backend):
     def __init__(self, bundle: Bundle, name: str, target: Target, options: BackendOptions = BackendOptions()):
         self.name, self.target = name, target
         choose = chooser(f"{bundle.path}: target {name}", target, bundle.manifest.config, options.prefill)
-        self.device = resolve_device(options.device)
+        self.device = resolve_device(options.device, options.gpu)
         if options.threads:
             torch.set_num_threads(options.threads)
         kind = options.custom_ops
@@ -49,7 +49,7 @@ class TorchBackend(Backend):
             if kind == "triton":
                 _check_gpu(f"{bundle.path}: target {name}", target, self.device)
             try:
-                programs = self._programs(bundle, kind)
+                programs = self._programs(bundle, kind, options.rank)
             except torch_graph.UnknownOpError as error:
                 raise BundleError(f"{bundle.path}: target {name} ({target.precision}): {error}") from None
             if self.device.type == "cuda":
@@ -64,8 +64,15 @@ class TorchBackend(Backend):
     def prefill_chunk(self) -> int:
         return self.target.limits.max_batch_tokens if self.device.type == "cuda" else super().prefill_chunk
 
+    @property
+    def two_passes(self) -> bool:
+        return self.runner.capture
+
     def step(self, batch: StepBatch) -> StepResult:
         return self.runner.step(batch)
+
+    def step_padded(self, batch: StepBatch, rows: int, decoding: bool) -> StepResult:
+        return self.runner.step_padded(batch, rows, decoding)
 
     def copy_pages(self, pages: Sequence[tuple[int, int]]) -> None:
         with current(self.device):
@@ -76,11 +83,14 @@ class TorchBackend(Backend):
     def close(self) -> None:
         self.runner, self.caches = None, []
 
-    def _programs(self, bundle: Bundle, custom_ops: str) -> dict[str, torch_graph.StepProgram]:
+    def _programs(self, bundle: Bundle, custom_ops: str, rank: int) -> dict[str, torch_graph.StepProgram]:
         """A program per form, on the same weights in memory."""
         files = {form: onnx_file(bundle, self.name, self.target, form) for form in self.target.engines}
         models = {form: torch_graph.read(bundle.file(ref)) for form, ref in files.items()}
-        weights, folded = load_weights(bundle, self.target, models[DECODE_FORM], self.device), {}
+        weights, folded = load_weights(bundle, self.target, models[DECODE_FORM], self.device, rank), {}
+        if self.target.ranks > 1:
+            first = first_expert(rank, self.target.ranks, bundle.manifest.config["n_routed_experts"])
+            weights[FIRST_EXPERT] = torch.from_numpy(first).to(self.device)
         return {
             form: torch_graph.StepProgram(model, weights, self.device, custom_ops, folded=folded)
             for form, model in models.items()
@@ -127,8 +137,8 @@ def _pages(target: Target, cache_tokens: int | None, device: torch.device) -> in
     return gpu_pages_for(target, cache_tokens, torch.cuda.mem_get_info(device)[0])
 
 
-def resolve_device(device: str) -> torch.device:
-    """"auto" resolved; BundleError if a GPU is asked for and PyTorch sees none."""
+def resolve_device(device: str, gpu: int | None = None) -> torch.device:
+    """"auto" resolved, to GPU `gpu` or PyTorch's current one; BundleError if a GPU is asked for and PyTorch sees none."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     found = torch.device(device)
@@ -137,7 +147,8 @@ def resolve_device(device: str) -> torch.device:
     if not torch.cuda.is_available():
         raise BundleError(f"device {device}: PyTorch {torch.__version__} sees no CUDA GPU; use device 'cpu'")
     count = torch.cuda.device_count()
-    index = torch.cuda.current_device() if found.index is None else found.index
+    default = torch.cuda.current_device() if gpu is None else gpu
+    index = default if found.index is None else found.index
     if index >= count:
         raise BundleError(f"device {device}: PyTorch sees {count}, accepted: {', '.join(f'cuda:{n}' for n in range(count))}")
     return torch.device("cuda", index)
@@ -151,27 +162,38 @@ def onnx_file(bundle: Bundle, name: str, target: Target, form: str = DECODE_FORM
     raise BundleError(f"{bundle.path}: target {name} has no ONNX graph, which backend torch interprets; build it again")
 
 
-def load_weights(bundle: Bundle, target: Target, model: onnx.ModelProto, device: torch.device) -> dict[str, torch.Tensor]:
-    """Weight inputs and external initializers of `model`, mapped from the weight set and copied to `device`."""
+def load_weights(
+    bundle: Bundle, target: Target, model: onnx.ModelProto, device: torch.device, rank: int = 0
+) -> dict[str, torch.Tensor]:
+    """Weight inputs and external initializers of `model`, mapped from the weight set and copied to `device`.
+
+    Of weights that ranks share, only the part of `rank`.
+    """
     wanted = {i.name: _declared(i) for i in model.graph.input if i.name not in {t.name for t in target.inputs}}
     for proto in model.graph.initializer:
         if proto.data_location == onnx.TensorProto.EXTERNAL:
             wanted[proto.name] = (torch_graph.DTYPES[proto.data_type], tuple(proto.dims))
     found: dict[str, torch.Tensor] = {}
     for ref in bundle.manifest.weight_sets[target.weight_set].files:
-        found |= _read_shard(bundle.file(ref), wanted, device)
+        found |= _read_shard(bundle.file(ref), wanted, device, target, rank)
     missing = sorted(set(wanted) - set(found))
     if missing:
         raise BundleError(f"{bundle.path}: weight set {target.weight_set} lacks {missing[0]} (and {len(missing) - 1} more)")
     return found
 
 
-def _read_shard(path: Path, wanted: dict[str, tuple], device: torch.device) -> dict[str, torch.Tensor]:
+def _read_shard(
+    path: Path, wanted: dict[str, tuple], device: torch.device, target: Target, rank: int
+) -> dict[str, torch.Tensor]:
     found = {}
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as shard:
             for name in wanted.keys() & set(shard.keys()):
-                found[name] = shard.get_tensor(name)
+                if name in target.shared_weights:
+                    part = shard.get_slice(name)
+                    found[name] = part[target.rows_of(name, part.get_shape(), rank)]
+                else:
+                    found[name] = shard.get_tensor(name)
     except SafetensorError as error:
         raise BundleError(f"{path}: not a readable weight shard ({error}); build the bundle again") from None
     for name, tensor in found.items():

@@ -55,13 +55,19 @@ class StepRunner:
             (prompts, theirs), (decoding, its) = parts
             return JoinedResult([(self._pass(prompts, False), theirs), (self._pass(decoding, True), its)])
 
-    def _pass(self, batch: StepBatch, capture: bool) -> "DeviceResult":
-        return DeviceResult(self._logits(batch, capture)[: len(batch.logit_rows)])
+    @torch.inference_mode()
+    def step_padded(self, batch: StepBatch, rows: int, decoding: bool) -> StepResult:
+        """One pass with at least `rows` rows, see Backend.step_padded."""
+        with current(self.program.device), _gpu_faults():
+            return self._pass(batch, self.capture and decoding, rows)
 
-    def _logits(self, batch: StepBatch, capture: bool) -> torch.Tensor:
-        shape = decode_shape(batch, self.sizes, self.max_pages) if capture else None
+    def _pass(self, batch: StepBatch, capture: bool, rows: int = 0) -> "DeviceResult":
+        return DeviceResult(self._logits(batch, capture, rows)[: len(batch.logit_rows)])
+
+    def _logits(self, batch: StepBatch, capture: bool, rows: int) -> torch.Tensor:
+        shape = decode_shape(batch, self.sizes, self.max_pages, rows) if capture else None
         captured = self.captured(shape) if shape is not None else None
-        return captured.replay(batch) if captured else self._eager(batch)[LOGITS]
+        return captured.replay(batch) if captured else self._eager(batch, shape or StepShape.of(batch).at_least(rows))[LOGITS]
 
     def captured(self, shape: StepShape) -> "CapturedStep | None":
         """The CUDA graph of a shape, captured when first asked for; None if it cannot be, which is said once."""
@@ -79,8 +85,7 @@ class StepRunner:
                 print(f"decode steps run without CUDA graphs, which costs time: {error}", file=sys.stderr)
         return self._graphs.get(shape)
 
-    def _eager(self, batch: StepBatch) -> dict[str, torch.Tensor]:
-        shape = StepShape.of(batch)
+    def _eager(self, batch: StepBatch, shape: StepShape) -> dict[str, torch.Tensor]:
         host, device = _buffers(shape, self.program.device)
         fill(batch, shape, host.numpy())
         device.copy_(host)

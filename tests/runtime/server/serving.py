@@ -55,7 +55,7 @@ class Live:
 
     def all_free(self) -> bool:
         """Whether no page belongs to anybody."""
-        scheduler = self.engine.loop.scheduler
+        scheduler = self.engine.loop.schedulers.ranks[0]
         return not scheduler.running and not scheduler.waiting and scheduler.cache.free_tokens == scheduler.cache.capacity
 
 

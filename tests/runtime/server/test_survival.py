@@ -145,7 +145,7 @@ def test_pages_of_a_client_that_vanishes_are_free_within_a_step(fake, stream):
     request = fake.client.build_request("POST", "/v1/completions", json=ask(PROMPT, 60, stream=stream))
     with socket.create_connection(fake.url.removeprefix("http://").split(":")) as connection:
         connection.sendall(HEAD % len(request.content) + request.content)
-        until(lambda: fake.engine.loop.scheduler.running or fake.engine.loop.scheduler.waiting)
+        until(lambda: fake.engine.loop.schedulers.ranks[0].running or fake.engine.loop.schedulers.ranks[0].waiting)
     until(lambda: all(not request._open for request in fake.server.service._requests))
     steps = fake.engine.loop.steps
     gate.set()
@@ -241,7 +241,7 @@ def test_a_lost_engine_says_so(fake, error):
     if error:
         fake.engine.backend.step = fail
     else:
-        fake.engine.loop.scheduler.schedule = fail
+        fake.engine.loop.schedulers.schedule = fail
     assert refused(fake.post("/v1/completions", **ask(PROMPT, 5)), 503)["code"] == "engine_lost"
     refused(fake.post("/v1/completions", **ask(PROMPT, 5)), 503)
     refused(fake.client.get("/health"), 503)
@@ -254,7 +254,7 @@ def held_up(seconds: float, new: int):
         gate = threading.Event()
         slow(live, gate)
         stream = threads.submit(live.stream, "/v1/completions", **ask(PROMPT, new))
-        until(lambda: live.engine.loop.scheduler.running)
+        until(lambda: live.engine.loop.schedulers.ranks[0].running)
         yield live, gate, stream
 
 

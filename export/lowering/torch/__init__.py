@@ -1,0 +1,1 @@
+"""Step graphs that PyTorch interprets as they are exported."""

@@ -1,0 +1,1 @@
+"""Sums over all ranks of a rank's own rows."""

@@ -1,0 +1,158 @@
+"""The ranks as the scheduling process sees them: starts them, calls them all at once, and says who failed.
+
+A rank that dies, or that fails in a step, leaves the others waiting in a collective. Then all are ended, and every later call
+raises the same EngineLostError.
+"""
+
+import secrets
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Mapping
+from multiprocessing.connection import Connection, Listener, wait
+from pathlib import Path
+
+import latentrt
+from latentrt.runtime.errors import EngineLostError
+from latentrt.runtime.ranks import messages
+from latentrt.runtime.ranks.messages import Answer, Hello
+
+START_SECONDS = 120.0  # until a rank's process has said hello: imports may come from a slow disk
+CALL_SECONDS = 1800.0  # for a step: its kernels may be compiled within it
+_BLAME_SECONDS = 2.0  # after a fault, for the news of who died: the others only say that a connection closed
+_ROOT = Path(latentrt.__file__).parents[1]
+
+
+class RankGroup:
+    """`ranks` processes. Raises EngineLostError, from then on always, when one of them is gone or has failed."""
+
+    def __init__(self, ranks: int):
+        self.ranks = ranks
+        self.lost: EngineLostError | None = None
+        self._folder = tempfile.TemporaryDirectory(prefix="latentrt-ranks-")
+        self.children: list[subprocess.Popen] = []
+        self._connections: list[Connection] = []
+        self.who: list[Hello] = []
+        self._lock = threading.Lock()
+        try:
+            self._start()
+        except BaseException:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        address, key = str(Path(self._folder.name) / "front"), secrets.token_bytes(32)
+        with Listener(address, family="AF_UNIX", backlog=self.ranks, authkey=key) as listener:
+            command = [sys.executable, "-m", "latentrt.runtime.ranks.worker"]
+            for rank in range(self.ranks):
+                environment = messages.environment(address, key, rank)
+                self.children.append(subprocess.Popen(command, cwd=_ROOT, env=environment, stdin=subprocess.DEVNULL))
+            found = self._accept(listener)
+        self.who = [hello for hello, _ in found]
+        self._connections = [connection for _, connection in found]
+
+    def _accept(self, listener: Listener) -> list[tuple[Hello, Connection]]:
+        """Every rank's first words and its connection, in order."""
+        found: dict[int, tuple[Hello, Connection]] = {}
+        listener._listener._socket.settimeout(1.0)
+        end = time.monotonic() + START_SECONDS
+        while len(found) < self.ranks:
+            try:
+                connection = listener.accept()
+                hello = messages.receive(connection, START_SECONDS)
+                found[hello.rank] = hello, connection
+            except TimeoutError:
+                dead = [r for r, child in enumerate(self.children) if child.poll() is not None]
+                if dead:
+                    raise EngineLostError(f"{self._ended(dead[0])} before it could load") from None
+                if time.monotonic() > end:
+                    raise EngineLostError(f"{self.ranks - len(found)} of {self.ranks} ranks did not start in time") from None
+        return [found[rank] for rank in range(self.ranks)]
+
+    def call_all(self, method: str, arguments: tuple = (), seconds: float = CALL_SECONDS) -> list:
+        """What the method gives on every rank, with the same arguments."""
+        return self.call(method, dict.fromkeys(range(self.ranks), arguments), seconds)
+
+    def call(self, method: str, arguments: Mapping[int, tuple], seconds: float = CALL_SECONDS) -> list:
+        """What the method gives on some ranks at once, in the order of `arguments`: rank -> the call's."""
+        with self._lock:
+            if self.lost:
+                raise EngineLostError(str(self.lost)) from self.lost
+            faults: dict[int, str] = {}
+            for rank, given in arguments.items():
+                try:
+                    self._connections[rank].send((method, given))
+                except OSError:
+                    faults[rank] = ""
+            answers = self._answers(list(arguments), faults, seconds) if not faults else {}
+            if faults:
+                raise self._lose(faults)
+            return [answers[rank] for rank in arguments]
+
+    def _answers(self, ranks: list[int], faults: dict[int, str], seconds: float) -> dict[int, object]:
+        """Answers by rank; faults are noted, of one and shortly after of others, so that the dead one is among them."""
+        waiting = {self._connections[rank]: rank for rank in ranks}
+        found, end = {}, time.monotonic() + seconds
+        while waiting and (left := end - time.monotonic()) > 0:
+            for connection in wait(list(waiting), left):
+                rank = waiting.pop(connection)
+                answer = self._receive(connection)
+                if answer is None or answer.error:
+                    faults[rank] = f"{answer.kind}: {answer.error}" if answer else ""
+                    end = min(end, time.monotonic() + _BLAME_SECONDS)
+                else:
+                    found[rank] = answer.value
+            if any(not fault for fault in faults.values()):
+                break
+        if waiting and not faults:
+            faults[min(waiting.values())] = f"no answer within {seconds:.0f} s"
+        return found
+
+    def _receive(self, connection: Connection) -> Answer | None:
+        """None where the process is gone."""
+        try:
+            return connection.recv()
+        except (EOFError, OSError):
+            return None
+
+    def _lose(self, faults: Mapping[int, str]) -> EngineLostError:
+        """Ends all ranks, and says why: a rank that is gone rather than those that missed it."""
+        gone = [rank for rank, fault in faults.items() if not fault]
+        rank = (gone or list(faults))[0]
+        why = self._ended(rank) if gone else f"rank {rank} failed ({faults[rank]})"
+        self.lost = EngineLostError(f"{why}; the other ranks were ended: load the engine again")
+        self._end()
+        return self.lost
+
+    def _ended(self, rank: int) -> str:
+        named = f"rank {rank}"
+        if rank < len(self.who):
+            named += f" (process {self.who[rank].pid} on {self.who[rank].host})"
+        try:
+            code = self.children[rank].wait(_BLAME_SECONDS)
+        except (IndexError, subprocess.TimeoutExpired):
+            return f"{named} is gone"
+        return f"{named} was ended by {signal.Signals(-code).name}" if code < 0 else f"{named} ended with exit status {code}"
+
+    def _end(self) -> None:
+        for connection in self._connections:
+            connection.close()
+        for child in self.children:
+            child.kill()
+        for child in self.children:
+            child.wait()
+
+    @property
+    def alive(self) -> bool:
+        """Whether all processes are there."""
+        return self.lost is None and all(child.poll() is None for child in self.children)
+
+    def close(self) -> None:
+        """Ends all ranks; a second call does nothing."""
+        self.lost = self.lost or EngineLostError("the engine is closed")
+        self._end()
+        self.children, self._connections = [], []
+        self._folder.cleanup()

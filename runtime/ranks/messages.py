@@ -1,0 +1,48 @@
+"""What the process that schedules and the processes of ranks say to each other, over one connection a rank.
+
+A call is (method, arguments); its answer is an `Answer`. Connections are those of multiprocessing, with a key that both know.
+"""
+
+import os
+from dataclasses import dataclass
+from multiprocessing.connection import Connection
+
+ADDRESS, KEY, RANK = "LATENTRT_RANKS_ADDRESS", "LATENTRT_RANKS_KEY", "LATENTRT_RANK"  # environment of a rank's process
+
+
+@dataclass(frozen=True)
+class Hello:
+    """A rank's first words."""
+
+    rank: int
+    pid: int
+    host: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a call gave, or in words why it failed; `kind` is the class of the error."""
+
+    value: object = None
+    error: str = ""
+    kind: str = ""
+
+
+def parse_address(text: str) -> str | tuple[str, int]:
+    """An address as `Listener` and `Client` take it: the path of a socket, or "tcp:host:port"."""
+    if not text.startswith("tcp:"):
+        return text
+    host, _, port = text.removeprefix("tcp:").rpartition(":")
+    return host, int(port)
+
+
+def environment(address: str, key: bytes, rank: int) -> dict[str, str]:
+    """Environment of a rank's process."""
+    return os.environ | {ADDRESS: address, KEY: key.hex(), RANK: str(rank)}
+
+
+def receive(connection: Connection, seconds: float):
+    """The next message; TimeoutError, or EOFError where the other side is gone."""
+    if not connection.poll(seconds):
+        raise TimeoutError
+    return connection.recv()

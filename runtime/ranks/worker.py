@@ -1,0 +1,104 @@
+"""One rank's process: `python -m latentrt.runtime.ranks.worker`. It loads its share of a target and runs its part of steps.
+
+It ends when the process that schedules ends, even while it waits for other ranks inside a step.
+"""
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Sequence
+from multiprocessing.connection import Client, Connection
+from pathlib import Path
+from queue import SimpleQueue
+
+import numpy as np
+
+from latentrt.runtime import backends
+from latentrt.runtime.backends.base import Backend, BackendOptions, Draws, StepResult
+from latentrt.runtime.backends.passes import JoinedResult
+from latentrt.runtime.bundle.reader import Bundle
+from latentrt.runtime.ranks import joining, messages
+from latentrt.runtime.ranks.lockstep import Pass
+from latentrt.runtime.ranks.messages import Answer, Hello
+
+
+class Worker:
+    """What the scheduling process may call; see backend.py beside this file."""
+
+    def __init__(self, rank: int):
+        self.rank = rank
+        self._backend: Backend | None = None
+        self._result: StepResult | None = None
+        self._joining: joining.Joining | None = None
+
+    def invite(self, kind: str, options: BackendOptions):
+        """What the other ranks need to know to meet this one, the first."""
+        self._joining = joining.of(kind, options)
+        return self._joining.invite()
+
+    def load(self, bundle: Path, target: str, kind: str, options: BackendOptions, ranks: int, invitation) -> dict:
+        """Meets the other ranks and loads; tells how many pages the latent cache has, and how steps are to be cut."""
+        self._joining = self._joining or joining.of(kind, options)
+        self._joining.join(invitation, self.rank, ranks)
+        self._backend = backends.load_rank(Bundle(bundle), target, kind, options, self._joining)
+        return {"num_pages": self._backend.num_pages, "two_passes": self._backend.two_passes,
+                "chunks": (self._backend.prefill_chunk, self._backend.lone_prefill_chunk)}  # fmt: skip
+
+    def step(self, copies: Sequence[tuple[int, int]], passes: list[Pass]) -> bool:
+        """Runs a step; whether its tokens can be drawn where the logits are."""
+        if copies:
+            self._backend.copy_pages(copies)
+        done = [(self._backend.step_padded(p.batch, p.rows, p.decoding), p.places) for p in passes]
+        self._result = done[0][0] if len(done) == 1 else JoinedResult(done)
+        return self._result.can_draw
+
+    def logits(self) -> np.ndarray:
+        return self._result.logits()
+
+    def rows(self, places: list[int]) -> np.ndarray:
+        return self._result.rows(places)
+
+    def greedy(self) -> tuple[np.ndarray, np.ndarray]:
+        return self._result.greedy()
+
+    def draw(self, draws: Draws) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self._result.draw(draws)
+
+
+def serve(connection: Connection, worker: Worker) -> None:
+    """Answers calls, one after another, until the other side is gone; then the process ends."""
+    calls: SimpleQueue = SimpleQueue()
+    threading.Thread(target=_read, args=(connection, calls), daemon=True).start()
+    while True:
+        method, arguments = calls.get()
+        try:
+            answer = Answer(getattr(worker, method)(*arguments))
+        except Exception as error:
+            answer = Answer(error=str(error) or type(error).__name__, kind=type(error).__name__)
+        connection.send(answer)
+
+
+def _read(connection: Connection, calls: SimpleQueue) -> None:
+    try:
+        while True:
+            calls.put(connection.recv())
+    except (EOFError, OSError):
+        os._exit(0)  # whatever it is doing: a collective would wait for ranks that end as well
+
+
+def main() -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: the scheduling process decides
+    rank = int(os.environ[messages.RANK])
+    connect(os.environ[messages.ADDRESS], bytes.fromhex(os.environ[messages.KEY]), rank)
+
+
+def connect(address: str, key: bytes, rank: int) -> None:
+    """Serves the process that schedules as `rank`; never returns."""
+    connection = Client(messages.parse_address(address), authkey=key)
+    connection.send(Hello(rank, os.getpid(), socket.gethostname()))
+    serve(connection, Worker(rank))
+
+
+if __name__ == "__main__":
+    main()
