@@ -129,7 +129,7 @@ BAD_CHECKPOINTS = [  # what is done to a good one; words of the refusal
 ]
 BAD_OPTIONS = [
     (["--max-context", "9999999"], ["max_context is 9999999, accepted: 1 to 256 (max_position_embeddings)"]),
-    (["--target", "sm70"], ["unknown target 'sm70', accepted: cpu, sm80"]),
+    (["--target", "sm70"], ["unknown target 'sm70', accepted: cpu, torch, sm80"]),
     (["--precision", "fp8"], ["precision 'fp8' is not to be had on cpu; accepted: auto, int8, int4, fp32"]),
     (["--accuracy", "best"], ["accuracy is 'best', accepted: fast, exact"]),
     (["--cache-format", "bfloat16"], ["cache_format is 'bfloat16', accepted for target cpu: float32, float16"]),

@@ -33,7 +33,7 @@ class RanksBackend(Backend):
         own = [_rank_options(options, rank, self.ranks) for rank in range(self.ranks)]
         (invitation,) = self.group.call("invite", {0: (kind, own[0])})
         found = self.group.call("load", {
-            rank: (bundle.path, self.name, kind, own[rank], self.ranks, invitation) for rank in range(self.ranks)
+            rank: (bundle.path.absolute(), self.name, kind, own[rank], self.ranks, invitation) for rank in range(self.ranks)
         })  # fmt: skip
         self._pages = [rank["num_pages"] for rank in found]
         self.num_pages = min(self._pages)

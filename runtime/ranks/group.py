@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 
-import latentrt
 from latentrt.runtime.errors import EngineLostError
 from latentrt.runtime.ranks import messages
 from latentrt.runtime.ranks.messages import Answer, Hello
@@ -23,7 +22,6 @@ from latentrt.runtime.ranks.messages import Answer, Hello
 START_SECONDS = 120.0  # until a rank's process has said hello: imports may come from a slow disk
 CALL_SECONDS = 1800.0  # for a step: its kernels may be compiled within it
 _BLAME_SECONDS = 2.0  # after a fault, for the news of who died: the others only say that a connection closed
-_ROOT = Path(latentrt.__file__).parents[1]
 
 
 class RankGroup:
@@ -49,7 +47,7 @@ class RankGroup:
             command = [sys.executable, "-m", "latentrt.runtime.ranks.worker"]
             for rank in range(self.ranks):
                 environment = messages.environment(address, key, rank)
-                self.children.append(subprocess.Popen(command, cwd=_ROOT, env=environment, stdin=subprocess.DEVNULL))
+                self.children.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
             found = self._accept(listener)
         self.who = [hello for hello, _ in found]
         self._connections = [connection for _, connection in found]

@@ -5,7 +5,9 @@ A call is (method, arguments); its answer is an `Answer`. Connections are those 
 
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from multiprocessing.connection import Connection
+from pathlib import Path
 
 ADDRESS, KEY, RANK = "LATENTRT_RANKS_ADDRESS", "LATENTRT_RANKS_KEY", "LATENTRT_RANK"  # environment of a rank's process
 
@@ -38,7 +40,9 @@ def parse_address(text: str) -> str | tuple[str, int]:
 
 def environment(address: str, key: bytes, rank: int) -> dict[str, str]:
     """Environment of a rank's process."""
-    return os.environ | {ADDRESS: address, KEY: key.hex(), RANK: str(rank)}
+    root = str(Path(find_spec("latentrt").origin).parents[1])  # where the child finds the package, in a checkout too
+    path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
+    return os.environ | {ADDRESS: address, KEY: key.hex(), RANK: str(rank), "PYTHONPATH": path}
 
 
 def receive(connection: Connection, seconds: float):

@@ -268,7 +268,7 @@ def test_embedded_weights_are_in_the_plan(fast_trace, tmp_path, built):
     ("arguments", "message"),
     [
         (("sm89,sm86", "fp8"), "'fp8' is not to be had on sm86: its hardware has no fp8; accepted: auto, bf16"),
-        (("sm89,sm999", "auto"), "unknown target 'sm999', accepted: cpu, sm80, sm86, sm89, sm90"),
+        (("sm89,sm999", "auto"), "unknown target 'sm999', accepted: cpu, torch, sm80, sm86, sm89, sm90"),
         (("sm89", "int8"), "'int8' is not to be had on sm89; accepted: auto, fp8, bf16"),
         (("sm89", "auto", "fast", "auto", None, "shared"), "weights is 'shared', accepted: inputs, embedded"),
         (("sm89", "auto", "fast", "float32"), "cache_format is 'float32', accepted for target sm89: auto, bfloat16"),

@@ -78,5 +78,5 @@ def test_alone_they_say_what_is_missing():
 
 def test_types_are_checked():
     ops.contracts()
-    with pytest.raises(ContractError, match="all_gather: x has dtype torch.int64"):
+    with pytest.raises(ContractError, match="all_gather: x has dtype"):
         torch.ops.latentrt.all_gather(torch.zeros(4, 3, dtype=torch.int64), 2)

@@ -38,7 +38,7 @@ def rank_batches(draw):
 @given(rank_batches(), st.booleans())
 def test_all_ranks_run_the_same_passes_and_nothing_is_lost(batches, two):
     cut = passes(batches, PAGE, two)
-    assert len(cut) == len(batches) and len({len(own) for own in cut}) == 1, "a rank that ran fewer passes would hang the others"
+    assert len(cut) == len(batches) and len({len(own) for own in cut}) == 1, "a rank with fewer passes hangs all"
     for together in zip(*cut, strict=True):
         assert len({(p.rows, p.decoding) for p in together}) == 1
         assert max(len(p.batch.input_ids) for p in together) == together[0].rows, "no rank pads more than the fullest asks for"

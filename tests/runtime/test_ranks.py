@@ -150,7 +150,7 @@ def test_a_rank_that_dies_idle_is_seen(two_bundle):
 def test_a_rank_that_fails_is_named(two_bundle):
     """What one rank raises in a step, and not the broken connections of the others."""
     with latentrt.load(two_bundle, device="cpu", threads=2, cache_tokens=1024) as engine:
-        with pytest.raises(EngineLostError, match=r"rank 1 failed \(AttributeError: .*'shape'\)"):
+        with pytest.raises(EngineLostError, match=r"rank 1 failed \(AttributeError: .*'batch'\)"):
             engine.backend.group.call("step", {0: ((), engine_pass()), 1: ((), [None])})
 
 
