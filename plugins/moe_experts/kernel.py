@@ -192,6 +192,7 @@ def moe_experts(
     down_scale: torch.Tensor | None,  # [E, hidden_size] float32
     first_expert: int,
     gate_up_layout: str,
+    total_experts: int = 0,
     target: Gpu | None = None,
 ) -> torch.Tensor:
     """Runs the kernels: y [T, hidden_size]. Contract: op.py. FP8 weights are met by FP8 rows with a scale each."""
@@ -199,7 +200,8 @@ def moe_experts(
     experts, hidden, inner = down_proj.shape
     weights = word(down_proj)
     blocks = [1 if s is None or s.dim() == 2 else s.shape[2] for s in (gate_up_scale, down_scale)]
-    config = Experts(experts, hidden, inner, topk_ids.shape[1], word(x), weights, first_expert, gate_up_layout, *blocks)
+    sizes = experts, hidden, inner, topk_ids.shape[1]
+    config = Experts(*sizes, word(x), weights, first_expert, gate_up_layout, *blocks, total_experts)
     if config.float8 != (gate_up_scale is not None):
         raise ValueError(f"moe_experts kernels: {weights} weights {'need' if config.float8 else 'take no'} scales")
     tensors = contiguous(inputs)

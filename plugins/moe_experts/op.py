@@ -58,6 +58,7 @@ CONTRACT = OpContract(
     attributes=(
         AttributeSpec("first_expert", int),
         AttributeSpec("gate_up_layout", str, choices=("concatenated", "interleaved")),
+        AttributeSpec("total_experts", int, default=0),  # of all ranks, which rows are spread over; 0: the tensors have all
         AttributeSpec("packed", int, choices=(1, 2), default=1),  # elements of a weight to one of the tensor's
     ),
     check=check_blocks,

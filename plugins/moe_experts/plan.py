@@ -32,7 +32,8 @@ _require = partial(require, "moe_experts")
 class Experts:
     """The static part of an op call. dtype is that of x and y; weights "float8_e4m3fn" come with channel scales.
 
-    gate_up_blocks, down_blocks: blocks of inputs that have a scale each.
+    gate_up_blocks, down_blocks: blocks of inputs that have a scale each. total_experts: what rows are spread over, where other
+    ranks have the rest of them.
     """
 
     num_experts: int  # of the local slice
@@ -45,6 +46,7 @@ class Experts:
     gate_up_layout: str
     gate_up_blocks: int = 1
     down_blocks: int = 1
+    total_experts: int = 0
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, "dtype", self.dtype, DTYPES)
@@ -68,7 +70,7 @@ def plan(config: Experts, tokens: int, target: Gpu) -> Plan:
     if tokens == 0:
         return Plan(())
     pairs = tokens * config.top_k
-    average, one = cdiv(pairs, config.num_experts), tokens == 1
+    average, one = cdiv(pairs, config.total_experts or config.num_experts), tokens == 1
     size = "few" if one or average <= FEW else "some" if average <= SOME else "many"
     tile = _tile(config, size, target)
     by_pair = pairs <= pairs // tile.block_m + config.num_experts

@@ -17,6 +17,7 @@ def moe_experts(
     first_expert: int,
     gate_up_layout: str,
     packed: int = 1,
+    total_experts: int = 0,
 ) -> torch.Tensor:
     """Returns y [T, hidden_size]; products and sums in float32 or wider."""
     wide = torch.promote_types(x.dtype, torch.float32)

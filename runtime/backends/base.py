@@ -4,12 +4,16 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from latentrt.plugins.step_graph import FORMS, StepBatch
 from latentrt.runtime.bundle.manifest import Target
 from latentrt.runtime.errors import RequestError
+
+if TYPE_CHECKING:
+    from latentrt.runtime.backends.padding import StepShape
 
 AUTO = "auto"
 CPU_CHUNK, LONE_CPU_CHUNK = 256, 512  # prompts of 2,048 are read 13 % faster by 512, and no faster by 1,024
@@ -188,8 +192,9 @@ class Backend(ABC):
             self.copy_pages(pages)
         return self.step(batch)
 
-    def step_padded(self, batch: StepBatch, rows: int, decoding: bool) -> StepResult:
-        """One pass of a step of several ranks: `batch`, which may be empty, padded to `rows` rows or more as all are."""
+    def step_padded(self, batch: StepBatch, least: "StepShape", decoding: bool) -> StepResult:
+        """One pass of a step of several ranks: `batch`, which may be empty, padded to the shape `least` or, as on all ranks, a
+        larger one. `decoding`: it has one token a sequence. The result is valid until the next pass."""
         raise NotImplementedError
 
     @abstractmethod

@@ -27,9 +27,9 @@ class StepShape:
         """The shape that `batch` has."""
         return cls(len(batch.input_ids), len(batch.cached_lengths), len(batch.logit_rows), batch.block_table.shape[1])
 
-    def at_least(self, rows: int) -> "StepShape":
-        """The same with `rows` rows or more, and one of everything else at least: no engine takes nothing at all."""
-        return StepShape(max(self.rows, rows, 1), *(max(n, 1) for n in (self.sequences, self.logit_rows, self.max_pages)))
+    def at_least(self, other: "StepShape") -> "StepShape":
+        """The larger of both in every dimension."""
+        return StepShape(*map(max, zip(astuple(self), astuple(other), strict=True)))
 
     def sizes(self) -> dict[str, tuple[int, ...]]:
         """Shape of every input of a step."""
@@ -42,28 +42,34 @@ class StepShape:
         return dict(zip(self.sizes(), starts, strict=False)), starts[-1]
 
 
+SMALLEST = StepShape(1, 1, 1, 1)  # no engine takes nothing at all
+
+
 def decode_shape(
-    batch: StepBatch, sizes: tuple[int, ...] = SIZES, max_pages: int = 1 << 30, rows: int = 0
+    batch: StepBatch, sizes: tuple[int, ...] = SIZES, max_pages: int = 1 << 30, least: StepShape = SMALLEST
 ) -> StepShape | None:
     """The shape that a captured graph gives to a decode step (one row and one logit row a sequence), or None.
 
-    The batch grows to the next of `sizes` that holds `rows`; the block table's width to the next power of two, or `max_pages`.
+    The batch grows to the next of `sizes`, the block table's width to the next power of two, at most `max_pages`; neither is
+    less than in `least`.
     """
     shape = StepShape.of(batch)
     one_each = shape.rows == shape.sequences and np.array_equal(batch.query_starts, np.arange(shape.rows + 1))
-    if not one_each or shape.logit_rows > shape.rows or max(shape.rows, rows) > max(sizes, default=0):
+    grown = shape.at_least(least)
+    if not one_each or shape.logit_rows > shape.rows or grown.rows > max(sizes, default=0):
         return None
-    size = next(s for s in sorted(sizes) if s >= max(shape.rows, rows))
+    shape = grown
+    size = next(s for s in sorted(sizes) if s >= shape.rows)
     width = max(shape.max_pages, min(1 << (shape.max_pages - 1).bit_length(), max_pages))
     return StepShape(size, size, size, width)
 
 
-def prefill_shape(batch: StepBatch, limits: StepShape) -> StepShape:
+def prefill_shape(batch: StepBatch, limits: StepShape, least: StepShape = SMALLEST) -> StepShape:
     """The shape that any step is padded to where an engine should see few shapes: powers of two, 16 rows at least.
 
     RequestError if a dimension is larger than `limits`.
     """
-    shape = StepShape.of(batch)
+    shape = StepShape.of(batch).at_least(least)
     found = []
     for name, smallest in (("rows", 16), ("sequences", 1), ("logit_rows", 1), ("max_pages", 1)):
         size, largest = getattr(shape, name), getattr(limits, name)

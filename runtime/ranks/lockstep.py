@@ -1,15 +1,18 @@
-"""A step of all ranks, cut into passes that every rank runs at the same time with the same number of rows.
+"""A step of all ranks, cut into passes that every rank runs at the same time in the same shape.
 
-Collectives need equal shapes everywhere, so a pass has as many rows as its fullest rank, and an idle rank runs padding. Where
-captured graphs decode, a step has two passes if any rank reads a prompt beside another's decoding (runtime/backends/passes.py).
+Collectives need equal shapes everywhere, and a rank that captured a graph while another replayed one would wait for ever. So a
+pass is as large as the largest of each dimension on any rank, and an idle rank runs padding. Where captured graphs decode, a
+step has two passes if any rank reads a prompt beside another's decoding (runtime/backends/passes.py).
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import reduce
 
 import numpy as np
 
 from latentrt.plugins.step_graph import StepBatch
+from latentrt.runtime.backends.padding import SMALLEST, StepShape
 from latentrt.runtime.backends.passes import Part, split
 
 _NONE, _START = np.zeros(0, np.int32), np.zeros(1, np.int32)
@@ -18,9 +21,9 @@ IDLE: Part = (StepBatch(_NONE, _NONE, _START, _NONE, np.zeros((0, 1), np.int32),
 
 @dataclass(frozen=True)
 class Pass:
-    """One rank's part of a pass. rows: what all ranks pad theirs to, at least. decoding: one new token a sequence."""
+    """One rank's part of a pass. least: the shape that all pad to, or to a larger one. decoding: one token a sequence."""
 
-    rows: int
+    least: StepShape
     decoding: bool
     batch: StepBatch
     places: np.ndarray  # of its logits among those of the rank's step
@@ -32,9 +35,10 @@ def passes(batches: Sequence[StepBatch | None], page_size: int, two: bool) -> li
     kinds = [kind for kind in (False, True) if any(kind in found for found in parts)]
     found: list[list[Pass]] = [[] for _ in batches]
     for decoding in kinds:
-        rows = max(len(own[decoding][0].input_ids) for own in parts if decoding in own)
+        shapes = [StepShape.of(own[decoding][0]) for own in parts if decoding in own]
+        least = reduce(StepShape.at_least, shapes, SMALLEST)
         for rank, own in enumerate(parts):
-            found[rank].append(Pass(rows, decoding, *own.get(decoding, IDLE)))
+            found[rank].append(Pass(least, decoding, *own.get(decoding, IDLE)))
     return found
 
 

@@ -49,9 +49,14 @@ class Worker:
         """Runs a step; whether its tokens can be drawn where the logits are."""
         if copies:
             self._backend.copy_pages(copies)
-        done = [(self._backend.step_padded(p.batch, p.rows, p.decoding), p.places) for p in passes]
-        self._result = done[0][0] if len(done) == 1 else JoinedResult(done)
+        *earlier, last = passes
+        kept = [(StepResult(self._pass(p).logits().copy()), p.places) for p in earlier]  # the next pass may write over them
+        result = self._pass(last)
+        self._result = JoinedResult([*kept, (result, last.places)]) if kept else result
         return self._result.can_draw
+
+    def _pass(self, part: Pass) -> StepResult:
+        return self._backend.step_padded(part.batch, part.least, part.decoding)
 
     def logits(self) -> np.ndarray:
         return self._result.logits()

@@ -1,6 +1,7 @@
 """Steps of several ranks cut into passes, and requests spread over ranks: without processes."""
 
 from collections import deque
+from dataclasses import astuple
 
 import numpy as np
 import pytest
@@ -40,8 +41,9 @@ def test_all_ranks_run_the_same_passes_and_nothing_is_lost(batches, two):
     cut = passes(batches, PAGE, two)
     assert len(cut) == len(batches) and len({len(own) for own in cut}) == 1, "a rank with fewer passes hangs all"
     for together in zip(*cut, strict=True):
-        assert len({(p.rows, p.decoding) for p in together}) == 1
-        assert max(len(p.batch.input_ids) for p in together) == together[0].rows, "no rank pads more than the fullest asks for"
+        assert len({(p.least, p.decoding) for p in together}) == 1
+        sizes = np.array([astuple(StepShape.of(p.batch)) for p in together])
+        assert astuple(together[0].least) == tuple(np.maximum(sizes.max(0), 1)), "nobody pads more than the largest asks for"
     for batch, own in zip(batches, cut, strict=True):
         tokens = np.concatenate([p.batch.input_ids for p in own]) if own else np.zeros(0)
         places = np.concatenate([p.places for p in own]) if own else np.zeros(0)
@@ -53,7 +55,7 @@ def test_all_ranks_run_the_same_passes_and_nothing_is_lost(batches, two):
 def test_an_idle_rank_runs_padding_only():
     busy = pack([SequenceRows([5, 6, 7], 0, [2])], np.array([[1]]))
     (_,), (idle,) = passes([busy, None], PAGE, two=True)
-    shape = StepShape.of(idle.batch).at_least(idle.rows)
+    shape = StepShape.of(idle.batch).at_least(idle.least)
     assert shape == StepShape(3, 1, 1, 1)
     buffer = np.full(shape.offsets()[1], 99, np.int32)
     fill(idle.batch, shape, buffer)

@@ -373,7 +373,7 @@ def test_a_step_runs_on_its_own_gpu_whatever_is_current(monkeypatch):
     monkeypatch.setattr(torch_step.torch.cuda, "device", gpu.device)
     runner = StepRunner({"absorbed": program}, {}, FormChooser(("absorbed",)), capture=False)
     on_gpu = SimpleNamespace(device=program.device, __getitem__=None)
-    monkeypatch.setattr(runner, "_logits", lambda batch, capture, rows: gpu.check(torch.zeros(1, 4)))
+    monkeypatch.setattr(runner, "_logits", lambda batch, capture, least: gpu.check(torch.zeros(1, 4)))
     result = runner.step(pack([SequenceRows([3], 0, [0])], np.array([[1]])))
     assert gpu.stack == [0], "and the thread has its own back"
     result._on_device = on_gpu

@@ -38,7 +38,7 @@ def quantize(
         if weight_format.is_quantized(weight):
             value = by_name[weight.name]
             value.type = ir.TensorType(_FP8)
-            scale = rewriter.scale_input(weight)
+            scale = rewriter.scale_input(value)
             if weight.role == "linear":
                 (use,) = value.uses()
                 rewriter.linear(use.node, value, scale)
@@ -57,7 +57,7 @@ class _Fp8Rewriter:
         self.smallest = self._constant("fp8.smallest", np.float32(SMALLEST_ABSMAX))
         self.last_axis = self._constant("fp8.last_axis", np.array([-1], np.int64))
 
-    def scale_input(self, weight: Weight) -> ir.Value:
+    def scale_input(self, weight: ir.Value) -> ir.Value:
         name = f"{weight.name}.scale"
         value = ir.Value(name=name, shape=ir.Shape(weight.shape[:-1]), type=ir.TensorType(_FLOAT))
         self.graph.inputs.append(value)

@@ -35,7 +35,7 @@ def check(shapes: Shapes, capability: int, form: str, float8: bool) -> None:
     """BuildError where no kernel takes the model's shapes, known from its config alone."""
     config = shapes.config
     kinds = dict.fromkeys(shapes.family.layer_kind(config, i) for i in range(config.num_hidden_layers))
-    for call in tracing.op_calls(shapes, kinds, form):
+    for call in (c for c in tracing.op_calls(shapes, kinds, form) if not c.contract.collective):
         weights = {n: "float8_e4m3fn" for n in call.dtypes if float8 and n in ("gate_up_proj", "down_proj")}
         op = ops.plugins()[call.contract.onnx_type]
         given = [call.shapes[spec.name] for spec in call.contract.inputs if spec.name in call.shapes]

@@ -39,6 +39,11 @@ from latentrt.plugins.step_graph import (
 )  # fmt: skip
 
 _LAYER_BYTES = 6 << 20  # of a plan, without weights: TensorRT-RTX 1.7 makes 3.4 MB of a layer of V2-Lite
+DIST_COLLECTIVE = "DistCollective"  # of TensorRT's parser; not of ONNX
+NATIVE = {
+    "AllGather": {"collective_operation": "all_gather", "reduce_op": "none"},
+    "ReduceScatter": {"collective_operation": "reduce_scatter", "reduce_op": "sum"},
+}
 PROFILES = {ABSORBED: ("decode", "prefill"), EXPANDED: ("prefill",)}
 _MAX_ELEMENTS = 2**31 - 1  # of one network input: TensorRT counts its elements in int32 where it makes kernels of its own
 
@@ -72,7 +77,7 @@ class TensorrtLowering(Lowering):
 
     def check(self, config: Config) -> None:
         super().check(config)
-        shapes = Shapes(config, self.dtype, self.cache_format, self.page_size)
+        shapes = Shapes(config, self.dtype, self.cache_format, self.page_size, self.spec.ranks)
         for form in self.spec.forms:
             kinds = {self.spec.precision == "fp8"} | ({False} if self.spec.plain_modules else set())  # of experts' weights
             for float8 in kinds:
@@ -145,7 +150,9 @@ def prepare(
     if isinstance(weight_format, Fp8):
         fp8_graph.quantize(model, weights, weight_format, static_scales)
     for node in model.graph:
-        if node.domain == DOMAIN:
+        if node.op_type in NATIVE:
+            _as_native(node)
+        elif node.domain == DOMAIN:
             _as_plugin(node)
 
 
@@ -160,6 +167,15 @@ def embed(model: ir.Model, located: Mapping[str, StoredWeight], files: Path, scr
             stored.file, stored.offset, stored.size, value.dtype, shape=value.shape, name=name, base_dir=scratch
         )
         model.graph.register_initializer(value)
+
+
+def _as_native(node: ir.Node) -> None:
+    """A collective op as TensorRT has it: the network then knows that it is one of several ranks'."""
+    num_ranks = node.attributes.get_int("num_ranks")
+    node.attributes.clear()
+    given = NATIVE[node.op_type] | {"root": -1, "nb_rank": num_ranks}
+    node.attributes.update({name: ir.convenience.convert_attribute(name, value) for name, value in given.items()})
+    node.domain, node.op_type = "", DIST_COLLECTIVE
 
 
 def _as_plugin(node: ir.Node) -> None:

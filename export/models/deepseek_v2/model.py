@@ -162,7 +162,7 @@ class Moe(nn.Module):
     def _experts(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         return moe_experts(
             x, topk_ids, topk_weights, self.experts.gate_up_proj, self.experts.down_proj, None, None,
-            first_expert=0, gate_up_layout="concatenated",
+            first_expert=0, gate_up_layout="concatenated", total_experts=self.config.n_routed_experts if self.ranks > 1 else 0,
         )  # fmt: skip
 
 

@@ -9,7 +9,7 @@ import numpy as np
 from latentrt.plugins.step_graph import DECODE_FORM, StepBatch
 from latentrt.runtime.backends.base import Draws, StepResult
 from latentrt.runtime.backends.forms import FormChooser
-from latentrt.runtime.backends.padding import GRAPHS, SIZES, StepShape, decode_shape, fill, prefill_shape
+from latentrt.runtime.backends.padding import GRAPHS, SIZES, SMALLEST, StepShape, decode_shape, fill, prefill_shape
 from latentrt.runtime.backends.passes import JoinedResult, split
 from latentrt.runtime.backends.tensorrt.device import CudaError, Device
 from latentrt.runtime.backends.tensorrt.drawing import TokenDrawer
@@ -102,12 +102,18 @@ class EngineRunner:
             self.device.download(logits, self.bindings.logits, self.stream)
         return logits
 
-    def _pass(self, batch: StepBatch) -> None:
-        shape = decode_shape(batch, self._sizes(), self.limits.max_pages) if _DECODE in self.contexts else None
+    def step_padded(self, batch: StepBatch, least: StepShape, decoding: bool) -> StepResult:
+        """See Backend.step_padded."""
+        self._pass(batch, least, decoding)
+        return EngineResult(self, 0, len(batch.logit_rows))
+
+    def _pass(self, batch: StepBatch, least: StepShape = SMALLEST, decoding: bool = True) -> None:
+        decoding = decoding and _DECODE in self.contexts
+        shape = decode_shape(batch, self._sizes(), self.limits.max_pages, least) if decoding else None
         graph = self._graph(shape) if shape is not None else None
         name = _DECODE
         if shape is None:
-            shape = prefill_shape(batch, self.limits)
+            shape = prefill_shape(batch, self.limits, least)
             name = self.chooser.form(batch, shape), PREFILL
         self._upload(batch, shape)
         if graph is not None:

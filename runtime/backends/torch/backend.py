@@ -22,6 +22,7 @@ from latentrt.runtime.backends.base import (
     pages_for,
 )
 from latentrt.runtime.backends.forms import FormChooser, chooser
+from latentrt.runtime.backends.padding import StepShape
 from latentrt.runtime.backends.torch import graph as torch_graph
 from latentrt.runtime.backends.torch.step import StepRunner, current
 from latentrt.runtime.bundle.manifest import FileRef, Target
@@ -71,8 +72,8 @@ class TorchBackend(Backend):
     def step(self, batch: StepBatch) -> StepResult:
         return self.runner.step(batch)
 
-    def step_padded(self, batch: StepBatch, rows: int, decoding: bool) -> StepResult:
-        return self.runner.step_padded(batch, rows, decoding)
+    def step_padded(self, batch: StepBatch, least: StepShape, decoding: bool) -> StepResult:
+        return self.runner.step_padded(batch, least, decoding)
 
     def copy_pages(self, pages: Sequence[tuple[int, int]]) -> None:
         with current(self.device):

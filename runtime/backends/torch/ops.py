@@ -45,6 +45,15 @@ def _cast(node: Node) -> Callable:
     return lambda x: cast(x, dtype)
 
 
+def _dist_collective(node: Node) -> Callable:
+    """TensorRT's collectives, of which step graphs have two."""
+    from latentrt.plugins.all_gather.reference import all_gather
+    from latentrt.plugins.reduce_scatter.reference import reduce_scatter
+
+    function = {"all_gather": all_gather, "reduce_scatter": reduce_scatter}[node.attributes["collective_operation"]]
+    return lambda x: function(x, node.attributes["nb_rank"])
+
+
 def _gemm(node: Node) -> Callable:
     a = {"alpha": 1.0, "beta": 1.0, "transA": 0, "transB": 0} | node.attributes
     if (a["alpha"], a["beta"], a["transA"]) != (1.0, 1.0, 0):
@@ -191,6 +200,7 @@ TABLE: dict[str, Callable[[Node], Callable]] = {
     "ConstantOfShape": _constant_of_shape,
     "Cos": _plain(torch.cos),
     "DequantizeLinear": _dequantize,
+    "DistCollective": _dist_collective,
     "Div": _plain(torch.div),
     "Expand": _plain(lambda x, shape: x.expand(torch.broadcast_shapes(x.shape, shape))),
     "Gather": _gather,

@@ -10,7 +10,7 @@ import torch
 from latentrt.plugins.step_graph import DECODE_FORM, LOGITS, StepBatch
 from latentrt.runtime.backends.base import Draws, StepResult
 from latentrt.runtime.backends.forms import FormChooser
-from latentrt.runtime.backends.padding import GRAPHS, SIZES, StepShape, decode_shape, fill
+from latentrt.runtime.backends.padding import GRAPHS, SIZES, SMALLEST, StepShape, decode_shape, fill
 from latentrt.runtime.backends.passes import JoinedResult, split
 from latentrt.runtime.backends.torch.graph import StepProgram
 from latentrt.runtime.errors import EngineLostError, StepMemoryError
@@ -56,18 +56,18 @@ class StepRunner:
             return JoinedResult([(self._pass(prompts, False), theirs), (self._pass(decoding, True), its)])
 
     @torch.inference_mode()
-    def step_padded(self, batch: StepBatch, rows: int, decoding: bool) -> StepResult:
-        """One pass with at least `rows` rows, see Backend.step_padded."""
+    def step_padded(self, batch: StepBatch, least: StepShape, decoding: bool) -> StepResult:
+        """See Backend.step_padded."""
         with current(self.program.device), _gpu_faults():
-            return self._pass(batch, self.capture and decoding, rows)
+            return self._pass(batch, self.capture and decoding, least)
 
-    def _pass(self, batch: StepBatch, capture: bool, rows: int = 0) -> "DeviceResult":
-        return DeviceResult(self._logits(batch, capture, rows)[: len(batch.logit_rows)])
+    def _pass(self, batch: StepBatch, capture: bool, least: StepShape = SMALLEST) -> "DeviceResult":
+        return DeviceResult(self._logits(batch, capture, least)[: len(batch.logit_rows)])
 
-    def _logits(self, batch: StepBatch, capture: bool, rows: int) -> torch.Tensor:
-        shape = decode_shape(batch, self.sizes, self.max_pages, rows) if capture else None
+    def _logits(self, batch: StepBatch, capture: bool, least: StepShape) -> torch.Tensor:
+        shape = decode_shape(batch, self.sizes, self.max_pages, least) if capture else None
         captured = self.captured(shape) if shape is not None else None
-        return captured.replay(batch) if captured else self._eager(batch, shape or StepShape.of(batch).at_least(rows))[LOGITS]
+        return captured.replay(batch) if captured else self._eager(batch, StepShape.of(batch).at_least(least))[LOGITS]
 
     def captured(self, shape: StepShape) -> "CapturedStep | None":
         """The CUDA graph of a shape, captured when first asked for; None if it cannot be, which is said once."""
