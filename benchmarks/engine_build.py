@@ -15,12 +15,13 @@ import torch
 import typer
 
 from latentrt.export import graph, targets
+from latentrt.export.lowering.base import limits as limits_of
 from latentrt.export.lowering.tensorrt import lowering as tensorrt
 from latentrt.export.lowering.tensorrt import package as tensorrt_package
 from latentrt.export.models.deepseek_v2 import config as configs
 from latentrt.export.models.deepseek_v2.weights import weights
 from latentrt.export.quantization import BFloat16, Fp8
-from latentrt.plugins.step_graph import ABSORBED, EXPANDED, Limits
+from latentrt.plugins.step_graph import ABSORBED, EXPANDED
 
 
 def main(
@@ -29,6 +30,7 @@ def main(
     target: Annotated[str, typer.Option(help="A TensorRT-RTX target.")] = "sm89",
     precision: Annotated[str, typer.Option(help="fp8 or bf16.")] = "fp8",
     prefill: Annotated[str, typer.Option(help="expanded (two plans, built at once) or absorbed (one).")] = "expanded",
+    ranks: Annotated[int, typer.Option(help="Processes that share the experts.")] = 1,
 ) -> None:
     """Traces, quantizes and builds; memory is the largest child process's largest resident set."""
     row = targets.find(target)
@@ -37,9 +39,9 @@ def main(
     raw = json.loads(config.read_text())
     model_config = configs.parse(raw | ({"num_hidden_layers": layers} if layers else {}))
     start, cpu = time.monotonic(), time.process_time()
-    models = graph.build_forms(model_config, torch.bfloat16, "bfloat16", 64, forms)
+    models = graph.build_forms(model_config, torch.bfloat16, "bfloat16", 64, forms, ranks)
     with tempfile.TemporaryDirectory() as folder:
-        limits, engines = Limits(model_config.max_position_embeddings), {}
+        limits, engines = limits_of(model_config.max_position_embeddings, ranks), {}
         for form, model in models.items():
             tensorrt.prepare(model, weights(model_config), weight_format)
             shapes = tensorrt.profiles(model.graph, limits, 64, tensorrt.PROFILES[form])
@@ -51,7 +53,8 @@ def main(
         plans = {form: round(e.graph.stat().st_size / 1e6, 1) for form, e in engines.items()}
     used = resource.getrusage(resource.RUSAGE_CHILDREN)
     print(json.dumps({
-        "config": str(config), "layers": model_config.num_hidden_layers, "target": target, "precision": precision,
+        "config": str(config), "layers": model_config.num_hidden_layers, "target": target,
+        "precision": precision, "ranks": ranks,
         "trace_seconds": round(traced - start, 1), "trace_cpu_seconds": round(trace_cpu, 1),
         "build_seconds": round(time.monotonic() - traced, 1), "build_cpu_seconds": round(used.ru_utime + used.ru_stime, 1),
         "build_peak_gb": round(used.ru_maxrss / 1e6, 3),

@@ -26,6 +26,7 @@ class TargetSpec:
     activations: str = "dynamic"  # scales of FP8 activations: one per token, or "static": one per linear
     forms: tuple[str, ...] = (ABSORBED,)  # of attention; an engine each
     ranks: int = 1  # processes, a GPU each, that share the experts
+    collectives: str = "native"  # TensorRT's own, or "plugin": NCCL called by plugins of ours
     plain_modules: tuple[str, ...] = ()  # whose weights a recipe leaves unquantized
 
     def identity(self) -> dict:
@@ -48,6 +49,7 @@ CHOICES = (
     Choice("accuracy", ("fast", "exact"), "target cpu has a choice of it", lambda row, precision: row.name == "cpu"),
     Choice("weights", ("inputs", "embedded"), "GPU targets have a plan", lambda row, precision: row.compute_capability),
     Choice("activations", ("dynamic", "static"), "fp8 products scale them", lambda row, precision: precision == "fp8"),
+    Choice("collectives", ("native", "plugin"), "engines of several ranks have them", lambda row, p: row.compute_capability),
     Choice("prefill", (AUTO, EXPANDED, ABSORBED), "other targets have two forms", lambda row, precision: row.name != "cpu"),
 )
 
@@ -68,6 +70,7 @@ class BuildOptions:
     force: bool = False
     recipe: Path | None = None  # export/recipe.py
     ranks: int = 1
+    collectives: str = "native"
 
     def specs(self) -> list[TargetSpec]:
         """One per target, in order. BuildError for a value that is not accepted, or that concerns no target of this build."""
@@ -104,6 +107,8 @@ class BuildOptions:
         if self.ranks > 1 and alone:
             found = f"ranks is {self.ranks}, but ONNX Runtime's target {alone[0]} cannot join processes"
             raise BuildError(f"{found}; use --target torch (CPU or GPU), or a GPU target")
+        if self.ranks == 1 and self.collectives != "native":
+            raise BuildError(f"collectives is {self.collectives!r}, but ranks is 1, which has none; leave it out")
         if self.ranks > 1 and self.weights == "embedded":
             raise BuildError(f"ranks is {self.ranks}: all share a plan, but not its embedded weights; leave --weights out")
 

@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from latentrt.plugins.trt_base import PluginOp
 
 NAMES = ("mla_attention", "mla_prefill", "moe_route", "moe_experts")
-COLLECTIVES = ("all_gather", "reduce_scatter")  # which join ranks; torch.distributed or the engine's own runs them
+COLLECTIVES = ("all_gather", "reduce_scatter")  # which join ranks: no kernels of ours
 
 
 def part(op: str, name: str) -> ModuleType:
@@ -28,5 +28,5 @@ def contracts() -> dict[str, "OpContract"]:
 @cache
 def plugins() -> dict[str, "PluginOp"]:
     """TensorRT plugins by the op's type in ONNX graphs."""
-    found = [part(name, "trt").OP for name in NAMES]
+    found = [part(name, "trt").OP for name in (*NAMES, *COLLECTIVES)]
     return {op.contract.onnx_type: op for op in found}

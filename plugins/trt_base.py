@@ -12,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from latentrt.plugins.architecture import Gpu
-from latentrt.plugins.contract import DOMAIN, VERSION, OpContract
+from latentrt.plugins.contract import DOMAIN, VERSION, OpContract, terms
 from latentrt.plugins.launch.plan import KernelSpec, Plan
 from latentrt.plugins.step_graph import DYNAMIC
 
@@ -77,7 +77,7 @@ def _dynamic_axes(contract: OpContract, ranks: Sequence[int]) -> list[tuple[int,
     found: dict[str, tuple[int, int]] = {}
     for i, (spec, rank) in enumerate(zip(contract.inputs, ranks, strict=False)):
         for axis, dim in enumerate(spec.dims_of(rank)):
-            if dim in DYNAMIC:
+            if dim in DYNAMIC or contract.collective:
                 found.setdefault(dim, (i, axis))
     return list(found.values())
 
@@ -151,7 +151,14 @@ class _Plugin:
         for attribute in self.op.contract.attributes:
             if attribute.kind is int:
                 named[attribute.name] = expressions.constant(self.attributes[attribute.name])
-        return [self.trt.DimsExprs([named[d] for d in o.dims]) for o in self.op.contract.outputs]
+        return [self.trt.DimsExprs([self._expression(d, named, expressions) for d in o.dims]) for o in self.op.contract.outputs]
+
+    def _expression(self, dim: str, named: Mapping, expressions):
+        left, operator, right = terms(dim)
+        if not operator:
+            return named[left]
+        operation = {"*": self.trt.DimensionOperation.PROD, "/": self.trt.DimensionOperation.FLOOR_DIV}[operator]
+        return expressions.operation(operation, named[left], named[right])
 
     def supports_format_combination(self, position, tensors, num_inputs):
         given, contract = tensors[position].desc, self.op.contract

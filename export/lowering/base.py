@@ -62,6 +62,13 @@ def described(values: Sequence[ir.Value]) -> list[dict]:
     return [{"name": v.name, "dtype": v.dtype.name.lower(), "shape": s} for v, s in zip(values, shapes, strict=True)]
 
 
+def limits(max_context: int, ranks: int) -> Limits:
+    """What an engine takes on each of several ranks. Experts see the rows of all: 2,048 of V2's take 193 MB of workspace."""
+    found = Limits(max_context)
+    rows = max(found.max_batch_tokens // ranks, _RANK_ROWS)
+    return replace(found, max_batch_tokens=rows, max_sequences=min(found.max_sequences, rows))
+
+
 class Lowering(ABC):
     """Lowers for one target. The constructor raises BuildError for what cannot be had, before anything is read."""
 
@@ -103,10 +110,7 @@ class Lowering(ABC):
 
     def limits(self, config: Config) -> Limits:
         """What the target will take."""
-        found = Limits(self.spec.max_context or config.max_position_embeddings)
-        # 2,048 gathered rows take 193 MB of workspace in the experts of V2, on every rank
-        rows = max(found.max_batch_tokens // self.spec.ranks, _RANK_ROWS)
-        return replace(found, max_batch_tokens=rows, max_sequences=min(found.max_sequences, rows))
+        return limits(self.spec.max_context or config.max_position_embeddings, self.spec.ranks)
 
     def cache(self, config: Config) -> dict[str, str | int]:
         """The latent cache as the manifest describes it (runtime/bundle/manifest.py, CacheSpec)."""

@@ -24,6 +24,7 @@ def build(
     prefill: Annotated[str, typer.Option(help="Prompt chunks on GPUs: expanded (a second plan) or absorbed.")] = "auto",
     recipe: Annotated[Path | None, typer.Option(help="fp8, int8, int4: TOML file that says which weights stay plain.")] = None,
     ranks: Annotated[int, typer.Option(help="Processes, a GPU each, that share the experts: a divisor of their number.")] = 1,
+    collectives: Annotated[str, typer.Option(help="How GPU ranks are joined: native (TensorRT's own) or plugin.")] = "native",
     force: Annotated[bool, typer.Option(help="Replace a target, or a bundle of another checkpoint.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object, no progress.")] = False,
 ) -> int:
@@ -34,7 +35,7 @@ def build(
 
         options = BuildOptions(
             target, precision, accuracy, cache_format, max_context, weights, activations, calibration, prefill, force,
-            recipe, ranks,
+            recipe, ranks, collectives,
         )
         order = preflight.check(checkpoint, out, options)  # what is refused is refused before the imports that take seconds
         from latentrt import builder

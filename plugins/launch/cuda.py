@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 
 from latentrt.plugins.architecture import Gpu
 from latentrt.plugins.launch.compile import CompiledKernel
+from latentrt.plugins.launch.nccl import Collective, Communicator
 from latentrt.plugins.launch.plan import KernelSpec, Plan
 
 _STATIC_SHARED_LIMIT = 48 * 1024  # bytes; more dynamic shared memory has to be asked for, function by function
@@ -33,6 +34,7 @@ class CudaLauncher:
         self.target, self.kernels, self._driver = target, dict(kernels), driver
         self._loaded: dict[KernelSpec, tuple] = {}  # function, threads per block, shared bytes
         self._modules: list = []
+        self.communicator: Communicator | None = None  # of this GPU's rank
         self._templates: dict[tuple, _Template] = {}
 
     def prepare(self, kernels: Sequence[KernelSpec]) -> None:
@@ -41,8 +43,10 @@ class CudaLauncher:
             if spec not in self._loaded:
                 self._loaded[spec] = self._load(spec)
 
-    def ready(self, plan: Plan, names: Sequence[str]) -> "ReadyPlan":
+    def ready(self, plan: Plan, names: Sequence[str]) -> "ReadyPlan | ReadyCollective":
         """What launches `plan`, given the device addresses of tensors in the order of `names`. Loads what it needs."""
+        if any(isinstance(launch, Collective) for launch in plan.launches):
+            return ReadyCollective(plan, names, self.communicator)
         key = id(plan), tuple(names)
         if key not in self._templates:
             self.prepare(plan.kernels)
@@ -133,6 +137,21 @@ class ReadyPlan:
                 raise LaunchError(f"cuLaunchKernel: {getattr(code, 'name', code)}")
 
 
+class ReadyCollective:
+    """Runs a plan that is one collective. LaunchError without a communicator."""
+
+    def __init__(self, plan: Plan, names: Sequence[str], communicator: Communicator | None):
+        (self._call,) = plan.launches
+        if communicator is None:
+            raise LaunchError(f"{self._call.function} joins ranks, and this process has joined none")
+        self._communicator = communicator
+        self._source, self._target = names.index(self._call.source), names.index(self._call.target)
+
+    def __call__(self, addresses: list[int], workspace: int, stream: int) -> None:
+        """Enqueues it on `stream`."""
+        self._communicator.run(self._call, addresses[self._source], addresses[self._target], stream)
+
+
 class CudaLaunchers:
     """One launcher per GPU: plugins are registered once in a process, and run on the GPU that is current in their thread."""
 
@@ -146,6 +165,10 @@ class CudaLaunchers:
         if index not in self._by_gpu:
             self._by_gpu[index] = CudaLauncher(target, {}, self._driver)
         self._by_gpu[index].kernels.update(kernels)
+
+    def join(self, index: int, communicator: Communicator) -> None:
+        """Has GPU number `index` run collectives."""
+        self._by_gpu[index].communicator = communicator
 
     @property
     def target(self) -> Gpu:

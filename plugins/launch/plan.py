@@ -7,6 +7,10 @@ the torch launcher and the TensorRT plugins replay it. Nothing here imports torc
 from collections.abc import Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from latentrt.plugins.launch.nccl import Collective
 
 ELEMENT_BYTES = {"fp32": 4, "i32": 4, "bf16": 2, "fp16": 2, "fp8e4nv": 1}
 ELEMENTS = {
@@ -83,7 +87,7 @@ class Buffer:
 class Plan:
     """What one op call runs, in stream order. The workspace needs no initialization and holds nothing between calls."""
 
-    launches: tuple[Launch, ...]
+    launches: "tuple[Launch | Collective, ...]"  # a collective is alone
     workspace: tuple[Buffer, ...] = ()
 
     @property
@@ -92,7 +96,7 @@ class Plan:
 
     @property
     def kernels(self) -> tuple[KernelSpec, ...]:
-        return tuple(launch.kernel for launch in self.launches)
+        return tuple(launch.kernel for launch in self.launches if isinstance(launch, Launch))
 
     def addresses(self, tensors: Mapping[str, int], workspace: int) -> dict[str, int]:
         """Device addresses by name: the op's tensors, and the buffers of a workspace that begins at `workspace`."""

@@ -192,8 +192,8 @@ def moe_experts(
     down_scale: torch.Tensor | None,  # [E, hidden_size] float32
     first_expert: int,
     gate_up_layout: str,
-    total_experts: int = 0,
     target: Gpu | None = None,
+    total_experts: int = 0,
 ) -> torch.Tensor:
     """Runs the kernels: y [T, hidden_size]. Contract: op.py. FP8 weights are met by FP8 rows with a scale each."""
     inputs = {k: v for k, v in locals().items() if isinstance(v, torch.Tensor)}

@@ -12,16 +12,29 @@ import tempfile
 import threading
 import time
 from collections.abc import Mapping
+from dataclasses import dataclass
 from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 
-from latentrt.runtime.errors import EngineLostError
+from latentrt.runtime.errors import BundleError, EngineLostError, RequestError, UserError
 from latentrt.runtime.ranks import messages
 from latentrt.runtime.ranks.messages import Answer, Hello
 
 START_SECONDS = 120.0  # until a rank's process has said hello: imports may come from a slow disk
 CALL_SECONDS = 1800.0  # for a step: its kernels may be compiled within it
+_MENDABLE = {error.__name__: error for error in (BundleError, RequestError)}
 _BLAME_SECONDS = 2.0  # after a fault, for the news of who died: the others only say that a connection closed
+
+
+@dataclass(frozen=True)
+class Fault:
+    """Why a rank did not answer a call: its error, or nothing known."""
+
+    kind: str = ""
+    error: str = ""
+
+
+GONE = Fault()
 
 
 class RankGroup:
@@ -79,18 +92,18 @@ class RankGroup:
         with self._lock:
             if self.lost:
                 raise EngineLostError(str(self.lost)) from self.lost
-            faults: dict[int, str] = {}
+            faults: dict[int, Fault] = {}
             for rank, given in arguments.items():
                 try:
                     self._connections[rank].send((method, given))
                 except OSError:
-                    faults[rank] = ""
+                    faults[rank] = GONE
             answers = self._answers(list(arguments), faults, seconds) if not faults else {}
             if faults:
                 raise self._lose(faults)
             return [answers[rank] for rank in arguments]
 
-    def _answers(self, ranks: list[int], faults: dict[int, str], seconds: float) -> dict[int, object]:
+    def _answers(self, ranks: list[int], faults: dict[int, "Fault"], seconds: float) -> dict[int, object]:
         """Answers by rank; faults are noted, of one and shortly after of others, so that the dead one is among them."""
         waiting = {self._connections[rank]: rank for rank in ranks}
         found, end = {}, time.monotonic() + seconds
@@ -99,14 +112,14 @@ class RankGroup:
                 rank = waiting.pop(connection)
                 answer = self._receive(connection)
                 if answer is None or answer.error:
-                    faults[rank] = f"{answer.kind}: {answer.error}" if answer else ""
+                    faults[rank] = Fault(answer.kind, answer.error) if answer else GONE
                     end = min(end, time.monotonic() + _BLAME_SECONDS)
                 else:
                     found[rank] = answer.value
-            if any(not fault for fault in faults.values()):
+            if GONE in faults.values():
                 break
         if waiting and not faults:
-            faults[min(waiting.values())] = f"no answer within {seconds:.0f} s"
+            faults[min(waiting.values())] = Fault("TimeoutError", f"no answer within {seconds:.0f} s")
         return found
 
     def _receive(self, connection: Connection) -> Answer | None:
@@ -116,14 +129,15 @@ class RankGroup:
         except (EOFError, OSError):
             return None
 
-    def _lose(self, faults: Mapping[int, str]) -> EngineLostError:
-        """Ends all ranks, and says why: a rank that is gone rather than those that missed it."""
-        gone = [rank for rank, fault in faults.items() if not fault]
+    def _lose(self, faults: Mapping[int, "Fault"]) -> UserError:
+        """Ends all ranks, and says why: a rank that is gone rather than those that missed it. What the user can mend comes as
+        the rank said it."""
+        gone = [rank for rank, fault in faults.items() if fault == GONE]
         rank = (gone or list(faults))[0]
-        why = self._ended(rank) if gone else f"rank {rank} failed ({faults[rank]})"
+        why = self._ended(rank) if gone else f"rank {rank} failed ({faults[rank].kind}: {faults[rank].error})"
         self.lost = EngineLostError(f"{why}; the other ranks were ended: load the engine again")
         self._end()
-        return self.lost
+        return _MENDABLE[faults[rank].kind](faults[rank].error) if faults[rank].kind in _MENDABLE else self.lost
 
     def _ended(self, rank: int) -> str:
         named = f"rank {rank}"

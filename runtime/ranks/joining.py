@@ -1,6 +1,8 @@
 """How ranks meet for their collectives: one row per backend."""
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
@@ -63,7 +65,43 @@ class TorchJoining(Joining):
         return not os.environ.get(messages.ADDRESS, "tcp:").startswith("tcp:")
 
 
-_JOININGS = {"torch": TorchJoining}
+class NcclJoining(Joining):
+    """A communicator of NCCL, for the collectives of TensorRT engines."""
+
+    def __init__(self, options: "BackendOptions"):
+        self._gpu = options.gpu
+
+    def invite(self) -> bytes:
+        from latentrt.plugins.launch import nccl
+
+        with _as_bundle_errors(0, self._gpu):
+            return nccl.unique_id()
+
+    def join(self, invitation: bytes, rank: int, ranks: int) -> None:
+        from latentrt.plugins.launch import nccl
+        from latentrt.runtime.backends.tensorrt.device import open_device
+
+        self.rank, self.ranks = rank, ranks
+        with _as_bundle_errors(rank, self._gpu):
+            open_device(self._gpu)  # current from here on
+            self.given = (nccl.Communicator(invitation, rank, ranks),)
+
+
+@contextmanager
+def _as_bundle_errors(rank: int, gpu: int) -> Iterator[None]:
+    """What a machine lacks, in words for whoever started the ranks."""
+    from latentrt.plugins.launch.nccl import NcclError
+    from latentrt.runtime.backends.tensorrt.device import CudaError, NoGpuError
+    from latentrt.runtime.errors import BundleError
+
+    try:
+        yield
+    except (NcclError, CudaError, NoGpuError) as error:
+        found = f"rank {rank} needs GPU {gpu} and NCCL: {error}"
+        raise BundleError(f"{found}; use backend 'torch' with device 'cpu', or a machine with a GPU for each rank") from None
+
+
+_JOININGS = {"torch": TorchJoining, "tensorrt": NcclJoining, "tensorrt_rtx": NcclJoining}
 
 
 def of(kind: str, options: "BackendOptions") -> Joining:

@@ -1,13 +1,16 @@
 """The collective ops, run by real processes over gloo, and their shapes."""
 
+import ctypes
 import multiprocessing
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
 import torch.distributed as dist
 
 from latentrt.plugins import ops
+from latentrt.plugins.architecture import Gpu
 from latentrt.plugins.contract import ContractError
 from latentrt.plugins.ranks import RankError
 
@@ -80,3 +83,54 @@ def test_types_are_checked():
     ops.contracts()
     with pytest.raises(ContractError, match="all_gather: x has dtype"):
         torch.ops.latentrt.all_gather(torch.zeros(4, 3, dtype=torch.int64), 2)
+
+
+class FakeNccl:
+    """nccl4py's raw calls, noted."""
+
+    DataType = SimpleNamespace(Bfloat16=9, Int32=2, Float32=7)
+    RedOp = SimpleNamespace(Sum=0)
+    UniqueId = SimpleNamespace(from_ptr=lambda address: ctypes.string_at(address, 128))
+
+    def __init__(self):
+        self.calls = []
+
+    def comm_init_rank(self, ranks, unique, rank):
+        self.calls.append(("init", ranks, unique, rank))
+        return 0xC0
+
+    def __getattr__(self, name):
+        return lambda *arguments: self.calls.append((name, *arguments))
+
+
+def test_a_plugin_is_one_call_of_nccl_on_the_steps_stream():
+    from latentrt.plugins.launch.cuda import CudaLauncher, LaunchError
+    from latentrt.plugins.launch.nccl import Communicator
+
+    fake, target = FakeNccl(), Gpu.of(89)
+    launcher = CudaLauncher(target, {}, driver=object())
+    gather, scatter = (ops.plugins()[name] for name in ("AllGather", "ReduceScatter"))
+    four = {"num_ranks": 4}
+    plans = [gather.plan(gather.configure(four, {}, {"x": "bfloat16"}), {"T": 6, "width": 8}, target),
+             scatter.plan(scatter.configure(four, {}, {"x": "float32"}), {"rows": 24, "width": 8}, target)]  # fmt: skip
+    with pytest.raises(LaunchError, match="all_gather joins ranks, and this process has joined none"):
+        launcher.ready(plans[0], ["x", "y"])
+    launcher.communicator = Communicator(bytes(range(128)), 3, 4, fake)
+    for plan in plans:
+        launcher.ready(plan, ["x", "y"])([0x1000, 0x2000], 0, 0x5EED)
+    launcher.communicator.close()
+    assert fake.calls == [
+        ("init", 4, bytes(range(128)), 3),
+        ("all_gather", 0x1000, 0x2000, 48, 9, 0xC0, 0x5EED),
+        ("reduce_scatter", 0x1000, 0x2000, 48, 7, 0, 0xC0, 0x5EED),
+        ("comm_abort", 0xC0),
+    ]
+    assert all(not op.kernels(None, target) and op.workspace(None, {}, target) == 0 for op in (gather, scatter))
+
+
+def test_the_real_bindings_have_what_is_called():
+    """nccl4py, where it is installed; its library needs no GPU for that."""
+    real = pytest.importorskip("nccl.bindings.nccl", reason="pip install nccl4py")
+    for name in ("get_unique_id", "comm_init_rank", "all_gather", "reduce_scatter", "comm_abort"):
+        assert callable(getattr(real, name))
+    assert {"Float32", "Float16", "Bfloat16", "Int32"} <= set(real.DataType.__members__) and hasattr(real.UniqueId, "from_ptr")

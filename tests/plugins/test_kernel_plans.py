@@ -4,6 +4,7 @@ import itertools
 import random
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -191,3 +192,21 @@ def test_plans_need_neither_torch_nor_triton():
         "assert not {'torch', 'triton', 'numpy'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parents[2])
+
+
+def test_tiles_of_a_rank_are_those_of_all_experts():
+    """A rank sees the rows of all ranks, of which an eighth is for its experts: as many rows an expert as without ranks."""
+    target = Gpu.of(90)
+    whole, share = experts_config(num_experts=160), replace(experts_config(num_experts=20), total_experts=160)
+    for tokens in (1, 2, 40, 300, 3000):
+        tiles = [
+            dict(kernel.constexprs).get("BLOCK_M")
+            for config in (whole, share)
+            for kernel in experts.plan(config, tokens, target).kernels
+            if kernel.function == "gate_up"
+        ]
+        assert tiles[0] == tiles[1]
+    alone = experts.plan(replace(share, total_experts=0), 300, target).kernels
+    assert {k for k in alone if k.function == "gate_up"} != {
+        k for k in experts.plan(share, 300, target).kernels if k.function == "gate_up"
+    }

@@ -19,7 +19,7 @@ BATCH = {"input_ids": 1, "positions": 1, "query_starts": 1, "cached_lengths": 1,
 WEIGHTS = ["a.weight", "b.weight"]
 USER_MANAGED = "user managed"
 EXPANDED_PLAN = b"expanded plan"
-CONFIG = {"vocab_size": VOCAB, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+CONFIG = {"vocab_size": VOCAB, "n_routed_experts": 16, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
 TABLE = np.arange(1, 13).reshape(3, 4)
 CACHES = [f"latent_cache.{i}" for i in range(LAYERS)]
 
@@ -91,7 +91,7 @@ class FullContext:
 
     def __init__(self, engine, strategies):
         self.of, self.device, self.strategies, self.runs = engine, engine.device, strategies, 0
-        self.addresses, self.shapes, self.profile, self.memory = {}, {}, None, None
+        self.addresses, self.shapes, self.profile, self.memory, self.communicator = {}, {}, None, None, None
         engine.contexts.append(self)
 
     def set_device_memory(self, memory, size):
@@ -107,6 +107,10 @@ class FullContext:
 
     def set_tensor_address(self, name, address):
         self.addresses[name] = address
+        return True
+
+    def set_communicator(self, communicator):
+        self.communicator = communicator
         return True
 
     def execute_async_v3(self, stream):
@@ -261,11 +265,12 @@ class Builder:
         (self.folder / FILES / f"{digest[:40]}{suffix}").write_bytes(content)
         return records.FileRef(file=f"{digest[:40]}{suffix}", size=len(content), sha256=digest)
 
-    def write(self, backend: str = "tensorrt_rtx", expanded: bool = False) -> Bundle:
+    def write(self, backend: str = "tensorrt_rtx", expanded: bool = False, **changes) -> Bundle:
+        """changes: fields of the target that differ."""
         shard = self.add(".safetensors", bytes(range(256)) * 4)
         stored = {n: records.WeightTensor(file=shard.file, offset=64 + 128 * i, dtype="bfloat16", shape=[8, 8])
                   for i, n in enumerate(WEIGHTS)}  # fmt: skip
-        target = self.target(backend, expanded)
+        target = self.target(backend, expanded).model_copy(update=changes)
         stored_as = records.WeightFormat(name="bf16", plain="bfloat16")
         weights = records.WeightSet(format=stored_as, gate_up_layout="concatenated", files=[shard], tensors=stored)
         manifest = records.Manifest(

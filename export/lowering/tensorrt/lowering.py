@@ -73,7 +73,8 @@ class TensorrtLowering(Lowering):
 
     def options(self) -> dict[str, str | int | float | bool]:
         float8 = {"activations": self.spec.activations} if self.spec.precision == "fp8" else {}
-        return super().options() | {"weights": self.spec.weights, "prefill": self.spec.forms[-1]} | float8
+        joined = {"collectives": self.spec.collectives} if self.spec.ranks > 1 else {}
+        return super().options() | {"weights": self.spec.weights, "prefill": self.spec.forms[-1]} | float8 | joined
 
     def check(self, config: Config) -> None:
         super().check(config)
@@ -101,7 +102,7 @@ class TensorrtLowering(Lowering):
         with stage(f"{name}: network"):
             engines = {}
             for form, model in models.items():
-                prepare(model, weights, self.weight_format(weights), activation_scales)
+                prepare(model, weights, self.weight_format(weights), activation_scales, self.spec.collectives)
                 engines[form] = engine_files(scratch / form, profiles(model.graph, limits, self.page_size, PROFILES[form]))
                 if self.spec.weights == "embedded":
                     embed(model, located, files, scratch / form)
@@ -144,13 +145,17 @@ def _common(models: Mapping[str, ir.Model]) -> ir.Graph:
 
 
 def prepare(
-    model: ir.Model, weights: list[Weight], weight_format: WeightFormat, static_scales: Mapping[str, float] | None = None
-) -> None:
-    """Turns the bf16 step graph into what TensorRT's parser reads: FP8 products if asked for, and plugin nodes."""
+    model: ir.Model, weights: list[Weight], weight_format: WeightFormat, static_scales: Mapping[str, float] | None = None,
+    collectives: str = "native",
+) -> None:  # fmt: skip
+    """Turns the bf16 step graph into what TensorRT's parser reads: FP8 products if asked for, and plugin nodes.
+
+    collectives: "native", TensorRT's own, or "plugin", ours.
+    """
     if isinstance(weight_format, Fp8):
         fp8_graph.quantize(model, weights, weight_format, static_scales)
     for node in model.graph:
-        if node.op_type in NATIVE:
+        if node.op_type in NATIVE and collectives == "native":
             _as_native(node)
         elif node.domain == DOMAIN:
             _as_plugin(node)

@@ -13,23 +13,36 @@ import time
 from collections.abc import Sequence
 from contextlib import contextmanager
 from functools import partial
+from pathlib import Path
 
 from latentrt.plugins.architecture import Gpu
 from latentrt.plugins.launch.compile import CompiledKernel, spec_from_json
+from latentrt.plugins.launch.nccl import Communicator
 from latentrt.plugins.launch.plan import KernelSpec
-from latentrt.plugins.step_graph import DECODE_FORM, DYNAMIC, INPUTS, LOGITS, NUM_PAGES, StepBatch, cache_name, caches
+from latentrt.plugins.step_graph import (
+    DECODE_FORM,
+    DYNAMIC,
+    FIRST_EXPERT,
+    INPUTS,
+    LOGITS,
+    NUM_PAGES,
+    StepBatch,
+    cache_name,
+    caches,
+    first_expert,
+)
 from latentrt.runtime.backends.base import Backend, BackendOptions, StepResult, gpu_pages_for
 from latentrt.runtime.backends.forms import chooser
 from latentrt.runtime.backends.padding import StepShape
 from latentrt.runtime.backends.tensorrt import device as cuda_device
 from latentrt.runtime.backends.tensorrt import drawing
-from latentrt.runtime.backends.tensorrt.device import Device, NoGpuError
+from latentrt.runtime.backends.tensorrt.device import Device, FilePart, NoGpuError
 from latentrt.runtime.backends.tensorrt.drawing import TokenDrawer
 from latentrt.runtime.backends.tensorrt.runner import DECODE, Bindings, EngineRunner
 from latentrt.runtime.backends.tensorrt.runtime_cache import RuntimeCache
-from latentrt.runtime.bundle.manifest import Target
+from latentrt.runtime.bundle.manifest import Target, WeightTensor
 from latentrt.runtime.bundle.reader import Bundle
-from latentrt.runtime.errors import BundleError
+from latentrt.runtime.errors import BundleError, EngineError
 
 DISTRIBUTIONS = {"tensorrt": "tensorrt-cu13", "tensorrt_rtx": "tensorrt-rtx-cu13"}
 _BYTES = {"float32": 4, "float": 4, "float16": 2, "bfloat16": 2, "int32": 4}
@@ -42,10 +55,13 @@ class TensorRtBackend(Backend):
     share since steps run one after another. `threads` is accepted and means nothing here.
 
     Engines of all forms are bound to the same weights, caches and outputs. BundleError for everything that does not fit;
-    EngineError where the engine refuses a step.
+    EngineError where the engine refuses a step. communicator: that of this process's rank, where several share the experts.
     """
 
-    def __init__(self, bundle: Bundle, name: str, target: Target, options: BackendOptions = BackendOptions()):
+    def __init__(
+        self, bundle: Bundle, name: str, target: Target, options: BackendOptions = BackendOptions(),
+        communicator: Communicator | None = None,
+    ):  # fmt: skip
         self.name, self.target, self.load_seconds = name, target, {}
         choose = chooser(f"{bundle.path}: target {name}", target, bundle.manifest.config, options.prefill)
         self.device = _device(bundle, name, target, options.gpu)
@@ -53,12 +69,14 @@ class TensorRtBackend(Backend):
         with self._timed("kernels"):
             compiled = kernels(bundle, target)
             self._plugins = _plugins(trt, self.device, compiled)
+            if communicator is not None:
+                self._plugins[1].join(self.device.index, communicator)
         with self._timed("plan"):
             self._logger = trt.Logger(trt.Logger.WARNING)
             self._runtime = trt.Runtime(self._logger)
             self.engines = {form: _engine(self._runtime, bundle, target, form) for form in target.engines}
         with self._timed("weights"):
-            self._weights = _upload(self.device, bundle, target)
+            self._weights = _upload(self.device, bundle, target, options.rank)
         limits = _limits(target)
         activations = max(engine.device_memory_size_v2 for engine in self.engines.values())
         memory = self.device.allocate(activations), activations
@@ -69,18 +87,27 @@ class TensorRtBackend(Backend):
         }
         with self._timed("contexts"):
             contexts = {
-                (form, profile): (partial(self.runtime_caches[form].context, *memory, eager=profile == DECODE), index)
+                (form, profile): (partial(self._context, form, *memory, profile == DECODE, communicator), index)
                 for form, files in target.engines.items()
                 for index, profile in enumerate(files.profiles)
             }
             drawer = self._drawer(bindings, limits) if drawing.kernel(bindings.vocab_size) in compiled else None
-            self.runner = EngineRunner(self.device, bindings, limits, contexts, choose, options.capture, drawer)
+            given = limits, contexts, choose, options.capture, drawer, target.ranks > 1
+            self.runner = EngineRunner(self.device, bindings, *given)
         self.load_seconds |= {"runtime_cache": self.runtime_caches[DECODE_FORM].state, "context_bytes": activations}
         self.load_seconds["graphs"] = self.runner.graphs
 
     @property
     def prefill_chunk(self) -> int:
         return self.target.limits.max_batch_tokens
+
+    @property
+    def two_passes(self) -> bool:
+        return self.runner.two_passes
+
+    def step_padded(self, batch: StepBatch, least: StepShape, decoding: bool) -> StepResult:
+        self.device.activate()
+        return self.runner.step_padded(batch, least, decoding)
 
     def step(self, batch: StepBatch) -> StepResult:
         first, graphs = "first_step" not in self.load_seconds, self.load_seconds["graphs"]
@@ -109,6 +136,13 @@ class TensorRtBackend(Backend):
         self.runtime_caches.clear()
         self.engines.clear()
         self.device.close()
+
+    def _context(self, form: str, memory: int, size: int, eager: bool, communicator: Communicator | None):
+        """A new context. With a communicator it returns when all ranks have made theirs."""
+        context = self.runtime_caches[form].context(memory, size, eager)
+        if communicator is not None and not context.set_communicator(communicator.capsule):
+            raise EngineError("the engine refuses the ranks' communicator; its messages are on standard error")
+        return context
 
     def _save(self) -> None:
         for cache in self.runtime_caches.values():
@@ -233,8 +267,9 @@ def _engine(runtime, bundle: Bundle, target: Target, form: str):
     return engine
 
 
-def _upload(device: Device, bundle: Bundle, target: Target) -> dict[str, int]:
-    """Addresses of the weight inputs by name, checked against the files' sizes before anything is copied."""
+def _upload(device: Device, bundle: Bundle, target: Target, rank: int) -> dict[str, int]:
+    """Addresses of the weight inputs by name, checked against the files' sizes before anything is copied; of several ranks, of
+    their own experts, whose first one's number is an input, too."""
     weights = bundle.manifest.weight_sets[target.weight_set]
     sizes = {ref.file: ref.size for ref in weights.files}
     wanted = {}
@@ -245,8 +280,29 @@ def _upload(device: Device, bundle: Bundle, target: Target) -> dict[str, int]:
         wanted[name] = stored
     used = {stored.file for stored in wanted.values()}
     files = [bundle.file(ref) for ref in weights.files if ref.file in used]
+    if target.ranks > 1:
+        return _upload_share(device, files, wanted, target, rank) | _upload_first_expert(device, bundle, target, rank)
     addresses = cuda_device.upload_files(device, files)
     return {name: addresses[stored.file] + stored.offset for name, stored in wanted.items()}
+
+
+def _upload_share(
+    device: Device, files: list[Path], wanted: dict[str, WeightTensor], target: Target, rank: int
+) -> dict[str, int]:
+    """A rank's part of every tensor: all of it, or its own rows."""
+    parts: dict[str, FilePart] = {}
+    paths = {path.name: path for path in files}
+    for name, stored in wanted.items():
+        rows, row = target.rows_of(name, stored.shape, rank), stored.size // stored.shape[0]
+        parts[name] = FilePart(paths[stored.file], stored.offset + rows.start * row, (rows.stop - rows.start) * row)
+    return cuda_device.upload_parts(device, parts)
+
+
+def _upload_first_expert(device: Device, bundle: Bundle, target: Target, rank: int) -> dict[str, int]:
+    number = first_expert(rank, target.ranks, bundle.manifest.config["n_routed_experts"])
+    address = device.allocate(number.nbytes)
+    device.upload(address, number)
+    return {FIRST_EXPERT: address}
 
 
 def _limits(target: Target) -> StepShape:

@@ -1,6 +1,8 @@
 """One GPU through the CUDA driver: memory, copies, streams and graphs. Needs cuda-bindings, not torch."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +14,7 @@ _STICKY = {  # CUDA driver API: "This leaves the process in an inconsistent stat
     for e in ("ILLEGAL_ADDRESS", "LAUNCH_TIMEOUT", "LAUNCH_FAILED", "HARDWARE_STACK_ERROR", "ILLEGAL_INSTRUCTION",
               "MISALIGNED_ADDRESS", "INVALID_ADDRESS_SPACE", "INVALID_PC", "ASSERT", "ECC_UNCORRECTABLE")
 }  # fmt: skip
+ALIGNMENT = 256  # bytes: what TensorRT asks of the address of every input
 DEFAULT_STREAM = 0  # the legacy one: streams of `Device.stream` do not wait for it
 
 
@@ -160,6 +163,26 @@ def open_device(index: int = 0) -> Device:
     if code != driver.CUresult.CUDA_SUCCESS:
         raise NoGpuError(f"the CUDA driver finds no GPU ({code.name})")
     return Device(driver, index)
+
+
+@dataclass(frozen=True)
+class FilePart:
+    """`size` bytes of a file, from `offset` on."""
+
+    path: Path
+    offset: int
+    size: int
+
+
+def upload_parts(device: Device, parts: Mapping[str, FilePart]) -> dict[str, int]:
+    """Copies parts of files from mapped memory to one block of the device; their addresses, multiples of 256, by name."""
+    starts = list(accumulate((-(-part.size // ALIGNMENT) * ALIGNMENT for part in parts.values()), initial=0))
+    base, addresses, mapped = device.allocate(starts[-1]), {}, {}
+    for (name, part), start in zip(parts.items(), starts, strict=False):
+        content = mapped.setdefault(part.path, np.memmap(part.path, np.uint8, mode="r"))
+        addresses[name] = base + start
+        device.upload(addresses[name], content[part.offset : part.offset + part.size])
+    return addresses
 
 
 def upload_files(device: Device, files: list[Path]) -> dict[str, int]:

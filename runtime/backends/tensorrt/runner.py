@@ -61,14 +61,14 @@ class EngineRunner:
     padded to a few shapes and enqueued, so that an engine that compiles per shape sees few of them. `chooser` says which of
     those are expanded. A step of both kinds runs in two passes. Logits arrive in one pinned buffer, which the next step fills
     again. Of captured shapes the last used are kept. Where a step cannot be captured, all that is not captured yet is
-    enqueued; `uncaptured` says why.
+    enqueued; `uncaptured` says why. lockstep: that is an error, since other ranks would go on and capture theirs.
     """
 
     def __init__(
         self, device: Device, bindings: Bindings, limits: StepShape, contexts: Mapping[tuple[str, str], tuple],
-        chooser: FormChooser, capture: bool = True, drawer: TokenDrawer | None = None,
+        chooser: FormChooser, capture: bool = True, drawer: TokenDrawer | None = None, lockstep: bool = False,
     ):  # fmt: skip
-        self.device, self.bindings, self.drawer = device, bindings, drawer
+        self.device, self.bindings, self.drawer, self.lockstep = device, bindings, drawer, lockstep
         self.limits, self.chooser, self.uncaptured = limits, chooser, "" if capture else "not asked for"
         self.stream, self._makers = device.stream(), dict(contexts)
         self.contexts = {name: self._context(name) for name in contexts}
@@ -83,9 +83,14 @@ class EngineRunner:
         """How decode steps run."""
         return f"eager: {self.uncaptured}" if self.uncaptured else f"{len(self._graphs)} shapes captured"
 
+    @property
+    def two_passes(self) -> bool:
+        """Whether a step decodes apart from prompts."""
+        return _DECODE in self.contexts
+
     def step(self, batch: StepBatch) -> StepResult:
         """Runs one step; appends to the caches."""
-        parts = split(batch, self._page_size) if _DECODE in self.contexts else None
+        parts = split(batch, self._page_size) if self.two_passes else None
         if parts is None:
             self._pass(batch)
             return EngineResult(self, 0, len(batch.logit_rows))
@@ -108,7 +113,7 @@ class EngineRunner:
         return EngineResult(self, 0, len(batch.logit_rows))
 
     def _pass(self, batch: StepBatch, least: StepShape = SMALLEST, decoding: bool = True) -> None:
-        decoding = decoding and _DECODE in self.contexts
+        decoding = decoding and self.two_passes
         shape = decode_shape(batch, self._sizes(), self.limits.max_pages, least) if decoding else None
         graph = self._graph(shape) if shape is not None else None
         name = _DECODE
@@ -171,6 +176,8 @@ class EngineRunner:
                     self.device.free_graph(graph)
                 self._graphs[shape] = self._captured(shape)
             except (CudaError, EngineError) as error:
+                if self.lockstep:
+                    raise
                 self.uncaptured = str(error)
                 print(f"decode steps run without CUDA graphs, which costs time: {error}", file=sys.stderr)
         return self._graphs[shape][0] if shape in self._graphs else None

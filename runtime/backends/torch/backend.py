@@ -59,7 +59,8 @@ class TorchBackend(Backend):
             named = _caches(target, self.num_pages, self.device)
             self.caches = list(named.values())
             max_pages = target.limits.max_pages(target.cache.page_size)
-            self.runner = StepRunner(programs, named, choose, capture=options.capture, max_pages=max_pages)
+            lockstep = target.ranks > 1
+            self.runner = StepRunner(programs, named, choose, capture=options.capture, max_pages=max_pages, lockstep=lockstep)
 
     @property
     def prefill_chunk(self) -> int:

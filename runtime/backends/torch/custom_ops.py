@@ -20,7 +20,7 @@ def table(kind: str) -> dict[str, Callable[[Node], Callable]]:
 
 def _function(contract: OpContract, kind: str) -> Callable:
     name = contract.name + ("_" if contract.aliases else "")
-    if kind == "reference":
+    if kind == "reference" or contract.collective:
         return getattr(torch.ops.latentrt, name)
     return getattr(ops.part(contract.name, "kernel"), name)
 

@@ -29,16 +29,17 @@ class StepRunner:
     On a GPU, steps that decode one token a sequence are captured once per padded shape (`sizes`, widths of the block
     table in powers of two) and replayed; all others run eagerly, in the form that `chooser` says. A step of both kinds
     runs in two passes. Of captured shapes the last used are kept. `capture=False` runs everything eagerly, in one pass, and so
-    does every shape after one that cannot be captured: `uncaptured` says why.
+    does every shape after one that cannot be captured: `uncaptured` says why. lockstep: that is an error, since other ranks
+    would go on and capture theirs.
     """
 
     def __init__(
         self, programs: Mapping[str, StepProgram], caches: Mapping[str, torch.Tensor], chooser: FormChooser,
-        sizes: tuple[int, ...] = SIZES, capture: bool = True, max_pages: int = 1 << 30,
+        sizes: tuple[int, ...] = SIZES, capture: bool = True, max_pages: int = 1 << 30, lockstep: bool = False,
     ):  # fmt: skip
         self.programs, self.caches, self.chooser = dict(programs), dict(caches), chooser
         self.program = self.programs[DECODE_FORM]
-        self.sizes, self.max_pages = sizes, max_pages
+        self.sizes, self.max_pages, self.lockstep = sizes, max_pages, lockstep
         self.capture = capture and self.program.device.type == "cuda"
         self.uncaptured = ""
         self._graphs: dict[StepShape, CapturedStep] = {}
@@ -81,6 +82,8 @@ class StepRunner:
                 with torch.cuda.stream(torch.cuda.current_stream(device)):  # a capture that fails leaves its own current
                     self._graphs[shape] = CapturedStep(self.program, self.caches, shape, self._pool)
             except RuntimeError as error:
+                if self.lockstep:
+                    raise
                 self.uncaptured = str(error)
                 print(f"decode steps run without CUDA graphs, which costs time: {error}", file=sys.stderr)
         return self._graphs.get(shape)
