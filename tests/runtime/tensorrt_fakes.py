@@ -19,7 +19,8 @@ BATCH = {"input_ids": 1, "positions": 1, "query_starts": 1, "cached_lengths": 1,
 WEIGHTS = ["a.weight", "b.weight"]
 USER_MANAGED = "user managed"
 EXPANDED_PLAN = b"expanded plan"
-CONFIG = {"vocab_size": VOCAB, "n_routed_experts": 16, "kv_lora_rank": 64, "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
+CONFIG = {"vocab_size": VOCAB, "n_routed_experts": 16, "kv_lora_rank": 64,
+          "qk_nope_head_dim": 16, "qk_rope_head_dim": 16, "v_head_dim": 16}
 TABLE = np.arange(1, 13).reshape(3, 4)
 CACHES = [f"latent_cache.{i}" for i in range(LAYERS)]
 

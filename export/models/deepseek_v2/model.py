@@ -151,13 +151,14 @@ class Moe(nn.Module):
     def routed(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor, batch: Mapping[str, Tensor]) -> Tensor:
         """What the chosen experts of all ranks make of x [T, hidden_size], by gathering all rows.
 
-        Here an all-to-all dispatch would go, which sends a row only where its experts are: docs/many-gpus.md says when it pays.
+        Sums are of x's type: benchmarks/ranks_numerics.py says what bfloat16 costs there. Here an all-to-all dispatch would go,
+        which sends a row only where its experts are: docs/many-gpus.md says when it pays.
         """
         if self.ranks == 1:
             return self._experts(x, topk_ids, topk_weights)
         x, topk_ids, topk_weights = (all_gather(t, num_ranks=self.ranks) for t in (x, topk_ids, topk_weights))
         partial = self._experts(x, topk_ids - batch[FIRST_EXPERT], topk_weights)
-        return reduce_scatter(partial.float(), num_ranks=self.ranks).to(x.dtype)
+        return reduce_scatter(partial, num_ranks=self.ranks)
 
     def _experts(self, x: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         return moe_experts(
