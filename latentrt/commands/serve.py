@@ -37,8 +37,10 @@ def serve(
         except ImportError as error:
             raise RequestError(f'{error.name} is not installed; pip install "latentrt[server]"') from None
         from latentrt.runtime.api import load
+        from latentrt.runtime.ranks import launch
         from latentrt.runtime.server.app import Settings
 
+    launch.join()  # before a socket is taken: other ranks of a cluster launcher serve nothing
     keys = tuple(api_key or filter(None, [os.environ.get(KEY_VARIABLE)]))
     settings = Settings(
         model=name or bundle.resolve().name, api_keys=keys, origins=tuple(allow_origin or ()), max_waiting=max_waiting,

@@ -42,6 +42,7 @@ class BackendOptions:
     mapped: bool = False
     kernels: str = AUTO
     rank: int = 0  # of those that share a target's experts
+    place: int = 0  # of the rank among those of its machine
 
     def __post_init__(self):
         if self.cache_tokens is not None and self.cache_tokens < 1:
@@ -57,8 +58,8 @@ class BackendOptions:
 
     @property
     def gpu(self) -> int:
-        """Number of the GPU that `device` names; the rank's where it names none."""
-        return int(self.device.partition(":")[2] or self.rank)
+        """Number of the GPU: what `device` names or the first, and for ranks those after it."""
+        return int(self.device.partition(":")[2] or 0) + self.place
 
 
 @dataclass(frozen=True)
@@ -162,6 +163,7 @@ class Backend(ABC):
     ranks = 1  # processes that share the experts
     two_passes = False  # whether a step decodes apart from prompts
     alive = True  # whether a step could be run
+    gpu: str | None = None  # the GPU that it runs on, for people; None: the CPU
 
     @property
     def pages_by_rank(self) -> list[int]:

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 
 from latentrt.plugins.step_graph import StepBatch
-from latentrt.runtime.backends.base import AUTO, Backend, BackendOptions, Draws, StepResult
+from latentrt.runtime.backends.base import Backend, BackendOptions, Draws, StepResult
 from latentrt.runtime.bundle.manifest import Target
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.ranks.group import RankGroup
@@ -37,6 +37,7 @@ class RanksBackend(Backend):
         })  # fmt: skip
         self._pages = [rank["num_pages"] for rank in found]
         self.num_pages = min(self._pages)
+        self.gpu = found[0]["gpu"]
         self._chunks, self._two_passes = found[0]["chunks"], found[0]["two_passes"]
 
     @property
@@ -71,10 +72,9 @@ class RanksBackend(Backend):
 
 
 def _rank_options(options: BackendOptions, rank: int, ranks: int) -> BackendOptions:
-    """A rank's own: its GPU, and on the CPU its share of the cores."""
+    """A rank's own: on the CPU it has its share of the cores."""
     threads = max(1, (options.threads or len(os.sched_getaffinity(0))) // ranks)
-    device = options.device if options.device in (AUTO, "cpu") else f"cuda:{options.gpu + rank}"
-    return replace(options, threads=threads, device=device, rank=rank)
+    return replace(options, threads=threads, rank=rank)
 
 
 class RanksResult(StepResult):

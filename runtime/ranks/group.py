@@ -17,10 +17,10 @@ from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 
 from latentrt.runtime.errors import BundleError, EngineLostError, RequestError, UserError
-from latentrt.runtime.ranks import messages
+from latentrt.runtime.ranks import launch, messages
 from latentrt.runtime.ranks.messages import Answer, Hello
 
-START_SECONDS = 120.0  # until a rank's process has said hello: imports may come from a slow disk
+START_SECONDS = 300.0  # until a rank's process has said hello: imports may come from a slow disk
 CALL_SECONDS = 1800.0  # for a step: its kernels may be compiled within it
 _MENDABLE = {error.__name__: error for error in (BundleError, RequestError)}
 _BLAME_SECONDS = 2.0  # after a fault, for the news of who died: the others only say that a connection closed
@@ -55,10 +55,16 @@ class RankGroup:
             raise
 
     def _start(self) -> None:
-        address, key = str(Path(self._folder.name) / "front"), secrets.token_bytes(32)
-        with Listener(address, family="AF_UNIX", backlog=self.ranks, authkey=key) as listener:
+        launch.join()
+        launched = launch.found()
+        if launched and launched.ranks != self.ranks:
+            found = f"a launcher started {launched.ranks} ranks (WORLD_SIZE), the target was built for {self.ranks}"
+            raise RequestError(f"{found}; start as many, or unset WORLD_SIZE")
+        key = launched.key if launched else secrets.token_bytes(32)
+        address = launched.address if launched else str(Path(self._folder.name) / "front")
+        with Listener(messages.parse_address(address), backlog=self.ranks, authkey=key) as listener:
             command = [sys.executable, "-m", "latentrt.runtime.ranks.worker"]
-            for rank in range(self.ranks):
+            for rank in range(1 if launched else self.ranks):
                 environment = messages.environment(address, key, rank)
                 self.children.append(subprocess.Popen(command, env=environment, stdin=subprocess.DEVNULL))
             found = self._accept(listener)
@@ -80,7 +86,8 @@ class RankGroup:
                 if dead:
                     raise EngineLostError(f"{self._ended(dead[0])} before it could load") from None
                 if time.monotonic() > end:
-                    raise EngineLostError(f"{self.ranks - len(found)} of {self.ranks} ranks did not start in time") from None
+                    missing = ", ".join(str(rank) for rank in range(self.ranks) if rank not in found)
+                    raise EngineLostError(f"rank {missing} did not start within {START_SECONDS:.0f} s") from None
         return [found[rank] for rank in range(self.ranks)]
 
     def call_all(self, method: str, arguments: tuple = (), seconds: float = CALL_SECONDS) -> list:

@@ -36,11 +36,14 @@ class TorchJoining(Joining):
 
     def invite(self) -> tuple[str, int]:
         """Host and port of the store."""
+        import os
         import socket
 
         import torch.distributed as dist
 
-        host = "127.0.0.1" if self._alone else socket.gethostname()
+        from latentrt.runtime.ranks import messages
+
+        host = "127.0.0.1" if messages.alone(os.environ.get(messages.ADDRESS, "tcp:")) else socket.gethostname()
         self._store = dist.TCPStore(host, 0, is_master=True, wait_for_workers=False)
         return host, self._store.port
 
@@ -54,15 +57,6 @@ class TorchJoining(Joining):
             torch.cuda.set_device(self.device)
         kind = "nccl" if self.device.type == "cuda" else "gloo"
         dist.init_process_group(kind, store=dist.PrefixStore("ranks", store), rank=rank, world_size=ranks)
-
-    @property
-    def _alone(self) -> bool:
-        """Whether all ranks are on this machine, so that the loopback is enough."""
-        import os
-
-        from latentrt.runtime.ranks import messages
-
-        return not os.environ.get(messages.ADDRESS, "tcp:").startswith("tcp:")
 
 
 class NcclJoining(Joining):

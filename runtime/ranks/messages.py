@@ -10,6 +10,7 @@ from multiprocessing.connection import Connection
 from pathlib import Path
 
 ADDRESS, KEY, RANK = "LATENTRT_RANKS_ADDRESS", "LATENTRT_RANKS_KEY", "LATENTRT_RANK"  # environment of a rank's process
+LOOPBACK = "lo"
 
 
 @dataclass(frozen=True)
@@ -32,17 +33,23 @@ class Answer:
 
 def parse_address(text: str) -> str | tuple[str, int]:
     """An address as `Listener` and `Client` take it: the path of a socket, or "tcp:host:port"."""
-    if not text.startswith("tcp:"):
+    if alone(text):
         return text
     host, _, port = text.removeprefix("tcp:").rpartition(":")
     return host, int(port)
+
+
+def alone(address: str) -> bool:
+    """Whether all ranks are on this machine."""
+    return not address.startswith("tcp:")
 
 
 def environment(address: str, key: bytes, rank: int) -> dict[str, str]:
     """Environment of a rank's process."""
     root = str(Path(find_spec("latentrt").origin).parents[1])  # where the child finds the package, in a checkout too
     path = os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))
-    return os.environ | {ADDRESS: address, KEY: key.hex(), RANK: str(rank), "PYTHONPATH": path}
+    own = {ADDRESS: address, KEY: key.hex(), RANK: str(rank), "LOCAL_RANK": str(rank), "PYTHONPATH": path}
+    return {"GLOO_SOCKET_IFNAME": LOOPBACK} | os.environ | own if alone(address) else os.environ | own
 
 
 def receive(connection: Connection, seconds: float):

@@ -8,7 +8,8 @@ import signal
 import socket
 import threading
 from collections.abc import Sequence
-from multiprocessing.connection import Client, Connection
+from dataclasses import replace
+from multiprocessing.connection import Connection
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -19,6 +20,7 @@ from latentrt.runtime.backends.base import Backend, BackendOptions, Draws, StepR
 from latentrt.runtime.backends.passes import JoinedResult
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.ranks import joining, messages
+from latentrt.runtime.ranks.launch import dial
 from latentrt.runtime.ranks.lockstep import Pass
 from latentrt.runtime.ranks.messages import Answer, Hello
 
@@ -34,16 +36,21 @@ class Worker:
 
     def invite(self, kind: str, options: BackendOptions):
         """What the other ranks need to know to meet this one, the first."""
-        self._joining = joining.of(kind, options)
+        self._joining = joining.of(kind, self._placed(options))
         return self._joining.invite()
 
     def load(self, bundle: Path, target: str, kind: str, options: BackendOptions, ranks: int, invitation) -> dict:
         """Meets the other ranks and loads; tells how many pages the latent cache has, and how steps are to be cut."""
+        options = self._placed(options)
         self._joining = self._joining or joining.of(kind, options)
         self._joining.join(invitation, self.rank, ranks)
         self._backend = backends.load_rank(Bundle(bundle), target, kind, options, self._joining)
-        return {"num_pages": self._backend.num_pages, "two_passes": self._backend.two_passes,
+        return {"num_pages": self._backend.num_pages, "two_passes": self._backend.two_passes, "gpu": self._backend.gpu,
                 "chunks": (self._backend.prefill_chunk, self._backend.lone_prefill_chunk)}  # fmt: skip
+
+    def _placed(self, options: BackendOptions) -> BackendOptions:
+        """With the rank's place among those of its machine, which says what GPU is its own."""
+        return replace(options, rank=self.rank, place=int(os.environ.get("LOCAL_RANK", self.rank)))
 
     def step(self, copies: Sequence[tuple[int, int]], passes: list[Pass]) -> bool:
         """Runs a step; whether its tokens can be drawn where the logits are."""
@@ -93,14 +100,13 @@ def _read(connection: Connection, calls: SimpleQueue) -> None:
 
 
 def main() -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: the scheduling process decides
-    rank = int(os.environ[messages.RANK])
-    connect(os.environ[messages.ADDRESS], bytes.fromhex(os.environ[messages.KEY]), rank)
+    address, key = os.environ[messages.ADDRESS], bytes.fromhex(os.environ[messages.KEY])
+    serve_first(dial(address, key), int(os.environ[messages.RANK]))
 
 
-def connect(address: str, key: bytes, rank: int) -> None:
+def serve_first(connection: Connection, rank: int) -> None:
     """Serves the process that schedules as `rank`; never returns."""
-    connection = Client(messages.parse_address(address), authkey=key)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all: the scheduling process decides
     connection.send(Hello(rank, os.getpid(), socket.gethostname()))
     serve(connection, Worker(rank))
 

@@ -1,9 +1,11 @@
 """A target of several ranks in real processes over gloo, against the same model in one process."""
 
+import contextlib
 import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -197,3 +199,46 @@ def test_another_number_of_ranks_is_refused(two_bundle):
 def test_info_tells_the_memory_of_a_rank(two_bundle):
     shown = command("info", str(two_bundle)).stdout
     assert "2, each with" in shown and "of experts" in shown
+
+
+def launched(two_bundle, rank: int, port: int, *more: str, ranks: int = 2, **changes: str) -> subprocess.Popen:
+    """One process of a cluster launcher; all run the same command."""
+    told = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": str(port), "LATENTRT_RANKS_SECRET": "of this test"} | changes  # fmt: skip
+    arguments = ["generate", str(two_bundle), "--device", "cpu", "--threads", "2", "--cache-tokens", "1024", "--prompt", PROMPTS[0],
+                 "--max-new-tokens", "8", "--json", *more]  # fmt: skip
+    command = [sys.executable, "-m", "latentrt", *arguments]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=os.environ | told, stdout=pipe, stderr=pipe, text=True)
+
+
+def free_port() -> int:
+    """A port with a free one above it."""
+    while True:
+        with socket.create_server(("127.0.0.1", 0)) as one, contextlib.suppress(OSError):
+            port = one.getsockname()[1]
+            with socket.create_server(("127.0.0.1", port + 1)):
+                return port
+
+
+def test_ranks_of_a_cluster_launcher(two_bundle, one):
+    """Each process was started by somebody else; the first one schedules and prints."""
+    port = free_port()
+    processes = [launched(two_bundle, rank, port) for rank in (1, 0)]
+    (other, others_errors), (first, errors) = [process.communicate(timeout=300) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0], (errors, others_errors)
+    assert other == ""
+    (answer,) = json.loads(first)["results"]
+    assert tuple(answer["token_ids"]) == one.generate(PROMPTS[:1], SamplingParams(max_new_tokens=8))[0].token_ids
+
+
+@pytest.mark.parametrize(("ranks", "changes", "message"), [
+    (4, {}, "a launcher started 4 ranks (WORLD_SIZE), the target was built for 2; start as many, or unset WORLD_SIZE"),
+    (2, {"LATENTRT_RANKS_SECRET": ""}, "but LATENTRT_RANKS_SECRET is not set; set it to one secret for all"),
+    (2, {"MASTER_ADDR": ""}, "but MASTER_ADDR is not set; set it or unset WORLD_SIZE to start all ranks from here"),
+    (2, {"MASTER_PORT": "http"}, "MASTER_PORT is 'http', accepted: a number"),
+])  # fmt: skip
+def test_a_launcher_that_says_something_else_is_told_so(two_bundle, ranks, changes, message):
+    process = launched(two_bundle, 0, free_port(), ranks=ranks, **changes)
+    _, errors = process.communicate(timeout=120)
+    assert process.returncode == 2 and message in errors

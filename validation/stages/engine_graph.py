@@ -18,7 +18,7 @@ _COPIES = 2.5  # of the weights: as stored, merged or decoded, and room for acti
 def load(executor: Executor, backend: Backend, threads: int, notes: list[str]) -> DebugGraph | None:
     """The graph to look into, or None with a note that says why. A note also says where it is not what ran."""
     bundle, target, cache = executor.bundle, executor.target, executor.target.cache
-    if target.compute_capability is None:
+    if target.backend == "onnxruntime":
         files = target.engines[DECODE_FORM]
         graph = bundle.file(files.native if getattr(backend, "native", False) else files.graph)
         return OnnxRuntimeGraph(torch_graph.read(graph), graph.parent, cache.page_size, cache.width, cache.dtype, threads)
@@ -31,9 +31,12 @@ def load(executor: Executor, backend: Backend, threads: int, notes: list[str]) -
             f"{device}, which has {free / 1e9:.1f} GB free"
         )
         return None
-    if executor.is_engine:
+    if executor.is_engine and target.engines[DECODE_FORM].profiles:
         notes.append(f"layers and routing are those of the plan's ONNX graph, run by PyTorch on {device}: plans are closed")
     model = torch_graph.read(bundle.file(onnx_file(bundle, executor.name, target)))
+    if target.ranks > 1:
+        notes.append(f"layers and routing are those of the graph in one process, not of {target.ranks} ranks")
+        model = torch_graph.without_ranks(model)
     weights = load_weights(bundle, target, model, device)
     return TorchGraph(model, weights, cache.page_size, cache.width, cache.dtype, device)
 

@@ -80,26 +80,18 @@ class Executor:
 
     def describe(self, backend: Backend) -> dict:
         """What was executed, for the evidence: names, versions, whether it was the engine, and one sentence."""
+        gpu, where = backend.gpu, backend.gpu or f"the CPU ({platform.machine()})"
+        where = f"{backend.ranks} ranks, each on {where}" if backend.ranks > 1 else where
         if self.chosen == INTERPRETER:
-            gpu, packages = self._torch(backend)
+            packages = _versions("torch", "triton") if gpu else _versions("torch")
         elif self.chosen in DISTRIBUTIONS:
-            gpu = f"{backend.device.name} (sm{backend.device.capability}, driver {backend.device.driver_version})"
             packages = _versions(DISTRIBUTIONS[self.chosen], "cuda-bindings")
         else:
-            gpu, packages = None, _versions(self.chosen)
-        where = gpu or f"the CPU ({platform.machine()})"
+            packages = _versions(self.chosen)
         return {
             "backend": self.chosen, "device": gpu or "cpu", "gpu": gpu, "packages": packages, "is_engine": self.is_engine,
             "summary": f"{self._what(gpu)} on {where}; " + ", ".join(f"{k} {v}" for k, v in packages.items()),
         }  # fmt: skip
-
-    def _torch(self, backend: Backend) -> tuple[str | None, dict[str, str]]:
-        import torch
-
-        if backend.device.type != "cuda":
-            return None, _versions("torch")
-        major, minor = torch.cuda.get_device_capability(backend.device)
-        return f"{torch.cuda.get_device_name(backend.device)} (sm{major}{minor})", _versions("torch", "triton")
 
     def _what(self, gpu: str | None) -> str:
         if self.is_engine:

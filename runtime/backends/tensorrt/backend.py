@@ -102,6 +102,10 @@ class TensorRtBackend(Backend):
         return self.target.limits.max_batch_tokens
 
     @property
+    def gpu(self) -> str:
+        return f"{self.device.name} (sm{self.device.capability}, driver {self.device.driver_version})"
+
+    @property
     def two_passes(self) -> bool:
         return self.runner.two_passes
 

@@ -67,6 +67,13 @@ class TorchBackend(Backend):
         return self.target.limits.max_batch_tokens if self.device.type == "cuda" else super().prefill_chunk
 
     @property
+    def gpu(self) -> str | None:
+        if self.device.type != "cuda":
+            return None
+        major, minor = torch.cuda.get_device_capability(self.device)
+        return f"{torch.cuda.get_device_name(self.device)} (sm{major}{minor})"
+
+    @property
     def two_passes(self) -> bool:
         return self.runner.capture
 
@@ -90,9 +97,6 @@ class TorchBackend(Backend):
         files = {form: onnx_file(bundle, self.name, self.target, form) for form in self.target.engines}
         models = {form: torch_graph.read(bundle.file(ref)) for form, ref in files.items()}
         weights, folded = load_weights(bundle, self.target, models[DECODE_FORM], self.device, rank), {}
-        if self.target.ranks > 1:
-            first = first_expert(rank, self.target.ranks, bundle.manifest.config["n_routed_experts"])
-            weights[FIRST_EXPERT] = torch.from_numpy(first).to(self.device)
         return {
             form: torch_graph.StepProgram(model, weights, self.device, custom_ops, folded=folded)
             for form, model in models.items()
@@ -140,7 +144,7 @@ def _pages(target: Target, cache_tokens: int | None, device: torch.device) -> in
 
 
 def resolve_device(device: str, gpu: int | None = None) -> torch.device:
-    """"auto" resolved, to GPU `gpu` or PyTorch's current one; BundleError if a GPU is asked for and PyTorch sees none."""
+    """"auto" resolved, and `gpu` taken for the number of a GPU; BundleError if one is asked for and PyTorch sees none."""
     if device == "auto":
         device = "cuda" if torch.cuda.is_available() else "cpu"
     found = torch.device(device)
@@ -149,8 +153,8 @@ def resolve_device(device: str, gpu: int | None = None) -> torch.device:
     if not torch.cuda.is_available():
         raise BundleError(f"device {device}: PyTorch {torch.__version__} sees no CUDA GPU; use device 'cpu'")
     count = torch.cuda.device_count()
-    default = torch.cuda.current_device() if gpu is None else gpu
-    index = default if found.index is None else found.index
+    named = torch.cuda.current_device() if found.index is None else found.index
+    index = named if gpu is None else gpu
     if index >= count:
         raise BundleError(f"device {device}: PyTorch sees {count}, accepted: {', '.join(f'cuda:{n}' for n in range(count))}")
     return torch.device("cuda", index)
@@ -165,33 +169,39 @@ def onnx_file(bundle: Bundle, name: str, target: Target, form: str = DECODE_FORM
 
 
 def load_weights(
-    bundle: Bundle, target: Target, model: onnx.ModelProto, device: torch.device, rank: int = 0
+    bundle: Bundle, target: Target, model: onnx.ModelProto, device: torch.device, rank: int | None = None
 ) -> dict[str, torch.Tensor]:
     """Weight inputs and external initializers of `model`, mapped from the weight set and copied to `device`.
 
-    Of weights that ranks share, only the part of `rank`.
+    Of weights that ranks share, only the part of `rank`, and the number of its first expert; without a rank all, for a graph in
+    one process.
     """
     wanted = {i.name: _declared(i) for i in model.graph.input if i.name not in {t.name for t in target.inputs}}
     for proto in model.graph.initializer:
         if proto.data_location == onnx.TensorProto.EXTERNAL:
             wanted[proto.name] = (torch_graph.DTYPES[proto.data_type], tuple(proto.dims))
+    if rank is None:
+        wanted |= {n: (wanted[n][0], (target.ranks * wanted[n][1][0], *wanted[n][1][1:])) for n in target.shared_weights}
     found: dict[str, torch.Tensor] = {}
     for ref in bundle.manifest.weight_sets[target.weight_set].files:
         found |= _read_shard(bundle.file(ref), wanted, device, target, rank)
     missing = sorted(set(wanted) - set(found))
     if missing:
         raise BundleError(f"{bundle.path}: weight set {target.weight_set} lacks {missing[0]} (and {len(missing) - 1} more)")
+    if target.ranks > 1:
+        first = first_expert(rank or 0, target.ranks, bundle.manifest.config["n_routed_experts"])
+        found[FIRST_EXPERT] = torch.from_numpy(first).to(device)
     return found
 
 
 def _read_shard(
-    path: Path, wanted: dict[str, tuple], device: torch.device, target: Target, rank: int
+    path: Path, wanted: dict[str, tuple], device: torch.device, target: Target, rank: int | None
 ) -> dict[str, torch.Tensor]:
     found = {}
     try:
         with safe_open(str(path), framework="pt", device=str(device)) as shard:
             for name in wanted.keys() & set(shard.keys()):
-                if name in target.shared_weights:
+                if rank is not None and name in target.shared_weights:
                     part = shard.get_slice(name)
                     found[name] = part[target.rows_of(name, part.get_shape(), rank)]
                 else:

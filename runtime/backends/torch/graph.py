@@ -17,6 +17,7 @@ from latentrt.runtime.backends.torch import fusion as torch_fusion
 from latentrt.runtime.backends.torch import merging as torch_merging
 from latentrt.runtime.backends.torch.ops import DTYPES, HOST_ARGUMENTS, TABLE, Node
 
+COLLECTIVES = ("AllGather", "ReduceScatter", "DistCollective")
 HOST_OPS = ("Shape", "ConstantOfShape")
 NOT_FOLDED = ("DequantizeLinear",)  # on a GPU: FP8 weights stay FP8
 
@@ -28,6 +29,15 @@ class UnknownOpError(NotImplementedError):
 def read(path: Path) -> onnx.ModelProto:
     """A graph without its external tensors."""
     return onnx.load(str(path), load_external_data=False)
+
+
+def without_ranks(model: onnx.ModelProto) -> onnx.ModelProto:
+    """A graph of several ranks as that of one process, which has all experts: nothing to gather, nothing to sum up."""
+    for node in model.graph.node:
+        if node.op_type in COLLECTIVES:
+            del node.attribute[:]
+            node.op_type, node.domain = "Identity", ""
+    return model
 
 
 class StepProgram:
