@@ -205,8 +205,8 @@ def launched(two_bundle, rank: int, port: int, *more: str, ranks: int = 2, **cha
     """One process of a cluster launcher; all run the same command."""
     told = {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1",
             "MASTER_PORT": str(port), "LATENTRT_RANKS_SECRET": "of this test"} | changes  # fmt: skip
-    arguments = ["generate", str(two_bundle), "--device", "cpu", "--threads", "2", "--cache-tokens", "1024", "--prompt", PROMPTS[0],
-                 "--max-new-tokens", "8", "--json", *more]  # fmt: skip
+    arguments = ["generate", str(two_bundle), "--device", "cpu", "--threads", "2", "--cache-tokens", "1024", "--json",
+                 "--prompt", PROMPTS[0], "--max-new-tokens", "8", *more]  # fmt: skip
     command = [sys.executable, "-m", "latentrt", *arguments]
     pipe = subprocess.PIPE
     return subprocess.Popen(command, env=os.environ | told, stdout=pipe, stderr=pipe, text=True)
