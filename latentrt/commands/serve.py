@@ -1,6 +1,7 @@
 """The command serve: OpenAI's API over a bundle."""
 
 import os
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -27,6 +28,8 @@ def serve(
     max_waiting: Annotated[int, typer.Option(min=0, help="Answers that may wait; more are refused with 429.")] = 256,
     max_body: Annotated[int, typer.Option(min=1, help="Largest body of a request, in bytes.")] = 32 << 20,
     drain_seconds: Annotated[float, typer.Option(min=0, help="After SIGTERM, how long answers may take to end.")] = 30.0,
+    replicas: Annotated[int, typer.Option(min=0, help="Processes with an engine each, on Ray Serve; 0: this one alone.")] = 0,
+    max_replicas: Annotated[int, typer.Option(min=0, help="So many under load, with --replicas.")] = 0,
     target: TargetName = None, threads: Threads = 0, cache_tokens: CacheTokens = None, drafts: Drafts = 0,
     backend: BackendName = None, device: Device = "auto", ranks: Ranks = None,
 ) -> int:  # fmt: skip
@@ -46,5 +49,29 @@ def serve(
         model=name or bundle.resolve().name, api_keys=keys, origins=tuple(allow_origin or ()), max_waiting=max_waiting,
         max_body=max_body, drain_seconds=drain_seconds, version=__version__,
     )  # fmt: skip
+    options = {"target": target, "cache_tokens": cache_tokens, "threads": threads, "backend": backend, "device": device,
+               "drafts": drafts, "ranks": ranks}  # fmt: skip
+    if replicas:
+        return _on_ray(bundle, options, settings, replicas, max_replicas, host, port)
     sockets = process.listen(host, port)
-    return process.run(load(bundle, target, cache_tokens, threads, backend, device, drafts, ranks), settings, sockets)
+    return process.run(load(bundle, **options), settings, sockets)
+
+
+def _on_ray(bundle: Path, options: dict, settings, replicas: int, max_replicas: int, host: str, port: int) -> int:
+    """The same on Ray Serve. What is wrong with the bundle is said here, and not in the log of a replica."""
+    from latentrt.runtime import backends
+    from latentrt.runtime.backends.base import BackendOptions
+    from latentrt.runtime.bundle.reader import Bundle
+
+    try:
+        from latentrt.runtime.replicas import ray_serve
+    except ImportError as error:
+        raise RequestError(f'{error.name} is not installed; pip install "latentrt[server,ray]"') from None
+    if max_replicas and max_replicas < replicas:
+        raise RequestError(f"max_replicas is {max_replicas}, accepted: {replicas} (replicas) or more")
+    opened = Bundle(bundle)
+    _, target = opened.target(options["target"])
+    backends.check(opened, options["target"], options["backend"], BackendOptions(device=options["device"]))
+    gpus = 0 if target.compute_capability is None and options["device"] in ("auto", "cpu") else target.ranks
+    copies = ray_serve.Copies(replicas, max_replicas, gpus=gpus if options["device"] != "cpu" else 0)
+    return ray_serve.run(ray_serve.Loading(str(bundle.absolute()), options), settings, copies, host, port)
