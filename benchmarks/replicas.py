@@ -10,6 +10,7 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections import Counter
@@ -58,7 +59,7 @@ class Load:
             return f"refused: {response.status_code}"
         if "data: [DONE]" not in text:
             return "silent: no [DONE]"
-        return "told: an error event" if '"error"' in text else self._whole(text)
+        return "told" if 'data: {"error"' in text or "event: error" in text else self._whole(text)
 
     def _whole(self, text: str) -> str:
         events = [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: {")]
@@ -136,6 +137,45 @@ def ray(bundle: Bundle, clients: Clients = 12, tokens: Tokens = 60, port: int = 
         finally:
             served.terminate()
     print(json.dumps({"engine": "Ray Serve", "clients": clients, "tokens": tokens} | found))
+
+
+@app.command()
+def dynamo(bundle: Bundle, clients: Clients = 12, tokens: Tokens = 60, port: int = 8124) -> None:
+    """Two workers and a frontend of Dynamo, which find each other through a folder."""
+    local = {name: "127.0.0.1" for name in ("DYN_TCP_RPC_HOST", "DYN_TCP_RESPONSE_STREAM_HOST", "DYN_SYSTEM_HOST")}
+    with contextlib.ExitStack() as stack:
+        folder = stack.enter_context(tempfile.TemporaryDirectory())
+        environment = os.environ | local | {"DYN_FILE_KV": folder}
+        frontend = ["dynamo.frontend", "--router-mode", "kv", "--no-router-kv-events", "--discovery-backend", "file",
+                    "--http-host", "127.0.0.1", "--http-port", str(port), "--migration-limit", "3"]  # fmt: skip
+        worker = ["latentrt.runtime.replicas.dynamo_worker", str(bundle), "--model", "model", "--threads", "1"]
+
+        def start(arguments: list[str]) -> None:
+            process = stack.enter_context(subprocess.Popen([sys.executable, "-m", *arguments], env=environment))
+            stack.callback(process.terminate)
+
+        start(frontend)
+        for _ in range(2):
+            start(worker)
+        restarting = threading.Thread(target=_restart, args=(start, worker), daemon=True)
+        restarting.start()
+        found = measure(f"http://127.0.0.1:{port}", worker[0], 2, clients, tokens)
+        print(json.dumps({"engine": "Dynamo", "clients": clients, "tokens": tokens} | found), flush=True)
+        _stopped.set()
+
+
+_stopped = threading.Event()
+
+
+def _restart(start, worker: list[str]) -> None:
+    """What Kubernetes or systemd does: a worker that is gone is started again."""
+    _until(lambda: len(_named(worker[0])) == 2, START_SECONDS, "workers")
+    while not _stopped.wait(0.2):
+        if len(_named(worker[0])) < 2:
+            start(worker)
+            _until(lambda: len(_named(worker[0])) == 2, START_SECONDS, "a worker")
+
+
 
 
 if __name__ == "__main__":

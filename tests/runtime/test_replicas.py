@@ -8,9 +8,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentrt.runtime.replicas import relay
+from latentrt.runtime.bundle.reader import Bundle
+from latentrt.runtime.replicas import card, relay
 from latentrt.runtime.replicas.affinity import BLOCK, Affinity, blocks
 from latentrt.runtime.server.app import Settings, create_app
+from latentrt.runtime.tokenizer import Tokenizer
 from tests.runtime.server.test_survival import fake_engine
 
 SCOPE = {"type": "http", "method": "POST", "path": "/v1/completions", "raw_path": b"/v1/completions", "query_string": b"",
@@ -149,3 +151,20 @@ def test_the_table_stays_small_and_tells_the_last_replica(sent):
         last[number] = replica
         assert len(known._replicas) <= 4
         assert known.best([bytes([number])], "abc") == replica
+
+
+def test_a_bundles_card_is_what_transformers_reads(example_bundle, tmp_path, monkeypatch):
+    """Dynamo's frontend tokenizes and templates from it, and must do as the engine does."""
+    from transformers import AutoTokenizer
+
+    monkeypatch.setenv("LATENTRT_CACHE", str(tmp_path))
+    bundle = Bundle(example_bundle)
+    folder = card.kept(bundle)
+    assert card.kept(bundle) == folder and [f.name for f in folder.parent.iterdir()] == [folder.name], "and no drafts"
+    theirs, ours = AutoTokenizer.from_pretrained(folder), Tokenizer.of(bundle)
+    assert theirs.encode("def main():\n") == ours.encode("def main():\n")
+    messages = [{"role": "user", "content": "What is a list?"}]
+    text = theirs.apply_chat_template(messages, add_generation_prompt=True, tokenize=False)
+    assert theirs.encode(text, add_special_tokens=False) == ours.encode_chat(messages)
+    generation = json.loads((folder / "generation_config.json").read_text())
+    assert generation["eos_token_id"] == [end.id for end in bundle.manifest.text.end_of_text]
