@@ -26,6 +26,7 @@ from latentrt.runtime.structured import Constraint
 
 ANSWER = 16  # tokens where a request does not say: OpenAI's default of completions
 _KINDS = {"json": "json_schema", "regex": "regex", "grammar": "grammar", "choice": "choice"}  # Dynamo's words -> ours
+_ASIDE = ("backend", "whitespace_pattern")  # of guided_decoding, beside the constraint
 
 
 class Worker(LLMEngine):
@@ -137,7 +138,7 @@ def _params(request, logprobs: int | None, room: int) -> SamplingParams:
 
 def _constraint(guided: dict) -> Constraint | None:
     """What an answer must follow. RequestError for kinds that are not known here."""
-    found = {name: value for name, value in guided.items() if value is not None and name not in ("backend", "whitespace_pattern")}
+    found = {name: value for name, value in guided.items() if value is not None and name not in _ASIDE}
     unknown = [name for name in found if name not in _KINDS]
     if unknown or len(found) > 1:
         raise RequestError(f"guided_decoding has {', '.join(found)}, accepted: one of {', '.join(_KINDS)}")
@@ -147,7 +148,8 @@ def _constraint(guided: dict) -> Constraint | None:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m latentrt.runtime.replicas.dynamo_worker", description=__doc__.split("\n")[0])
+    name = "python -m latentrt.runtime.replicas.dynamo_worker"
+    parser = argparse.ArgumentParser(prog=name, description=__doc__.split("\n")[0])
     parser.add_argument("bundle", type=Path)
     parser.add_argument("--model", help="what requests call it; the folder's name by default")
     parser.add_argument("--namespace", default="dynamo")

@@ -278,13 +278,25 @@ def test_other_options_are_refused_before_anything_is_read(gpu_bundle, capsys):
 def test_an_engine_on_its_gpu_is_described_as_such(gpu_bundle):
     name, target = Bundle(gpu_bundle).target("sm89")
     executor = Executor(Bundle(gpu_bundle), name, target)
-    found = executor.describe(SimpleNamespace(device=Gpu()))
+    found = executor.describe(SimpleNamespace(gpu="NVIDIA H200 (sm90, driver 13000)", ranks=1))
     assert found["is_engine"] and found["device"].startswith("NVIDIA H200 (sm90, ")
     assert found["summary"].startswith("the plan of target sm89 ran on tensorrt_rtx, on NVIDIA H200 (sm90, ")
     assert set(found["packages"]) == {"tensorrt-rtx-cu13", "cuda-bindings"}
     assert executor.evidence_name == "sm89"
     assert engine_graph.logit_rows(executor) == target.engines["absorbed"].profiles["prefill"]["logit_rows"].max[0] == 256
     assert engine_graph.logit_rows(Executor(Bundle(gpu_bundle), name, target, "torch")) is None
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_target_torch_passes_on_one_rank_and_on_two(traced, tmp_path, monkeypatch, ranks):
+    """Logits are those of the ranks; layers those of the same graph in one process."""
+    monkeypatch.setattr(Comparison, "_early_stages", lambda self: None)
+    bundle = traced.build_once(f"ranks-{ranks}", EXAMPLE, tmp_path / "bundle", "torch", "fp32", ranks=ranks)
+    evidence, comparison = validate(bundle, EXAMPLE, count=256, device="cpu")
+    assert evidence["verdict"] == "pass", evidence["first_failure"]
+    assert {LAYER, WORST, KL, FORMULA} <= {c.name for c in comparison.findings.checks if c.limit is not None}
+    assert ("on 2 ranks, each on the CPU" in evidence["executed"]["summary"]) == (ranks == 2)
+    assert any("not of 2 ranks" in note for note in comparison.findings.notes) == (ranks == 2)
 
 
 def test_steps_keep_to_the_logits_that_an_engine_gives(tiny_bundle):
