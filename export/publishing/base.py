@@ -6,10 +6,6 @@ from typing import ClassVar
 
 from torch import Tensor
 
-from latentrt import __version__
-
-PRODUCER = {"name": "latentrt", "version": __version__}
-
 
 class Published(ABC):
     """One format. Tensors are named `<module>.<key of encode>`."""

@@ -12,10 +12,12 @@ import torch
 from torch import Tensor
 
 from latentrt.export.models.base import Weight
-from latentrt.export.publishing.base import PRODUCER, Published
+from latentrt.export.publishing.base import Published
 from latentrt.export.publishing.fp8 import in_blocks
 from latentrt.export.quantization.fp8 import LARGEST, SMALLEST_ABSMAX, Fp8
 
+# Readers take the name for that of the format; the version is that whose files ours are compared with.
+PRODUCER = {"name": "modelopt", "version": "0.47.0", "written_by": "latentrt"}
 GROUP = 16  # inputs that share a scale in NVFP4
 FP4 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)  # E2M1 by its lower three bits; the fourth is the sign
 _BETWEEN = torch.tensor([(a + b) / 2 for a, b in pairwise(FP4)])
@@ -23,11 +25,12 @@ _BETWEEN = torch.tensor([(a + b) / 2 for a, b in pairwise(FP4)])
 
 class _ModelOpt(Published):
     algorithm: ClassVar[str]
+    method: ClassVar[str] = "modelopt"  # as vLLM and SGLang call it
     group: ClassVar[int | None] = None
 
     def quantization_config(self, plain: Sequence[str]) -> dict:
         grouped = {"group_size": self.group} if self.group else {}
-        return {"quant_method": "modelopt", "quant_algo": self.algorithm, "producer": PRODUCER, "ignore": list(plain)} | grouped
+        return {"quant_method": self.method, "quant_algo": self.algorithm, "producer": PRODUCER, "ignore": list(plain)} | grouped
 
     def files(self, plain: Sequence[str]) -> dict[str, dict]:
         told = {"quant_algo": self.algorithm, "kv_cache_quant_algo": None, "group_size": self.group,
@@ -57,6 +60,7 @@ class Nvfp4Weights(_ModelOpt):
     """4-bit weights, 16-bit activations: value = E2M1 * E4M3 per 16 inputs * one float32."""
 
     name, storage, algorithm, group = "modelopt-nvfp4", "NVFP4 weights, groups of 16", "W4A16_NVFP4", GROUP
+    method = "modelopt_fp4"
 
     def refusal(self, shape: tuple[int, int]) -> str:
         return f"its {shape[1]} inputs are no multiple of {GROUP}" if shape[1] % GROUP else ""
