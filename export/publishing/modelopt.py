@@ -30,7 +30,8 @@ class _ModelOpt(Published):
 
     def quantization_config(self, plain: Sequence[str]) -> dict:
         grouped = {"group_size": self.group} if self.group else {}
-        return {"quant_method": self.method, "quant_algo": self.algorithm, "producer": PRODUCER, "ignore": list(plain)} | grouped
+        told = {"quant_method": self.method, "quant_algo": self.algorithm, "producer": PRODUCER, "ignore": list(plain)}
+        return told | grouped
 
     def files(self, plain: Sequence[str]) -> dict[str, dict]:
         told = {"quant_algo": self.algorithm, "kv_cache_quant_algo": None, "group_size": self.group,
