@@ -47,6 +47,11 @@ class Gqa:
         """Of a token in all layers, in 16 bits."""
         return self.layers * 2 * self.kv_heads * self.head_dim * 2
 
+    @property
+    def pair_operations(self) -> int:
+        """Operations of attention for one new token and one that it sees, in all layers."""
+        return self.layers * self.heads * self.head_dim * 4
+
     def largest_batch(self, context: int) -> int:
         """Sequences of `context` tokens on GPU_COUNT H800."""
         free = GPU_COUNT * USABLE * GPUS["H800"].memory * 1e9 - 2 * self.parameters
@@ -55,7 +60,7 @@ class Gqa:
     def decode(self, batch: int, context: int) -> Step:
         gpu, read = GPUS["H800"], 2 * (self.parameters - self.vocab * self.hidden)
         bandwidth = GPU_COUNT * gpu.bandwidth * 1e9
-        attention = context * self.layers * self.heads * self.head_dim * 4
+        attention = context * self.pair_operations
         computing = batch * (2 * (self.parameters - self.vocab * self.hidden) + attention) / (GPU_COUNT * gpu.bf16 * 1e12)
         return Step(read / bandwidth, batch * context * self.cache_bytes / bandwidth, computing)
 

@@ -14,7 +14,6 @@ from latentrt.planning.sizes import Model, formats
 from latentrt.plugins import cache_formats
 
 PROMPT = 2048  # tokens of the prompt whose speed is told; shorter where the model's own limit is
-MOST_GPUS = 4096
 
 
 def read_config(path: Path) -> Config:
@@ -34,8 +33,7 @@ def plan(config: Config, gpus: list[GpuRow], count: int, context: int | None, ca
     context: tokens of a sequence, the model's own limit by default.
     """
     longest = config.max_position_embeddings
-    if not 1 <= count <= MOST_GPUS:
-        raise UserError(f"--gpus is {count}, accepted: 1 to {MOST_GPUS}")
+    check_ranks(config, "--gpus", count)
     if context is not None and not 1 <= context <= longest:
         raise UserError(f"--context is {context}, accepted: 1 to {longest} (max_position_embeddings)")
     if cache_format not in cache_formats.NAMES:
@@ -52,7 +50,16 @@ def plan(config: Config, gpus: list[GpuRow], count: int, context: int | None, ca
         "caches": {name: _cache(model, name) for name in model.taken_caches()},
         "context": context, "gpu_count": count, "cache_format": cache_format, "usable_memory": USABLE,
         "gpus": [_gpu(model, gpu, count, context, cache_format) for gpu in gpus],
+        "ranks": [row for gpu in gpus for row in _ranks(model, gpu, cache_format)],
     }  # fmt: skip
+
+
+def check_ranks(config: Config, option: str, count: int) -> None:
+    """UserError if so many GPUs cannot share the experts."""
+    if count < 1:
+        raise UserError(f"{option} is {count}, accepted: 1 or more")
+    if count > 1 and (accepted := registry.of(config).rank_refusal(config, count)):
+        raise UserError(f"{option} is {count}, accepted: {accepted}")
 
 
 def _weights(model: Model, weight_format: WeightFormat) -> dict:
@@ -72,7 +79,8 @@ def _gpu(model: Model, gpu: GpuRow, count: int, context: int, cache_format: str)
     batch, prompt = deployment.largest_batch(context), min(PROMPT, context)
     row = {
         "name": gpu.name, "target": gpu.target, "precision": precision, "source": gpu.source,
-        "weight_bytes_per_gpu": deployment.held, "fewest_gpus": deployment.fewest(context),
+        "weight_bytes_per_gpu": deployment.held, "workspace_bytes_per_gpu": deployment.workspace,
+        "fewest_gpus": deployment.fewest(context),
         "cache_tokens": {n: Deployment(model, gpu, count, deployment.weight_format, n).capacity for n in model.taken_caches()},
         "largest_batch": batch, "decode": None, "prefill": None,
     }  # fmt: skip
@@ -86,6 +94,26 @@ def _gpu(model: Model, gpu: GpuRow, count: int, context: int, cache_format: str)
         speed = count * prompt / step.seconds
         row["prefill"] = {"prompt": prompt, "tokens_per_second": speed, "bound": step.bound}
     return row
+
+
+def _ranks(model: Model, gpu: GpuRow, cache_format: str) -> list[dict]:
+    """A row per weight format that builds for a GPU have: by number of GPUs what each of them holds, and what all have left."""
+    rows = []
+    for precision in targets.find(gpu.target).precisions:
+        one = Deployment(model, gpu, 1, formats(model)[precision], cache_format)
+        rows.append({
+            "name": gpu.name, "precision": precision, "usable_bytes": one.usable, "replicated_bytes": one.replicated,
+            "by_count": {n: _memory(one.on(n)) for n in model.rank_counts},
+        })  # fmt: skip
+    return rows
+
+
+def _memory(deployment: Deployment) -> dict:
+    """Of each GPU, in bytes, but for the tokens that all caches hold together."""
+    return {
+        "experts_bytes": deployment.held - deployment.replicated, "workspace_bytes": deployment.workspace,
+        "cache_bytes": deployment.left, "cache_tokens": deployment.capacity,
+    }  # fmt: skip
 
 
 def throughput(config: Config, gpu: GpuRow, count: int) -> dict[str, list[tuple[int, float]]]:

@@ -4,13 +4,15 @@ Many GPUs: attention and all that is not a routed expert is on every GPU, which 
 shared out. What the GPUs send each other, and their waiting for the slowest, is not counted.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from latentrt.export.lowering import base
 from latentrt.export.quantization import WeightFormat
 from latentrt.planning.gpus import GpuRow
 from latentrt.planning.sizes import Model
+from latentrt.plugins.step_graph import Limits
 
-USABLE = 0.9  # of the memory is for weights and cache; activations, kernels and the driver take the rest
+USABLE = 0.9  # of the memory is for weights, cache and workspace; other activations, kernels and the driver take the rest
 
 
 @dataclass(frozen=True)
@@ -38,38 +40,63 @@ class Step:
 
 @dataclass(frozen=True)
 class Deployment:
-    """A model with a weight and a cache format on `count` GPUs of one kind."""
+    """A model with a weight and a cache format on `count` GPUs of one kind.
+
+    rows: of a step on each of them; None: what builds have.
+    """
 
     model: Model
     gpu: GpuRow
     count: int
     weight_format: WeightFormat
     cache_format: str
+    rows: int | None = None
+
+    @property
+    def limits(self) -> Limits:
+        """What each GPU takes in a step."""
+        found = base.limits(self.model.config.max_position_embeddings, self.count)
+        return replace(found, max_batch_tokens=self.rows, max_sequences=self.rows) if self.rows else found
+
+    @property
+    def replicated(self) -> float:
+        """Bytes of weights that every GPU holds whole."""
+        size = self.model.weight_bytes(self.weight_format)
+        return size.embedding + size.rest
 
     @property
     def held(self) -> float:
         """Bytes of weights that each GPU holds."""
-        return self._held(self.count)
+        return self.replicated + self.model.weight_bytes(self.weight_format).routed / self.count
 
-    def _held(self, count: int) -> float:
-        size = self.model.weight_bytes(self.weight_format)
-        return size.embedding + size.rest + size.routed / count
+    @property
+    def workspace(self) -> int:
+        """Bytes that each GPU's experts need beside weights, for the gathered rows of a step."""
+        return self.model.workspace_bytes(self.weight_format, self.count * self.limits.max_batch_tokens)
 
     @property
     def usable(self) -> float:
-        """Bytes of each GPU for weights and cache."""
+        """Bytes of each GPU for weights, workspace and cache."""
         return USABLE * self.gpu.memory * 1e9
+
+    @property
+    def left(self) -> float:
+        """Bytes of each GPU that remain for the cache; 0 where the rest does not fit."""
+        return max(0.0, self.usable - self.held - self.workspace)
 
     @property
     def capacity(self) -> int:
         """Tokens that the caches of all GPUs hold together; 0 where weights do not fit."""
-        return self.count * int(max(0.0, self.usable - self.held) // self.model.cache_bytes(self.cache_format))
+        return self.count * int(self.left // self.model.cache_bytes(self.cache_format))
+
+    def on(self, count: int) -> "Deployment":
+        """The same on another number of GPUs."""
+        return replace(self, count=count)
 
     def fewest(self, context: int = 1) -> int | None:
-        """The fewest such GPUs that hold the weights and one sequence of `context` tokens; None: no number does."""
+        """The fewest such GPUs that can share the experts and hold one sequence of `context` tokens; None: no number does."""
         one = context * self.model.cache_bytes(self.cache_format)
-        fits = (n for n in range(1, self.model.config.n_routed_experts + 1) if self._held(n) + one <= self.usable)
-        return next(fits, None)
+        return next((n for n in self.model.rank_counts if self.on(n).left >= one), None)
 
     def largest_batch(self, context: int) -> int:
         """Sequences of `context` tokens that fit; each lies on one GPU."""

@@ -9,6 +9,8 @@ from latentrt.export.models import registry
 from latentrt.export.models.base import Config, Weight
 from latentrt.export.quantization import BFloat16, Fp8, WeightFormat
 from latentrt.plugins import cache_formats
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.moe_experts.plan import Experts, workspace_bytes
 
 ROUTED = ("gate_up", "down")  # roles of the weights that all routed experts of a layer share
 
@@ -58,22 +60,47 @@ class Model:
 
     def weight_bytes(self, weight_format: WeightFormat) -> Parts:
         """Bytes as the format stores them."""
-        return _parts((w, sum(prod(s.shape) * s.dtype.itemsize for s in weight_format.stored(w))) for w in self.weights)
+        return _parts((w, _stored_bytes(w, weight_format)) for w in self.weights)
+
+    def head_bytes(self, weight_format: WeightFormat) -> int:
+        """Those of the output head, which are among the rest."""
+        return sum(_stored_bytes(w, weight_format) for w in self.weights if w.role == "head")
+
+    def operations(self, weight_format: WeightFormat) -> dict[str, tuple[float, float]]:
+        """Operations (2 a product and sum) of one token with the weights of its routed experts, of the head, and all others.
+
+        Of each those with quantized weights, and those with plain ones. In bfloat16 nothing is quantized.
+        """
+        found = {kind: [0.0, 0.0] for kind in ("routed", "head", "rest", "embedding")}
+        for weight in self.weights:
+            kind = "routed" if weight.role in ROUTED else weight.role if weight.role in found else "rest"
+            share = self.chosen_share if kind == "routed" else 1.0
+            found[kind][not weight_format.is_quantized(weight)] += 2 * share * prod(weight.shape)
+        return {kind: tuple(counts) for kind, counts in found.items() if kind != "embedding"}
 
     def linear_operations(self, weight_format: WeightFormat, head: float = 1.0) -> tuple[float, float]:
-        """Operations (2 a product and sum) of one token with weights: those with quantized weights, and all others.
+        """The sums of `operations`. head: the share of tokens that get logits."""
+        found, shares = self.operations(weight_format), {"head": head}
+        return tuple(sum(shares.get(kind, 1.0) * counts[k] for kind, counts in found.items()) for k in (0, 1))
 
-        head: the share of tokens that get logits. In bfloat16 nothing is quantized.
-        """
-        quantized = plain = 0.0
-        for weight in self.weights:
-            share = self.chosen_share if weight.role in ROUTED else head if weight.role == "head" else 1.0
-            count = 2 * share * prod(weight.shape) if weight.role != "embedding" else 0.0
-            if weight_format.is_quantized(weight):
-                quantized += count
-            else:
-                plain += count
-        return quantized, plain
+    def workspace_bytes(self, weight_format: WeightFormat, rows: int) -> int:
+        """Bytes that the op moe_experts needs beside weights and output for so many rows, those of other ranks among them."""
+        c, float8 = self.config, isinstance(weight_format, Fp8)
+        hidden, inner = (-(-n // 16) * 16 for n in (c.hidden_size, c.moe_intermediate_size))  # as kernels take them
+        weights = "float8_e4m3fn" if float8 else "bfloat16"
+        experts = Experts(c.n_routed_experts, hidden, inner, c.num_experts_per_tok, "bfloat16", weights, 0, "concatenated")
+        return workspace_bytes(experts, rows, Gpu.of(90))
+
+    @property
+    def rank_counts(self) -> list[int]:
+        """How many GPUs can share the experts."""
+        family = registry.of(self.config)
+        return [n for n in range(1, self.config.n_routed_experts + 1) if n == 1 or not family.rank_refusal(self.config, n)]
+
+    @property
+    def expert_layers(self) -> int:
+        """Layers with routed experts."""
+        return len({weight.module for weight in self.weights if weight.role in ROUTED})
 
     @property
     def absorbed_operations(self) -> int:
@@ -86,6 +113,12 @@ class Model:
         """The same over keys and values of the heads' own width."""
         c = self.config
         return c.num_hidden_layers * c.num_attention_heads * 2 * (c.qk_head_dim + c.v_head_dim)
+
+    @property
+    def expansion_operations(self) -> int:
+        """Operations that make one cached token's keys and values."""
+        c = self.config
+        return c.num_hidden_layers * c.num_attention_heads * 2 * c.kv_lora_rank * (c.qk_nope_head_dim + c.v_head_dim)
 
     def cache_bytes(self, cache_format: str) -> int:
         """Bytes of a token in all layers. UserError if the format does not take the model's sizes."""
@@ -125,6 +158,10 @@ def formats_of(weights: Sequence[Weight]) -> dict[str, WeightFormat]:
         except BuildError:
             continue
     return found
+
+
+def _stored_bytes(weight: Weight, weight_format: WeightFormat) -> int:
+    return sum(prod(s.shape) * s.dtype.itemsize for s in weight_format.stored(weight))
 
 
 def _parts(counted: Iterable[tuple[Weight, int]]) -> Parts:

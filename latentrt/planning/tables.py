@@ -5,6 +5,7 @@ import sys
 from rich.console import Console
 from rich.table import Table
 
+MOST_COLUMNS = 20  # GPUs in the table of what fits
 
 def show(plan: dict) -> None:
     """Prints `plan.plan`'s answer."""
@@ -13,11 +14,12 @@ def show(plan: dict) -> None:
         f"{model['layers']} layers, {model['parameters'] / 1e9:.2f} B parameters, of which a token meets "
         f"{model['active_parameters'] / 1e9:.2f} B; {model['routed_expert_parameters'] / 1e9:.2f} B in routed experts"
     )
-    for table in (_weights(plan), _caches(plan), _gpus(plan)):
+    many = (_memory(plan), _ranks(plan)) if plan["gpu_count"] > 1 else ()
+    for table in (_weights(plan), _caches(plan), _gpus(plan), *many):
         console.print("", table, sep="\n")
     console.print(
         "\nRooflines: what memory and tensor cores at full speed would take; real steps take longer. "
-        f"{plan['usable_memory']:.0%} of the memory is for weights and cache. Experts are shared out over the GPUs, all else "
+        f"{plan['usable_memory']:.0%} of the memory is for weights, workspace and cache. Experts are shared out over the GPUs, all else "
         "is on each. docs/planning.md tells the formulas."
     )
     if "paper" in plan:
@@ -25,14 +27,14 @@ def show(plan: dict) -> None:
 
 
 def _weights(plan: dict) -> Table:
-    table = _table("Weights", "precision", "GB", "routed experts", "embedding", "all else")
+    table = table_of("Weights", "precision", "GB", "routed experts", "embedding", "all else")
     for name, size in plan["weights"].items():
         table.add_row(name, *(f"{size[part] / 1e9:.2f}" for part in ("total", "routed", "embedding", "rest")))
     return table
 
 
 def _caches(plan: dict) -> Table:
-    table = _table("Latent cache", "format", "bytes a token", "bits an element", "less than DeepSeek 67B's")
+    table = table_of("Latent cache", "format", "bytes a token", "bits an element", "less than DeepSeek 67B's")
     for name, cache in plan["caches"].items():
         saved = f"{cache['saved_of_67b']:.2%}"
         table.add_row(name, f"{cache['bytes_per_token']:,}", f"{cache['bits_per_element']:.2f}", saved)
@@ -42,8 +44,8 @@ def _caches(plan: dict) -> Table:
 def _gpus(plan: dict) -> Table:
     count, context, cache = plan["gpu_count"], plan["context"], plan["cache_format"]
     title = f"{count} GPU{'s' * (count > 1)}, sequences of {context:,} tokens, {cache} cache"
-    table = _table(title, "GPU", "weights", "GB on each", "cache, tokens", "largest batch", "tokens/s alone", "of the batch",
-                   "bound by", "of prompts", "fits from")  # fmt: skip
+    table = table_of(title, "GPU", "weights", "GB on each", "cache, tokens", "largest batch", "tokens/s alone", "of the batch",
+                     "bound by", "of prompts", "fits from")  # fmt: skip
     for row in plan["gpus"]:
         decode, prefill = row["decode"], row["prefill"]
         cells = [row["name"], row["precision"], f"{row['weight_bytes_per_gpu'] / 1e9:.1f}", f"{row['cache_tokens'][cache]:,}"]
@@ -57,11 +59,31 @@ def _gpus(plan: dict) -> Table:
     return table
 
 
+def _memory(plan: dict) -> Table:
+    count, cache = plan["gpu_count"], plan["cache_format"]
+    table = table_of(f"GB on each of {count} GPUs", "GPU", "weights", f"{plan['usable_memory']:.0%} of it", "on every GPU", "its experts", "workspace",
+                     "left for cache", f"tokens of {cache}, all GPUs")  # fmt: skip
+    for row in plan["ranks"]:
+        held = row["by_count"][count]
+        parts = row["usable_bytes"], row["replicated_bytes"], *(held[f"{k}_bytes"] for k in ("experts", "workspace", "cache"))
+        table.add_row(row["name"], row["precision"], *(f"{part / 1e9:.2f}" for part in parts), f"{held['cache_tokens']:,}")
+    return table
+
+
+def _ranks(plan: dict) -> Table:
+    counts = [n for n in plan["ranks"][0]["by_count"] if n <= MOST_COLUMNS]
+    table = table_of("Thousand tokens of cache on so many GPUs, which share the experts", "GPU", "weights", *map(str, counts))
+    for row in plan["ranks"]:
+        tokens = [row["by_count"][n]["cache_tokens"] for n in counts]
+        table.add_row(row["name"], row["precision"], *(f"{n / 1e3:,.0f}" if n else "[red]none" for n in tokens))
+    return table
+
+
 def _speed(found: dict) -> str:
     return f"{found['tokens_per_second']:,.0f}"
 
 
-def _table(title: str | None, *columns: str) -> Table:
+def table_of(title: str | None, *columns: str) -> Table:
     table = Table(title=title, title_justify="left", title_style="bold", box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for number, column in enumerate(columns):
         table.add_column(column, justify="left" if number == 0 else "right", header_style="dim")
@@ -75,7 +97,7 @@ def _paper(console: Console, claims: dict) -> None:
         f"cache: 6 bits an element spare {saved['6 bits']:.2%} of DeepSeek 67B's, 16 bits {saved['bfloat16']:.2%}; "
         f"the paper says {claims['cache_saved_paper']:.1%}"
     )
-    table = _table(None, "context", "batch", "tokens/s", "bound by", "67B's batch", "tokens/s", "bound by", "ratio")
+    table = table_of(None, "context", "batch", "tokens/s", "bound by", "67B's batch", "tokens/s", "bound by", "ratio")
     for row in claims["ratios"]:
         cells = [f"{row['context']:,}"]
         for which in ("", "_67b"):
