@@ -108,12 +108,46 @@ def test_cache_bytes_are_those_of_a_page(name):
 
 
 def test_what_fits_on_a_4090_by_hand():
-    """V2-Lite in FP8: 0.9 of 24 GB less the weights, by 31,104 bytes a token."""
+    """V2-Lite in FP8: 0.9 of 24 GB less the weights and what the experts need, by 31,104 bytes a token."""
     found = deployment(LITE, "RTX 4090", 1)
     weights = model(LITE).weight_bytes(Fp8()).total
-    assert found.capacity == int((0.9 * 24e9 - weights) // (27 * 576 * 2))
+    pairs = 2048 * 6  # of a row and an expert; bfloat16 of both products, and FP8 of what goes into them
+    workspace = pairs * (1408 * 2 + 2048 * 2) + 2048 * 2048 + pairs * 1408
+    assert found.workspace == pytest.approx(workspace, rel=0.002)  # indices and scales come on top
+    assert found.capacity == int((0.9 * 24e9 - weights - found.workspace) // (27 * 576 * 2))
     assert found.largest_batch(8192) == found.capacity // 8192
     assert (found.fewest(8192), deployment(LITE, "RTX 3090", 1, weights=BFloat16()).fewest(8192)) == (1, 2)
+
+
+@pytest.mark.parametrize(("rows", "megabytes"), [(2048, 193), (16384, 1544)])
+def test_workspace_of_gathered_rows_by_hand(rows, megabytes):
+    """V2: 6 experts a row, 1,536 and 5,120 elements in bfloat16, and 5,120 a row and 1,536 an expert in FP8."""
+    by_hand = rows * 6 * (1536 * 2 + 5120 * 2 + 1536) + rows * 5120
+    found = model().workspace_bytes(Fp8(), rows)
+    assert found == pytest.approx(by_hand, rel=0.002)  # indices and scales come on top
+    assert round(found / 1e6) == megabytes
+
+
+def test_memory_of_a_rank_by_hand():
+    """8 H800: an eighth of the experts, all else, the workspace of 2,048 gathered rows, and cache."""
+    found, size = deployment(cache="int6r"), model().weight_bytes(Fp8())
+    assert found.limits.max_batch_tokens == 2048 // 8
+    left = 0.9 * 80e9 - size.embedding - size.rest - size.routed / 8 - model().workspace_bytes(Fp8(), 2048)
+    assert found.left == left and found.capacity == 8 * int(left // (60 * 436))
+
+
+def test_only_divisors_of_the_experts_can_share_them(capsys, config):
+    found = json.loads(run(capsys, config, "--gpus", 8, "--target", "H200", "--cache-format", "int6r", "--json")[1])
+    fp8, bf16 = found["ranks"]
+    assert (fp8["precision"], bf16["precision"]) == ("fp8", "bf16")
+    counts = [int(n) for n in fp8["by_count"]]
+    assert counts == [n for n in range(1, 161) if 160 % n == 0]
+    fits = {row["precision"]: [n for n in counts if row["by_count"][str(n)]["cache_tokens"]] for row in found["ranks"]}
+    assert (fits["fp8"][0], fits["bf16"][0]) == (2, 5)
+    held = bf16["by_count"]["8"]
+    parts = bf16["replicated_bytes"], *(held[f"{part}_bytes"] for part in ("experts", "workspace", "cache"))
+    assert sum(parts) == pytest.approx(0.9 * 141e9)
+    assert bf16["replicated_bytes"] + 8 * held["experts_bytes"] == pytest.approx(2 * model().parameters.total)
 
 
 def test_a_decode_step_by_hand():
@@ -196,7 +230,8 @@ def test_plot(capsys, config, tmp_path):
 
 @pytest.mark.parametrize(("options", "words"), [
     (["--target", "cpu"], "--target is 'cpu', accepted: sm86"),
-    (["--gpus", "0"], "--gpus is 0, accepted: 1 to"),
+    (["--gpus", "0"], "--gpus is 0, accepted: 1 or more"),
+    (["--gpus", "3"], "--gpus is 3, accepted: 1, 2, 4, 5, 8, 10, 16, 20, 32, 40, 80, 160 (divisors of n_routed_experts"),
     (["--context", "999999"], "--context is 999999, accepted: 1 to 163840"),
     (["--cache-format", "int5"], "--cache-format is 'int5', accepted: float32"),
     (["--plot", "p.jpg"], "accepted: a file that ends in .png or .svg"),

@@ -53,6 +53,10 @@ class Assumptions:
                 raise UserError(f"--assume is {setting!r}, accepted: a number after {name}=") from None
         return cls(**found)
 
+    def host_seconds(self, sequences: int) -> float:
+        """The host's part of a step with so many sequences on all ranks."""
+        return self.host_ms / 1e3 + self.host_us / 1e6 * sequences
+
     def table(self) -> list[dict]:
         """Name, value, default, unit and source of each."""
         return [

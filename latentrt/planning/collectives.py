@@ -1,8 +1,8 @@
 """What ranks send each other for the rows of one layer with experts, in bytes, and how long that takes.
 
 This project gathers all rows everywhere and scatters sums (docs/many-gpus.md); an all-to-all dispatch sends a row only to the
-ranks that hold one of its experts, and back. "A row's bytes" cross links on their way to all ranks together. Since every rank has
-equally many rows, that times its own rows is also what each rank receives.
+ranks that hold one of its experts, and back. "A row's bytes" cross links on their way to all ranks together. Since every rank
+has equally many rows, that times its own rows is also what each rank receives.
 """
 
 from dataclasses import dataclass

@@ -6,7 +6,6 @@ Ranks meet in every collective, so what comes before it lasts as long as on the 
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import pairwise
 from pathlib import Path
 from typing import Protocol
@@ -124,15 +123,12 @@ class ExpertParallel:
         self.exchange = Exchange(self.model.config, deployment.count, exchange, routing.reached)
         c = self.model.config
         self.chooser = FormChooser(FORMS, Head(c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, PAGE))
-        self.layers, self.cache_bytes = c.num_hidden_layers, self.model.cache_bytes(deployment.cache_format)
+        self.layers, self.expert_layers = c.num_hidden_layers, self.model.expert_layers
+        self.cache_bytes = self.model.cache_bytes(deployment.cache_format)
         self.expansion, self.operations = self.model.expansion_operations, self.model.operations(deployment.weight_format)
+        size, head = self.model.weight_bytes(deployment.weight_format), self.model.head_bytes(deployment.weight_format)
+        self.bytes = {"head": head, "rest": size.rest - head, "routed": size.routed}
         self.pair = dict(zip(FORMS, (self.model.absorbed_operations, self.model.expanded_operations), strict=True))
-
-    @cached_property
-    def _bytes(self) -> dict[str, float]:
-        size, weight_format = self.model.weight_bytes(self.deployment.weight_format), self.deployment.weight_format
-        head = self.model.head_bytes(weight_format)
-        return {"head": head, "rest": size.rest - head, "routed": size.routed}
 
     def seconds(self, ranks: Sequence[Pass]) -> Times:
         captured = [decode_shape(p.batch, rows=p.rows) if p.decoding else None for p in ranks]
@@ -141,7 +137,7 @@ class ExpertParallel:
         dense, attention = max(own, key=sum)
         rows = [int(p.batch.num_tokens[0]) for p in ranks]
         padded = max(shape.rows for shape in shapes)
-        exchange = self.model.expert_layers * self.exchange.seconds(self.speeds.link, padded, max(rows))
+        exchange = self.expert_layers * self.exchange.seconds(self.speeds.link, padded, max(rows))
         return {
             "dense": dense, "attention": attention, "experts": self._experts(sum(rows)),
             "collectives": exchange * (1 - self.speeds.assumed.overlap),
@@ -154,7 +150,7 @@ class ExpertParallel:
         return dense + self._products("head", shape.logit_rows), self._attention(batch, shape, captured)
 
     def _products(self, kind: str, rows: int) -> float:
-        return self.speeds.products(self._bytes[kind], *(rows * n for n in self.operations[kind]))
+        return self.speeds.products(self.bytes[kind], *(rows * n for n in self.operations[kind]))
 
     def _attention(self, batch: StepBatch, shape: StepShape, captured: bool) -> float:
         seen = Seen.of(batch)
@@ -167,10 +163,10 @@ class ExpertParallel:
 
     def _experts(self, rows: int) -> float:
         """Of all layers, each as long as on the rank that takes longest there."""
-        layers, c = self.model.expert_layers, self.model.config
+        layers, c = self.expert_layers, self.model.config
         if not layers or (measured := self.measured.seconds("experts", rows, layers)) is not None:
             return measured if layers else 0.0
-        size = self._bytes["routed"] / layers / c.n_routed_experts
+        size = self.bytes["routed"] / layers / c.n_routed_experts
         quantized, plain = (n / layers / c.num_experts_per_tok for n in self.operations["routed"])
         touched, choices = self.routing.loads(rows)
         reading, computing = self.speeds.products(size, 0, 0), self.speeds.products(0, quantized, plain)

@@ -10,8 +10,8 @@ LAYERS, ROWS = 4, 8192  # drawn once; steps of all layers take rows of these
 class Routing:
     """Choices of rows whose scores are a matter of chance, as the model's own limits allow them.
 
-    skew: the n-th most popular expert of a layer is chosen by n^-skew (Zipf); 0: all are equally likely. Every layer has its own
-    order. With groups (n_group, topk_group) a row chooses among those whose best expert is best.
+    skew: the n-th most popular expert of a layer is chosen by n^-skew (Zipf); 0: all are equally likely. Every layer has its
+    own order. With groups (n_group, topk_group) a row chooses among those whose best expert is best.
     """
 
     def __init__(self, config: Config, ranks: int, skew: float = 0.0, seed: int = 0):

@@ -54,7 +54,7 @@ class SimulatedBackend(Backend):
         working = [batch for batch in batches if batch is not None]
         sequences = sum(len(batch.cached_lengths) for batch in working)
         found = [self.costs.seconds(together) for together in zip(*passes(batches, PAGE, self.two_passes), strict=True)]
-        found.append({"host": (self.assumed.host_ms * 1e3 + self.assumed.host_us * sequences) / 1e6})
+        found.append({"host": self.assumed.host_seconds(sequences)})
         for part, seconds in (item for times in found for item in times.items()):
             self.times[part] += seconds
             self.clock += seconds
@@ -128,8 +128,8 @@ class Served:
 def serve(backend: SimulatedBackend, requests: list[Request], batch: int | None = None, chunk: int | None = None) -> Served:
     """Runs until every request has its answer. requests: in the order of arrival.
 
-    batch: how many are under way at once; the next is sent when one has ended, and waits from then. None: all are sent when they
-    arrive. chunk: rows of prompts in a rank's step. UserError for a request that no rank can hold.
+    batch: how many are under way at once; the next is sent when one has ended, and waits from then. None: all are sent when
+    they arrive. chunk: rows of prompts in a rank's step. UserError for a request that no rank can hold.
     """
     loop = EngineLoop(backend, chunk)
     check(requests, backend.target.limits.max_context, loop.schedulers.capacity)

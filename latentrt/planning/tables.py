@@ -19,8 +19,8 @@ def show(plan: dict) -> None:
         console.print("", table, sep="\n")
     console.print(
         "\nRooflines: what memory and tensor cores at full speed would take; real steps take longer. "
-        f"{plan['usable_memory']:.0%} of the memory is for weights, workspace and cache. Experts are shared out over the GPUs, all else "
-        "is on each. docs/planning.md tells the formulas."
+        f"{plan['usable_memory']:.0%} of the memory is for weights, workspace and cache. Experts are shared out over the GPUs, "
+        "all else is on each. docs/planning.md tells the formulas."
     )
     if "paper" in plan:
         _paper(console, plan["paper"])
@@ -61,8 +61,8 @@ def _gpus(plan: dict) -> Table:
 
 def _memory(plan: dict) -> Table:
     count, cache = plan["gpu_count"], plan["cache_format"]
-    table = table_of(f"GB on each of {count} GPUs", "GPU", "weights", f"{plan['usable_memory']:.0%} of it", "on every GPU", "its experts", "workspace",
-                     "left for cache", f"tokens of {cache}, all GPUs")  # fmt: skip
+    table = table_of(f"GB on each of {count} GPUs", "GPU", "weights", f"{plan['usable_memory']:.0%} of it", "on every GPU",
+                     "its experts", "workspace", "left for cache", f"tokens of {cache}, all GPUs")  # fmt: skip
     for row in plan["ranks"]:
         held = row["by_count"][count]
         parts = row["usable_bytes"], row["replicated_bytes"], *(held[f"{k}_bytes"] for k in ("experts", "workspace", "cache"))
