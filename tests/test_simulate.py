@@ -159,7 +159,7 @@ def test_a_decode_step_by_hand():
 
 def test_a_prompt_by_hand():
     """256 rows a rank after 768 others, FP8: attention is expanded, with keys and values of what came before made anew."""
-    batch = full_steps.prompt(256, 768)
+    batch = full_steps.prompts(256, 768)
     took = times(costs(), [batch] * 8)
     pairs, heads = 256 * 768 + 256 * 257 // 2, 60 * 128 * 2
     operations = heads * (pairs * (192 + 128) + 768 * 512 * (128 + 128))
@@ -198,7 +198,7 @@ def test_experts_are_as_slow_as_the_rank_with_most_of_them():
     touched, choices = PLAIN_ROUTING.loads(rows)
     assert touched.shape == choices.shape == (LAYERS, 8)
     assert (choices.sum(1) == rows * 6).all() and (touched <= 20).all()
-    batches = [full_steps.prompt(2048, 0)] * 8
+    batches = [full_steps.prompts(2048, 0)] * 8
     skewed, even = (times(costs(routing=Routing(CONFIG, 8, skew)), batches)["experts"] for skew in (1.2, 0))
     assert skewed > 1.3 * even
 
@@ -415,7 +415,7 @@ def test_tables_fit_120_columns_and_name_every_assumption(capsys, config):
     options = ("--target", "H800", "--target", "H200", "--precision", "bf16", "--batch", 16, "--batch", 32, "--prompt", 64)
     code, out, _ = run(capsys, config, *options, "--answer", 4, "--beside-67b", "--assume", "hbm=0.7")
     assert code == 0 and max(map(len, out.splitlines())) <= 120
-    assert "does not fit" in out, "bfloat16 on 8 H800"
+    assert "does not fit: the weights leave no room" in out, "bfloat16 on 8 H800"
     assert all(row["name"] in out for row in Assumptions().table()) and "0.7 (default 0.8)" in out
     assert "not a measurement on any GPU" in out and "5.76" in out and "50,000" in out
 
@@ -455,3 +455,12 @@ def test_malformed_kernel_times_are_refused(capsys, config, tmp_path, content):
     file.write_text(content)
     code, _, err = run(capsys, config, "--kernel-times", file)
     assert code == 2 and "--kernel-times: " in err and "times.json" in err
+
+
+def test_a_row_whose_cache_is_too_small_says_so_and_others_go_on(capsys, config):
+    options = ("--ranks", 4, "--cache-format", "bfloat16", "--cache-format", "int6r", "--prompt", 17_000, "--answer", 1)
+    code, out, _ = run(capsys, config, *options, "--requests", 1, "--spread", 0, "--json")
+    small, large = json.loads(out)["rows"]
+    assert code == 0 and small["served"] is None and large["served"]["generated_tokens"] == 1
+    held = small["memory_per_rank"]["cache_tokens"]
+    assert f"17,001 tokens, but the cache of one rank holds {held:,};" in small["refusal"]

@@ -24,7 +24,7 @@ def simulate(
     requests: Annotated[int | None, typer.Option(help="Drawn requests; twice the batch, or 512, by default.")] = None,
     rate: Annotated[float | None, typer.Option(help="Drawn requests a second; all at once by default.")] = None,
     batch: Annotated[list[int] | None, typer.Option(help="Requests under way at once, at most (repeatable).")] = None,
-    rows: Annotated[int | None, typer.Option(help="Rows and sequences of a rank's step; by default what builds have.")] = None,
+    rows: Annotated[list[int] | None, typer.Option(help="Rows and sequences of a rank's step (repeatable).")] = None,
     chunk: Annotated[int | None, typer.Option(help="Rows of prompts in a step on a rank; all rows by default.")] = None,
     skew: Annotated[float, typer.Option(help="Experts are chosen by n^-skew; 0: all alike.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of requests and choices.")] = 0,
@@ -49,9 +49,10 @@ def simulate(
     else:
         spread = 0.5 if spread is None else spread
         workloads = simulation.workloads(prompt or [1024], answer or [256], batch, requests, rate, spread, seed)
+    measured = Measured.read(kernel_times) if kernel_times else Measured({})
     result = simulation.simulate(config, gpus.chosen(target or ["H800"]), simulation.Question(
-        ranks, precision or ["auto"], cache_format or ["bfloat16"], exchange or ["gather"], workloads, rows, chunk, skew, seed,
-        beside_67b, Assumptions.of(assume or []), Measured.read(kernel_times) if kernel_times else Measured({}),
+        ranks, precision or ["auto"], cache_format or ["bfloat16"], exchange or ["gather"], workloads, rows or [None], chunk,
+        skew, seed, beside_67b, Assumptions.of(assume or []), measured,
     ))  # fmt: skip
     if as_json:
         print(json.dumps(result))

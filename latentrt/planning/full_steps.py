@@ -14,16 +14,19 @@ def decoding(sequences: int, context: int) -> StepBatch:
     return pack(rows, table)
 
 
-def prompt(rows: int, past: int) -> StepBatch:
-    """`rows` tokens of a prompt after `past` others; the last one gets logits."""
-    return pack([SequenceRows([0] * rows, past, [rows - 1])], np.ones((1, -(-(past + rows) // PAGE)), np.int32))
+def prompts(rows: int, past: int = 0, count: int = 1) -> StepBatch:
+    """`rows` tokens of each of `count` prompts after `past` others; the last ones get logits."""
+    table = np.ones((count, -(-(past + rows) // PAGE)), np.int32)
+    return pack([SequenceRows([0] * rows, past, [rows - 1])] * count, table)
+
+
+def reading(tokens: int, rows: int) -> list[StepBatch]:
+    """Steps of `rows` rows that read prompts of so many tokens: several in each, or a long one's chunks one after another."""
+    if tokens <= rows:
+        return [prompts(tokens, count=rows // tokens)]
+    return [prompts(rows, past) for past in range(0, tokens - rows + 1, rows)]
 
 
 def seconds(costs: Costs, ranks: int, batch: StepBatch) -> float:
     """Of the step that every rank does with `batch`, without the host's part."""
     return sum(sum(costs.seconds(together).values()) for together in zip(*passes([batch] * ranks, PAGE, True), strict=True))
-
-
-def prompt_seconds(costs: Costs, ranks: int, tokens: int, rows: int) -> float:
-    """Of a prompt of `tokens` tokens on every rank, `rows` at a time."""
-    return sum(seconds(costs, ranks, prompt(min(rows, tokens - past), past)) for past in range(0, tokens, rows))

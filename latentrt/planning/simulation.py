@@ -6,6 +6,7 @@ from itertools import product
 from latentrt.errors import UserError
 from latentrt.export import targets
 from latentrt.export.models.base import Config
+from latentrt.export.quantization import BFloat16
 from latentrt.planning import full_steps, traces
 from latentrt.planning.assumptions import Assumptions
 from latentrt.planning.collectives import EXCHANGES
@@ -15,7 +16,7 @@ from latentrt.planning.paper import DEEPSEEK_67B
 from latentrt.planning.plan import check_ranks
 from latentrt.planning.roofline import USABLE, Deployment
 from latentrt.planning.routing import Routing
-from latentrt.planning.simulator import Served, SimulatedBackend, serve
+from latentrt.planning.simulator import Served, SimulatedBackend, refusal, serve
 from latentrt.planning.sizes import Model, formats
 from latentrt.planning.traces import Request
 from latentrt.plugins import cache_formats
@@ -46,14 +47,17 @@ class Workload:
 
 @dataclass(frozen=True)
 class Question:
-    """What is simulated. precisions: "auto" is the best that builds for a GPU have; rows: of a step on each rank."""
+    """What is simulated. precisions: "auto" is the best that builds for a GPU have.
+
+    rows, chunk: of a step on each rank, see Deployment and EngineLoop.
+    """
 
     ranks: int
     precisions: list[str]
     caches: list[str]
     exchanges: list[str]
     workloads: list[Workload]
-    rows: int | None = None
+    rows: list[int | None] = field(default_factory=lambda: [None])
     chunk: int | None = None
     skew: float = 0.0
     seed: int = 0
@@ -69,7 +73,7 @@ class Question:
             for value in values:
                 if value not in accepted:
                     raise UserError(f"{option} is {value!r}, accepted: {', '.join(accepted)}")
-        for option, value in (("--rows", self.rows), ("--chunk", self.chunk)):
+        for option, value in (*(("--rows", n) for n in self.rows), ("--chunk", self.chunk)):
             if value is not None and value < 1:
                 raise UserError(f"{option} is {value}, accepted: 1 or more")
         if not 0 <= self.skew <= 10:
@@ -90,14 +94,17 @@ def simulate(config: Config, gpus: list[GpuRow], question: Question) -> dict:
     """Rows for JSON, with all that was assumed. Raises UserError for what cannot be."""
     question.check(config)
     model, q = Model.of(config), question
+    for workload in q.workloads:
+        if wrong := refusal(workload.requests, config.max_position_embeddings, config.max_position_embeddings):
+            raise UserError(wrong)
     routing = Routing(config, q.ranks, q.skew, q.seed)
     kinds = dict.fromkeys((gpu, targets.precision(targets.find(gpu.target), p)) for gpu in gpus for p in q.precisions)
     rows = []
-    for (gpu, precision), cache, exchange, workload in product(kinds, q.caches, q.exchanges, q.workloads):
-        deployment = Deployment(model, gpu, q.ranks, formats(model)[precision], cache, q.rows)
+    for (gpu, precision), cache, exchange, size, workload in product(kinds, q.caches, q.exchanges, q.rows, q.workloads):
+        deployment = Deployment(model, gpu, q.ranks, formats(model)[precision], cache, size)
         rows.append(_row(deployment, precision, exchange, workload, routing, q))
     if q.with_67b:
-        _add_67b(rows, gpus, q, rows_67b(model, gpus, q))
+        _add_67b(rows, model, gpus, q)
     return {
         "ranks": q.ranks, "usable_memory": USABLE, "rows": rows, "paper": PAPER, "seed": q.seed, "skew": q.skew,
         "ranks_reached": routing.reached, "assumptions": q.assumed.table(), "measured": sorted(q.measured.points),
@@ -105,21 +112,22 @@ def simulate(config: Config, gpus: list[GpuRow], question: Question) -> dict:
 
 
 def _row(deployment: Deployment, precision: str, exchange: str, workload: Workload, routing: Routing, q: Question) -> dict:
-    """One simulation; without results where not even a page of cache is left."""
+    """One simulation; a `refusal` takes the place of results where weights or requests do not fit."""
     costs = ExpertParallel(deployment, Speeds(deployment.gpu, q.assumed), exchange, routing, q.measured)
     tokens = deployment.capacity // deployment.count // PAGE * PAGE
     row = {
         "gpu": deployment.gpu.name, "precision": precision, "cache_format": deployment.cache_format, "exchange": exchange,
-        "prompt": workload.prompt, "answer": workload.answer, "batch": workload.batch,
         "rows_per_rank": deployment.limits.max_batch_tokens,
+        "prompt": workload.prompt, "answer": workload.answer, "batch": workload.batch,
         "exchanged_bytes_per_row_and_layer": costs.exchange.row_bytes() if deployment.count > 1 else 0.0,
         "memory_per_rank": {
             "replicated_bytes": deployment.replicated, "experts_bytes": deployment.held - deployment.replicated,
             "workspace_bytes": deployment.workspace, "cache_bytes": deployment.left, "cache_tokens": tokens,
         },
         "served": None, "full_steps": None,
+        "refusal": refusal(workload.requests, deployment.limits.max_context, tokens) if tokens else "the weights leave no room",
     }  # fmt: skip
-    if tokens:
+    if not row["refusal"]:
         row["full_steps"] = _full_steps(costs, deployment, workload, q.assumed)
         backend = SimulatedBackend(costs, deployment.limits, [1 + tokens // PAGE] * deployment.count, q.assumed)
         row["served"] = summary(serve(backend, workload.requests, workload.batch, q.chunk), backend)
@@ -135,9 +143,9 @@ def _full_steps(costs: Costs, deployment: Deployment, workload: Workload, assume
     if own:
         seconds = full_steps.seconds(costs, ranks, full_steps.decoding(own, context)) + assumed.host_seconds(ranks * own)
         found["decode"] = ranks * own / seconds
-    prompt = workload.mean_prompt
-    seconds = full_steps.prompt_seconds(costs, ranks, prompt, rows) + -(-prompt // rows) * assumed.host_seconds(ranks)
-    return found | {"prompts": ranks * prompt / seconds}
+    reading = full_steps.reading(workload.mean_prompt, rows)
+    seconds = sum(full_steps.seconds(costs, ranks, b) + assumed.host_seconds(ranks * len(b.cached_lengths)) for b in reading)
+    return found | {"prompts": ranks * sum(len(batch.input_ids) for batch in reading) / seconds}
 
 
 def summary(served: Served, backend: SimulatedBackend) -> dict:
@@ -156,28 +164,26 @@ def summary(served: Served, backend: SimulatedBackend) -> dict:
     }  # fmt: skip
 
 
-def rows_67b(model: Model, gpus: list[GpuRow], q: Question) -> dict[tuple[str, int], dict | None]:
-    """DeepSeek 67B on the same requests, by GPU and number of the workload; None where it does not fit."""
-    own = Deployment(model, gpus[0], q.ranks, formats(model)["bf16"], "bfloat16", q.rows).limits
+def _add_67b(rows: list[dict], model: Model, gpus: list[GpuRow], q: Question) -> None:
+    """Puts what becomes of the same requests on DeepSeek 67B beside each row, and the ratio of generated tokens a second."""
+    found = {
+        (gpu.name, size, n): _served_67b(gpu, workload, Deployment(model, gpu, q.ranks, BFloat16(), "bfloat16", size).limits, q)
+        for gpu, size, (n, workload) in product(gpus, q.rows, enumerate(q.workloads))
+    }
+    for number, row in enumerate(rows):
+        place, workload = divmod(number, len(q.workloads))
+        row["served_67b"] = other = found[row["gpu"], q.rows[place % len(q.rows)], workload]
+        rates = [served["generated_tokens_per_second"] for served in (row["served"], other) if served]
+        row["ratio_67b"] = rates[0] / rates[1] if len(rates) == 2 else None
+
+
+def _served_67b(gpu: GpuRow, workload: Workload, own: Limits, q: Question) -> dict | None:
+    """None where it does not fit. One scheduler has what the limits of a rank of ours, `own`, are on all of them."""
     limits = Limits(own.max_context, q.ranks * own.max_batch_tokens, q.ranks * own.max_sequences)
-    return {(gpu.name, n): _served_67b(gpu, workload, limits, q) for gpu in gpus for n, workload in enumerate(q.workloads)}
-
-
-def _served_67b(gpu: GpuRow, workload: Workload, limits: Limits, q: Question) -> dict | None:
     free = q.ranks * USABLE * gpu.memory * 1e9 - 2 * DEEPSEEK_67B.parameters
     pages = int(free // DEEPSEEK_67B.cache_bytes) // PAGE
     if pages < 1:
         return None
-    costs = TensorParallel(DEEPSEEK_67B, q.ranks, Speeds(gpu, q.assumed))
-    backend = SimulatedBackend(costs, limits, [1 + pages], q.assumed)
+    backend = SimulatedBackend(TensorParallel(DEEPSEEK_67B, q.ranks, Speeds(gpu, q.assumed)), limits, [1 + pages], q.assumed)
     chunk = q.chunk * q.ranks if q.chunk else None
     return summary(serve(backend, workload.requests, workload.batch, chunk), backend) | {"cache_tokens": pages * PAGE}
-
-
-def _add_67b(rows: list[dict], gpus: list[GpuRow], q: Question, found: dict[tuple[str, int], dict | None]) -> None:
-    """Puts what became of 67B beside each row, and the ratio of generated tokens a second."""
-    for number, row in enumerate(rows):
-        row["served_67b"] = other = found[row["gpu"], number % len(q.workloads)]
-        both = row["served"] and other
-        rate = "generated_tokens_per_second"
-        row["ratio_67b"] = row["served"][rate] / other[rate] if both else None

@@ -132,7 +132,8 @@ def serve(backend: SimulatedBackend, requests: list[Request], batch: int | None 
     they arrive. chunk: rows of prompts in a rank's step. UserError for a request that no rank can hold.
     """
     loop = EngineLoop(backend, chunk)
-    check(requests, backend.target.limits.max_context, loop.schedulers.capacity)
+    if wrong := refusal(requests, backend.target.limits.max_context, loop.schedulers.capacity):
+        raise UserError(wrong)
     served, coming, sink = Served(requests), deque(enumerate(requests)), deque()
     backend.clock = requests[0].arrival
     while served.ended < len(requests):
@@ -156,12 +157,13 @@ def _sequence(index: int, request: Request, sink: deque[Event]) -> Sequence:
     return Sequence(index, [index + 1] * request.prompt_tokens, params, None, frozenset(), sink)
 
 
-def check(requests: list[Request], max_context: int, capacity: int) -> None:
-    """UserError for a request that is longer than the model or one rank's cache takes."""
-    for request in requests:
-        tokens, asked = request.prompt_tokens + request.answer_tokens, f"{request.name}: prompt and answer have "
-        if tokens > max_context:
-            raise UserError(f"{asked}{tokens:,} tokens, accepted: up to {max_context:,} (max_position_embeddings)")
-        if tokens > capacity:
-            raise UserError(f"{asked}{tokens:,} tokens, but the cache of one rank holds {capacity:,}; a smaller cache format, "
-                            "smaller weights, more ranks or larger GPUs give more")  # fmt: skip
+def refusal(requests: list[Request], max_context: int, capacity: int) -> str:
+    """What is wrong with the longest request, if the model or one rank's cache does not take it; else ""."""
+    longest = max(requests, key=lambda request: request.tokens)
+    asked = f"{longest.name}: prompt and answer have {longest.tokens:,} tokens, "
+    if longest.tokens > max_context:
+        return f"{asked}accepted: up to {max_context:,} (max_position_embeddings)"
+    if longest.tokens > capacity:
+        more = "a smaller cache format, smaller weights, more ranks or larger GPUs give more"
+        return f"{asked}but the cache of one rank holds {capacity:,}; {more}"
+    return ""

@@ -19,6 +19,11 @@ class Request:
     answer_tokens: int
     name: str = ""
 
+    @property
+    def tokens(self) -> int:
+        """Of prompt and answer."""
+        return self.prompt_tokens + self.answer_tokens
+
 
 _ACCEPTED = {"arrival": "seconds, 0 or more", "prompt_tokens": "1 or more", "answer_tokens": "1 or more"}
 
