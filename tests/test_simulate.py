@@ -95,11 +95,12 @@ def config(tmp_path):
 
 
 def test_bytes_of_a_row_by_hand():
-    """V2 on 8 ranks: 5,120 elements of 2 bytes to 7 others, ids and weights of 6 experts, and sums of 4 or 2 bytes back."""
+    """V2 on 8 ranks: 5,120 elements of 2 bytes to 7 others, ids and weights of 6 experts, and sums of 2 or 4 bytes back."""
     assert collectives.gathered_bytes(CONFIG, 8) == 7 * 10_240 == 71_680
     assert collectives.choices_bytes(CONFIG, 8) == 7 * 6 * 8 == 336
-    assert collectives.gathered_bytes(CONFIG, 8) + collectives.summed_bytes(CONFIG, 8, "gather-bf16") == 143_360
-    assert costs().exchange.row_bytes() == 71_680 + 336 + 143_360
+    assert collectives.gathered_bytes(CONFIG, 8) + collectives.summed_bytes(CONFIG, 8, "gather") == 143_360
+    assert costs().exchange.row_bytes() == 71_680 + 336 + 71_680 == 143_696
+    assert costs(exchange="gather-float32").exchange.row_bytes() == 71_680 + 336 + 143_360
 
 
 def test_ranks_that_a_row_reaches_by_counting():
@@ -123,7 +124,7 @@ def test_without_groups_a_row_reaches_more_ranks():
 
 
 @pytest.mark.parametrize(("exchange", "size", "count"), [
-    ("gather", 71_680 + 336 + 143_360, 4), ("gather-bf16", 71_680 + 336 + 71_680, 4),
+    ("gather", 143_696, 4), ("gather-float32", 71_680 + 336 + 143_360, 4),
     ("all-to-all", 20_480 * PLAIN_ROUTING.reached, 2),
 ])  # fmt: skip
 def test_seconds_of_an_exchange_by_hand(exchange, size, count):
@@ -231,7 +232,7 @@ def test_a_step_lasts_as_long_as_its_slowest_rank():
     served = serve(simulated, requests((60, 3), (10, 3)))
     assert list(served.gaps) == [60.0, 60.0, 61.0, 61.0]  # of both requests in each step
     ranks = simulated.costs.passes[-1]
-    assert [int(p.batch.cached_lengths.sum()) for p in ranks] == [61, 11] and {p.rows for p in ranks} == {1}
+    assert [int(p.batch.cached_lengths.sum()) for p in ranks] == [61, 11] and {p.least.rows for p in ranks} == {1}
 
 
 def test_an_idle_rank_waits_as_well():
@@ -426,7 +427,7 @@ def test_tables_fit_120_columns_and_name_every_assumption(capsys, config):
     (["--target", "H20"], "--target is 'H20', accepted:"),
     (["--precision", "int3"], "precision 'int3' is not to be had on sm90; accepted: auto, fp8, bf16"),
     (["--cache-format", "int5"], "--cache-format is 'int5', accepted: float32"),
-    (["--exchange", "mail"], "--exchange is 'mail', accepted: gather, gather-bf16, all-to-all"),
+    (["--exchange", "mail"], "--exchange is 'mail', accepted: gather, gather-float32, all-to-all"),
     (["--assume", "hbm"], "--assume is 'hbm', accepted: a number after hbm="),
     (["--assume", "hbm=2"], "--assume hbm is 2, accepted: 0.01 to 1"),
     (["--assume", "hbm=nan"], "--assume hbm is nan, accepted: 0.01 to 1"),

@@ -25,13 +25,6 @@ Profiles = dict[str, dict[str, dict[str, list[int]]]]
 Stage = Callable[[str], AbstractContextManager[Callable[[float], None]]]
 
 
-def limits(max_context: int, ranks: int) -> Limits:
-    """What each of so many ranks takes: 2,048 gathered rows take 193 MB of workspace in the experts of V2, on every rank."""
-    found = Limits(max_context)
-    rows = max(found.max_batch_tokens // ranks, _RANK_ROWS)
-    return replace(found, max_batch_tokens=rows, max_sequences=min(found.max_sequences, rows))
-
-
 @dataclass(frozen=True)
 class LoweredEngine:
     """What a backend loads (`graph`), the model that it was built from (`onnx`) and its layers (`network`).

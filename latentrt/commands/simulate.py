@@ -16,7 +16,7 @@ def simulate(
     ranks: Annotated[int, typer.Option(help="GPUs of one node that share the experts.")] = 8,
     precision: Annotated[list[str] | None, typer.Option(help="Of weights (repeatable); auto: the best of the GPU's.")] = None,
     cache_format: Annotated[list[str] | None, typer.Option(help="Latent cache (repeatable); bfloat16 by default.")] = None,
-    exchange: Annotated[list[str] | None, typer.Option(help="gather (built), gather-bf16 or all-to-all (repeatable).")] = None,
+    exchange: Annotated[list[str] | None, typer.Option(help="gather, gather-float32, all-to-all (repeatable).")] = None,
     trace: Annotated[Path | None, typer.Option(help="Requests as JSON lines: arrival, prompt_tokens, answer_tokens.")] = None,
     prompt: Annotated[list[int] | None, typer.Option(help="Mean tokens of drawn prompts (repeatable), 1024.")] = None,
     answer: Annotated[list[int] | None, typer.Option(help="Mean tokens of drawn answers (repeatable), 256.")] = None,

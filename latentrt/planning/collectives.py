@@ -12,7 +12,7 @@ from latentrt.export.models.base import Config
 HIDDEN = 2  # bytes of an element of hidden rows, bfloat16
 CHOICE = 4 + 4  # bytes of an expert's id (int32) and weight (float32)
 ALL_TO_ALL = "all-to-all"
-EXCHANGES = {"gather": 4, "gather-bf16": 2, ALL_TO_ALL: 2}  # bytes of an element of the sums that come back; the first is built
+EXCHANGES = {"gather": 2, "gather-float32": 4, ALL_TO_ALL: 2}  # bytes of an element of sums; the first is what is built
 
 
 def gathered_bytes(config: Config, ranks: int) -> int:

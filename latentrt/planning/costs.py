@@ -131,8 +131,8 @@ class ExpertParallel:
         self.pair = dict(zip(FORMS, (self.model.absorbed_operations, self.model.expanded_operations), strict=True))
 
     def seconds(self, ranks: Sequence[Pass]) -> Times:
-        captured = [decode_shape(p.batch, rows=p.rows) if p.decoding else None for p in ranks]
-        shapes = [own or StepShape.of(p.batch).at_least(p.rows) for own, p in zip(captured, ranks, strict=True)]
+        captured = [decode_shape(p.batch, least=p.least) if p.decoding else None for p in ranks]
+        shapes = [own or StepShape.of(p.batch).at_least(p.least) for own, p in zip(captured, ranks, strict=True)]
         own = [self._own(p.batch, shape, bool(c)) for p, shape, c in zip(ranks, shapes, captured, strict=True)]
         dense, attention = max(own, key=sum)
         rows = [int(p.batch.num_tokens[0]) for p in ranks]
@@ -182,7 +182,7 @@ class TensorParallel:
 
     def seconds(self, ranks: Sequence[Pass]) -> Times:
         (part,), model = ranks, self.model
-        rows, seen = max(part.rows, 1), Seen.of(part.batch)
+        rows, seen = part.least.rows, Seen.of(part.batch)
         dense = self._products(model.parameters - 2 * self.head, rows) + self._products(self.head, len(part.batch.logit_rows))
         size, operations = (seen.past + seen.new) * model.cache_bytes, seen.pairs * model.pair_operations
         summed = 2 * model.layers * 2 * (self.count - 1) / self.count * rows * model.hidden * 2
