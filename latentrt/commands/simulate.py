@@ -29,7 +29,7 @@ def simulate(
     skew: Annotated[float, typer.Option(help="Experts are chosen by n^-skew; 0: all alike.")] = 0.0,
     seed: Annotated[int, typer.Option(help="Of requests and choices.")] = 0,
     assume: Annotated[list[str] | None, typer.Option(help="NAME=NUMBER, such as hbm=0.7 (repeatable).")] = None,
-    kernel_times: Annotated[Path | None, typer.Option(help="Measured kernels: JSON, part: [[size, us of a layer]].")] = None,
+    kernel_times: Annotated[Path | None, typer.Option(help="Measured kernels as JSON: docs/many-gpus.md.")] = None,
     beside_67b: Annotated[bool, typer.Option("--beside-67b", help="The same requests on DeepSeek 67B.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> int:

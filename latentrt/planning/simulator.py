@@ -125,13 +125,14 @@ class Served:
         return float(np.percentile(self.gaps, percent)) if self.gaps else None
 
 
-def serve(backend: SimulatedBackend, requests: list[Request], batch: int | None = None, chunk: int | None = None) -> Served:
-    """Runs until every request has its answer. requests: in the order of arrival.
+def serve(backend: SimulatedBackend, requests: list[Request], batch: int | None = None, chunk: int | None = None,
+          loop: EngineLoop | None = None) -> Served:  # fmt: skip
+    """Runs until every request has its answer. requests: in the order of arrival. loop: of the backend, a fresh one by default.
 
     batch: how many are under way at once; the next is sent when one has ended, and waits from then. None: all are sent when
     they arrive. chunk: rows of prompts in a rank's step. UserError for a request that no rank can hold.
     """
-    loop = EngineLoop(backend, chunk)
+    loop = loop or EngineLoop(backend, chunk)
     if wrong := refusal(requests, backend.target.limits.max_context, loop.schedulers.capacity):
         raise UserError(wrong)
     served, coming, sink = Served(requests), deque(enumerate(requests)), deque()
