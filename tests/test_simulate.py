@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from benchmarks import loop_time
 from latentrt.cli import main
 from latentrt.errors import UserError
 from latentrt.export.models import registry
@@ -305,6 +306,11 @@ def test_an_error_of_the_costs_is_not_taken_for_an_answer():
 
     with pytest.raises(Exception, match="costs"):
         serve(backend(Broken()), requests((5, 5)))
+
+
+def test_the_loops_own_time_is_that_of_every_step():
+    found = loop_time.measure(2, 3)
+    assert found["sequences"] == 6 and found["us_a_sequence"] * 6 == pytest.approx(1e3 * found["ms"])
 
 
 # what must hold of any step
