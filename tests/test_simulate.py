@@ -15,7 +15,7 @@ from latentrt.cli import main
 from latentrt.errors import UserError
 from latentrt.export.models import registry
 from latentrt.export.quantization import BFloat16, Fp8
-from latentrt.planning import collectives, full_steps, gpus, traces
+from latentrt.planning import collectives, full_steps, gpus, simulation, traces
 from latentrt.planning.assumptions import Assumptions
 from latentrt.planning.costs import PAGE, PARTS, ExpertParallel, Measured, Speeds, TensorParallel
 from latentrt.planning.paper import DEEPSEEK_67B
@@ -292,6 +292,36 @@ def test_a_client_sends_when_an_answer_has_ended():
     assert served.sent == [0.0, 5.0] and list(served.waits) == [4.0, 4.0], "rows of a second each"
 
 
+def test_waiting_counts_from_arrival_where_nobody_holds_back():
+    served = serve(backend(ranks=1), [Request(0.0, 8, 1), Request(2.0, 4, 1)])
+    assert list(served.waits) == [8.0, 8 - 2 + 4.0], "the second one arrives in the middle of a step"
+
+
+def test_the_hosts_part_is_added_to_every_step():
+    assumed = replace(IDEAL, host_ms=500, host_us=250_000)
+    served = serve(backend(ranks=2, assumed=assumed), requests((4, 3), (4, 3), (4, 3)))
+    assert set(served.gaps) == {2 + 0.5 + 3 * 0.25}, "a rank has two rows of a second each; three sequences in all"
+
+
+def test_rates_by_hand():
+    """One request: a prompt of 8 seconds, then a token a second."""
+    simulated = backend(ranks=1)
+    served = serve(simulated, [Request(5.0, 8, 9)])
+    found = simulation.summary(served, simulated)
+    assert (found["seconds"], found["steps"], found["generated_tokens"], found["recomputed_tokens"]) == (16.0, 9, 9, 0)
+    assert (found["generated_tokens_per_second"], found["prompt_tokens_per_second"]) == (9 / 16, 8 / 16)
+    assert found["steady_generated_tokens_per_second"] == 1.0
+    assert (found["first_token"][99], found["between_tokens"][50], found["sequences_per_step"]) == (8.0, 1.0, 1.0)
+    assert found["time_shares"]["dense"] == 1
+
+
+def test_full_steps_hold_whole_prompts_or_chunks():
+    (short,) = full_steps.reading(100, 256)
+    assert list(np.diff(short.query_starts)) == [100, 100] and list(short.cached_lengths) == [0, 0]
+    long = full_steps.reading(1000, 256)
+    assert [len(b.input_ids) for b in long] == [256] * 3 and [int(b.cached_lengths[0]) for b in long] == [0, 256, 512]
+
+
 def test_requests_that_no_rank_can_hold_are_refused_by_name():
     with pytest.raises(UserError, match=r"request 1: prompt and answer have 700 tokens, but the cache of one rank holds 640;"):
         serve(backend(), requests((5, 5), (600, 100)))
@@ -411,6 +441,24 @@ def test_json_of_a_trace(capsys, config, tmp_path):
     assert found["paper"]["generated_tokens_per_second"] == 50_000
     rates = [row[kind]["generated_tokens_per_second"] for kind in ("served", "served_67b")]
     assert row["ratio_67b"] == pytest.approx(rates[0] / rates[1])
+
+
+def test_all_ranks_serve(capsys, config):
+    """Eight prompts that fill a rank's step each: all are read in the first step."""
+    out = run(capsys, config, "--prompt", 256, "--answer", 2, "--spread", 0, "--requests", 8, "--json")[1]
+    served = json.loads(out)["rows"][0]["served"]
+    assert served["steps"] == 2 and served["first_token"]["50"] == served["first_token"]["99"]
+
+
+def test_each_row_stands_beside_the_same_requests_on_67b(capsys, config):
+    options = ("--prompt", 300, "--answer", 4, "--requests", 24, "--beside-67b", "--json")
+    several = ("--rows", 16, "--rows", 64, "--batch", 4, "--batch", 12)
+    rows = json.loads(run(capsys, config, *options, *several)[1])["rows"]
+    assert [(row["rows_per_rank"], row["batch"]) for row in rows] == [(16, 4), (16, 12), (64, 4), (64, 12)]
+    for row in rows:
+        alone = run(capsys, config, *options, "--rows", row["rows_per_rank"], "--batch", row["batch"])[1]
+        assert json.loads(alone)["rows"][0]["served_67b"] == row["served_67b"]
+    assert len({row["served_67b"]["seconds"] for row in rows}) == 4
 
 
 def test_the_same_seed_gives_the_same_answer(capsys, config):
