@@ -128,6 +128,10 @@ def test_workspace_of_gathered_rows_by_hand(rows, megabytes):
     assert round(found / 1e6) == megabytes
 
 
+def test_a_model_without_experts_needs_no_workspace():
+    assert model(LITE, first_k_dense_replace=27).workspace_bytes(Fp8(), 2048) == 0
+
+
 def test_memory_of_a_rank_by_hand():
     """8 H800: an eighth of the experts, all else, the workspace of 2,048 gathered rows, and cache."""
     found, size = deployment(cache="int6r"), model().weight_bytes(Fp8())

@@ -19,7 +19,7 @@ def show(found: dict) -> None:
     keys = _telling(found["rows"])
     same = {name: found["rows"][0][name] for name in KEYS if name not in keys}
     words = ", ".join(f"{KEYS[name]} {value}" for name, value in same.items() if value is not None)
-    console.print(f"{found['ranks']} GPUs, simulated: {words}")
+    console.print(f"{found['ranks']} GPU{'s' * (found['ranks'] > 1)}, simulated: {words}")
     for title, columns, cells in (*TABLES, *([BESIDE] if "served_67b" in found["rows"][0] else [])):
         console.print(f"\n[bold]{title}")
         console.print(_rows(found["rows"], keys, columns, cells))

@@ -86,6 +86,8 @@ class Model:
     def workspace_bytes(self, weight_format: WeightFormat, rows: int) -> int:
         """Bytes that the op moe_experts needs beside weights and output for so many rows, those of other ranks among them."""
         c, float8 = self.config, isinstance(weight_format, Fp8)
+        if not self.expert_layers:
+            return 0
         hidden, inner = (-(-n // 16) * 16 for n in (c.hidden_size, c.moe_intermediate_size))  # as kernels take them
         weights = "float8_e4m3fn" if float8 else "bfloat16"
         experts = Experts(c.n_routed_experts, hidden, inner, c.num_experts_per_tok, "bfloat16", weights, 0, "concatenated")
