@@ -76,7 +76,7 @@ def _plan(op: PluginOp, tensors: list, attributes: dict, target: Gpu) -> tuple:
     """Sizes by name, the op's static configuration and its plan, as a plugin's enqueue finds them."""
     names = [s.name for s in op.contract.inputs]
     words = {n: str(t.dtype).removeprefix("torch.") for n, t in zip(names, tensors, strict=False) if t is not None}
-    dims = sizes(op.contract, [t.shape for t in tensors if t is not None])
+    dims = sizes(op.contract, [t.shape for t in tensors if t is not None], attributes)
     config = op.configure(attributes, dims, words)
     return dims, config, op.plan(config, dims, target)
 

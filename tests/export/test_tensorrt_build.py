@@ -197,6 +197,35 @@ def test_static_scales_keep_fp8_products(fast_trace, tmp_path):
     assert found["bf16", "bf16", "bf16"] == len(engine.profiles) * (ABSORBED + 1)
 
 
+def test_int4_experts(fast_trace, tmp_path):
+    """Two targets by one name: what is not an expert is as their best precision has it, in the plan's products too."""
+    out = tmp_path / "bundle"
+    build(EXAMPLE, out, "sm86,sm89", "int4", prefill="absorbed")
+    bundle = Bundle(out)
+    layer, sets = "model.layers.1.mlp.experts", bundle.manifest.weight_sets
+    for name, precision, fp8 in (("sm86", "bf16-int4", 0), ("sm89", "fp8-int4", LINEARS["fp8"])):
+        _, target = bundle.target(name)
+        tensors, described = sets[target.weight_set].tensors, sets[target.weight_set].format
+        assert target.precision == described.name == precision and ("activations" in target.options) == bool(fp8)
+        assert (described.bits, described.blocks["gate_up"]) == ({"gate_up": 4, "down": 4}, 64)
+        assert described.experts.model_dump() == {"quantized": "int8", "zero_point": 128}
+        found = [(t.dtype, t.shape) for t in (tensors[f"{layer}.{n}"] for n in ("gate_up_proj", "down_proj.scale"))]
+        assert found == [("int8", [16, 128, 96]), ("float32", [16, 192, 1])]
+        engine = target.engines["absorbed"]
+        found, profiles = products(bundle.file(engine.graph)), len(engine.profiles)
+        if not found:
+            pytest.skip("this TensorRT-RTX writes no readable instructions")
+        assert found["fp8_e4m3", "fp8_e4m3", "bf16"] == profiles * fp8
+        assert found["bf16", "bf16", "bf16"] == profiles * (35 - fp8 + ABSORBED + 1)
+
+
+def test_int4_experts_of_a_size_that_no_kernel_takes(small_checkpoint, tmp_path):
+    """48 and 32 inputs: 48 is no multiple of 32."""
+    with pytest.raises(BuildError, match=r"fp8-int4 takes experts whose inputs are multiples of 32, found \[32, 48\]"):
+        build(small_checkpoint, tmp_path / "bundle", "sm89", "int4")
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_a_recipe_keeps_products_of_single_layers_in_bf16(fast_trace, tmp_path):
     """All output projections and one layer's experts: so many FP8 products fewer in the plan, and so many bf16 ones more."""
     file, out = tmp_path / "recipe.toml", tmp_path / "bundle"
@@ -334,9 +363,10 @@ def test_embedded_weights_are_in_the_plan(fast_trace, tmp_path, built):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("sm89,sm86", "fp8"), "'fp8' is not to be had on sm86: its hardware has no fp8; accepted: auto, bf16"),
+        (("sm89,sm86", "fp8"), "'fp8' is not to be had on sm86: its hardware has no fp8; accepted: auto, bf16, bf16-int4"),
+        (("sm86", "fp8-int4"), "'fp8-int4' is not to be had on sm86: its hardware has no fp8-int4"),
         (("sm89,sm999", "auto"), "unknown target 'sm999', accepted: cpu, torch, sm80, sm86, sm89, sm90"),
-        (("sm89", "int8"), "'int8' is not to be had on sm89; accepted: auto, fp8, bf16"),
+        (("sm89", "int8"), "'int8' is not to be had on sm89; accepted: auto, fp8, bf16, fp8-int4, bf16-int4"),
         (("sm89", "auto", "fast", "auto", None, "shared"), "weights is 'shared', accepted: inputs, embedded"),
         (("sm89", "auto", "fast", "float32"), "cache_format is 'float32', accepted for target sm89: auto, bfloat16"),
     ],

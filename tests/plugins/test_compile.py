@@ -18,6 +18,7 @@ from latentrt.plugins.mla_attention import plan as attention
 from latentrt.plugins.mla_attention.tiles import TILES
 from latentrt.plugins.mla_prefill import plan as prefill
 from latentrt.plugins.moe_experts import plan as experts
+from latentrt.plugins.moe_experts.tiles import SIZES
 from latentrt.plugins.moe_route import plan as route
 
 pytestmark = pytest.mark.slow
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.slow
 # every architecture with both models and two formats, every architecture that has FP8 with FP8
 COVER = {80: ("bfloat16",), 86: ("float16",), 89: ("float8_e4m3fn",), 90: ("bfloat16", "float8_e4m3fn"),
          100: ("float8_e4m3fn",), 103: ("float8_e4m3fn",), 120: ("float8_e4m3fn",), 121: ("float8_e4m3fn",)}  # fmt: skip
+TWINS = {103: 100, 121: 120}  # whose kernels of experts have the same tiles
 
 
 def covering_requests():
@@ -36,6 +38,13 @@ def covering_requests():
                 by_function.setdefault(spec.function + spec.op, []).append(spec)
             for specs in by_function.values():
                 yield specs[turn % len(specs)], capability
+    for turn, capability in enumerate(sorted(set(ARCHITECTURES) - set(TWINS))):  # products with int4 experts, every tile
+        config = configs((V2_LITE, V2)[turn % 2], "int4")["moe_experts"]
+        for spec in experts.kernels(config, Gpu.of(capability)):
+            if spec.function in ("gate_up", "down", "halve"):
+                yield spec, capability
+    for turn, capability in enumerate(TWINS):
+        yield experts._gate_up_kernel(configs(V2, "int4")["moe_experts"], SIZES[turn], Gpu.of(capability)), capability
     for capability in ARCHITECTURES:  # decode and prompt chunks at 16 and 128 heads are tuned one by one
         for model in (V2_LITE, V2):
             config = configs(model, "bfloat16")["mla_attention"]
@@ -65,6 +74,19 @@ def test_float8_products_run_on_float8_tensor_cores(covering):
     products = [k.metadata for k in covering if k.metadata["spec"]["tensor_cores"] == "fp8"]
     assert {m["architecture"] for m in products} == {n for n, a in ARCHITECTURES.items() if a.float8}
     assert all(get(m["architecture"]).mma["fp8"] in m["instructions"] for m in products)
+
+
+def test_int4_weights_are_loaded_as_bytes_of_a_row(covering):
+    """16 bytes a thread and copy, into shared memory, ahead of the products; nothing is loaded element by element."""
+    products = [k.metadata for k in covering if dict(k.metadata["spec"]["constexprs"]).get("PACKED") == 2]
+    assert {m["architecture"] for m in products} == set(ARCHITECTURES)
+    for metadata in products:
+        constants, stages = dict(metadata["spec"]["constexprs"]), metadata["spec"]["num_stages"]
+        rows = constants["BLOCK_N"] * (2 if metadata["spec"]["function"] == "gate_up" else 1)
+        weights, threads = rows * constants["BLOCK_K"] // 2, 32 * metadata["num_warps"]
+        x = constants["BLOCK_M"] * constants["BLOCK_K"] * 2
+        copies = weights // (16 * threads) + max(1, x // (16 * threads)) + rows  # scales: a thread each at most
+        assert stages * 2 <= metadata["instructions"]["LDGSTS"] <= stages * copies
 
 
 def attend_kernels(covering):

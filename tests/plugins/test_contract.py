@@ -108,6 +108,8 @@ def refuses(name: str, changes: dict, *words: str) -> None:
     ("moe_experts", {"packed": 2}, ["gate_up_proj", "(4, 10, 8)", "axis 2", "hidden_size", "8"]),
     ("moe_experts", {"packed": 2, "gate_up_proj": torch.zeros(4, 12, 4), "down_proj": torch.zeros(4, 8, 3)},
      ["packed", "uint8", "float32"]),
+    ("moe_experts", {"gate_up_proj": torch.zeros(4, 10, 8).to(torch.int8), "down_proj": torch.zeros(4, 8, 5).to(torch.int8)},
+     ["packed is 1", "int8", "2 for int8"]),
 ])  # fmt: skip
 def test_refused_by_name(name, changes, words):
     refuses(name, changes, *words)
