@@ -126,8 +126,8 @@ def test_the_formats_blocks_divide_the_checkpoints():
 def test_which_blocks_are_taken(size, bits, weight_format, taken):
     weight = Weight("w", (8, 256), "linear", (("w",),))
     assert weight_format.takes_blocks(weight, size, bits) == taken
-    expert = Weight("w", (2, 8, 256), "gate_up", (("w",),))
-    assert weight_format.takes_blocks(expert, size, bits) == (taken or isinstance(weight_format, Int4Experts))
+    if isinstance(weight_format, Int4Experts):
+        assert weight_format.takes_blocks(Weight("w", (2, 8, 256), "gate_up", (("w",),)), size, bits)
     assert not weight_format.takes_blocks(Weight("w", (2, 256, 8), "absorbed", (("w",),)), size, bits)
 
 

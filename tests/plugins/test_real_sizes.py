@@ -56,8 +56,8 @@ def test_experts_of_more_than_2_to_the_30_bytes(int4):
     experts, hidden, inner, top_k = 160, 5120, 1536, 2
     packed, blocks = (2, (hidden // 128, inner // 128)) if int4 else (1, None)
     shapes, outputs = ((top_k, 2 * inner, hidden // packed), (top_k, hidden, inner // packed)), (2 * inner, hidden)
-    octets = [torch.randint(-120, 120, shape, dtype=torch.int8) for shape in shapes]
-    parts = octets if int4 else [values.view(torch.float8_e4m3fn) for values in octets]
+    octets = [torch.randint(-128, 128, shape, dtype=torch.int8) for shape in shapes]
+    parts = octets if int4 else [(part / 32).to(torch.float8_e4m3fn) for part in octets]
     scales = [torch.rand(top_k, outputs[k], *([blocks[k]] if int4 else [])) / 100 for k in range(2)]
     x, share, found = randn(1, hidden), torch.rand(1, top_k), []
     for count in (top_k, experts):
