@@ -26,7 +26,7 @@ def _gpu(name: str, backend: str, float8: bool) -> TargetRow:
 
 _ROWS = (
     TargetRow("cpu", "onnxruntime", None, ("int8", "int4", "fp32")),
-    TargetRow("torch", "torch", None, ("bf16", "fp32")),
+    TargetRow("torch", "torch", None, ("bf16", "fp32", "bf16-int4")),
     _gpu("sm80", "tensorrt_rtx", float8=False),
     _gpu("sm86", "tensorrt_rtx", float8=False),
     _gpu("sm89", "tensorrt_rtx", float8=True),
