@@ -140,7 +140,11 @@ FP8 = replace(
     top1=Tolerance(0.92, "measured 0.95 with dynamic and static scales", ">="),
     perplexity=Tolerance(0.015, "mean KL of 0.01 nats bounds the change of log-perplexity to about 1 %; measured 0.5 %"),
 )
-_INT4_EXPERTS = _INT4 | {"top1": Tolerance(0.9, "as int4 on the CPU, and fp8's share where linears are FP8", ">=")}
+_INT4_EXPERTS = _INT4 | {  # layers and the engine on its own weights are held to what the rest's precision allows
+    "kl_mean": Tolerance(0.05, "4-bit experts: measured 2.2e-3 nats beside bf16, 5.0e-3 beside fp8; the promise for int4"),
+    "top1": Tolerance(0.9, "the promise for int4; measured 0.965 beside bf16, 0.944 beside fp8", ">="),
+    "perplexity": Tolerance(0.05, "as int4 on the CPU; measured 0.1 % beside bf16, 0.4 % beside fp8"),
+}
 FP8_INT4 = replace(FP8, name="fp8-int4", **_INT4_EXPERTS)
 BF16_INT4 = replace(BF16, name="bf16-int4", **_INT4_EXPERTS)
 _FLOAT16_CACHE = {
