@@ -20,7 +20,6 @@ from latentrt.export.lowering.tensorrt import lowering as tensorrt
 from latentrt.export.lowering.tensorrt import package as tensorrt_package
 from latentrt.export.models.deepseek_v2 import config as configs
 from latentrt.export.models.deepseek_v2.weights import weights
-from latentrt.export.quantization import BFloat16, Fp8
 from latentrt.plugins.step_graph import ABSORBED, EXPANDED
 
 
@@ -28,22 +27,24 @@ def main(
     config: Annotated[Path, typer.Argument(help="config.json of a model.")],
     layers: Annotated[int | None, typer.Option(help="Layers, all by default.")] = None,
     target: Annotated[str, typer.Option(help="A TensorRT-RTX target.")] = "sm89",
-    precision: Annotated[str, typer.Option(help="fp8 or bf16.")] = "fp8",
+    precision: Annotated[str, typer.Option(help="auto, fp8, bf16, or int4 experts.")] = "fp8",
     prefill: Annotated[str, typer.Option(help="expanded (two plans, built at once) or absorbed (one).")] = "expanded",
     ranks: Annotated[int, typer.Option(help="Processes that share the experts.")] = 1,
 ) -> None:
     """Traces, quantizes and builds; memory is the largest child process's largest resident set."""
     row = targets.find(target)
-    weight_format = {"fp8": Fp8(), "bf16": BFloat16()}[targets.precision(row, precision)]
+    precision = targets.precision(row, precision)
     forms = {EXPANDED: (ABSORBED, EXPANDED), ABSORBED: (ABSORBED,)}[prefill]
     raw = json.loads(config.read_text())
     model_config = configs.parse(raw | ({"num_hidden_layers": layers} if layers else {}))
+    members = weights(model_config)
+    weight_format = tensorrt.weight_format(members, precision)
     start, cpu = time.monotonic(), time.process_time()
     models = graph.build_forms(model_config, torch.bfloat16, "bfloat16", 64, forms, ranks)
     with tempfile.TemporaryDirectory() as folder:
         limits, engines = limits_of(model_config.max_position_embeddings, ranks), {}
         for form, model in models.items():
-            tensorrt.prepare(model, weights(model_config), weight_format)
+            tensorrt.prepare(model, members, weight_format)
             shapes = tensorrt.profiles(model.graph, limits, 64, tensorrt.PROFILES[form])
             engines[form] = tensorrt.engine_files(Path(folder) / form, shapes)
             ir.save(model, engines[form].onnx)

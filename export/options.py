@@ -11,6 +11,7 @@ from latentrt.export.targets import TargetRow
 from latentrt.plugins.step_graph import ABSORBED, EXPANDED
 
 AUTO = "auto"
+FLOAT8 = ("fp8", "fp8-int4")  # precisions whose linears are FP8 products
 
 
 @dataclass(frozen=True)
@@ -48,7 +49,7 @@ class Choice:
 CHOICES = (
     Choice("accuracy", ("fast", "exact"), "target cpu has a choice of it", lambda row, precision: row.name == "cpu"),
     Choice("weights", ("inputs", "embedded"), "GPU targets have a plan", lambda row, precision: row.compute_capability),
-    Choice("activations", ("dynamic", "static"), "fp8 products scale them", lambda row, precision: precision == "fp8"),
+    Choice("activations", ("dynamic", "static"), "fp8 products scale them", lambda row, precision: precision in FLOAT8),
     Choice("collectives", ("native", "plugin"), "engines of several ranks have them", lambda row, p: row.compute_capability),
     Choice("prefill", (AUTO, EXPANDED, ABSORBED), "other targets have two forms", lambda row, precision: row.name != "cpu"),
 )

@@ -27,6 +27,8 @@ QUANTIZED_ROLES = {  # precision -> roles that its weight format quantizes; expo
     "fp8": ("linear", *_EXPERTS),
     "int8": ("linear", "head", "absorbed", *_EXPERTS),
     "int4": ("linear", "head", "absorbed", *_EXPERTS),
+    "fp8-int4": ("linear", *_EXPERTS),
+    "bf16-int4": _EXPERTS,
 }
 _EXAMPLE = 'plain = ["model.layers.0.mlp.down_proj", "model.layers.*.self_attn.o_proj"]'
 

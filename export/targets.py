@@ -20,13 +20,13 @@ class TargetRow:
 
 
 def _gpu(name: str, backend: str, float8: bool) -> TargetRow:
-    precisions = ("fp8", "bf16") if float8 else ("bf16",)
-    return TargetRow(name, backend, name, precisions, () if float8 else ("fp8",))
+    precisions = ("fp8", "bf16", "fp8-int4", "bf16-int4") if float8 else ("bf16", "bf16-int4")
+    return TargetRow(name, backend, name, precisions, () if float8 else ("fp8", "fp8-int4"))
 
 
 _ROWS = (
     TargetRow("cpu", "onnxruntime", None, ("int8", "int4", "fp32")),
-    TargetRow("torch", "torch", None, ("bf16", "fp32")),
+    TargetRow("torch", "torch", None, ("bf16", "fp32", "bf16-int4")),
     _gpu("sm80", "tensorrt_rtx", float8=False),
     _gpu("sm86", "tensorrt_rtx", float8=False),
     _gpu("sm89", "tensorrt_rtx", float8=True),
@@ -47,9 +47,11 @@ def find(name: str) -> TargetRow:
 
 
 def precision(target: TargetRow, asked: str) -> str:
-    """Resolves "auto"; BuildError if the target lacks the precision."""
+    """Resolves "auto", and "int4" to the best that ends so; BuildError if the target lacks the precision."""
     if asked == "auto":
         return target.precisions[0]
+    if asked not in target.precisions:
+        asked = next((name for name in target.precisions if name.endswith(f"-{asked}")), asked)
     if asked not in target.precisions:
         why = f": its hardware has no {asked}" if asked in target.hardware_lacks else ""
         accepted = ", ".join(target.precisions)

@@ -22,8 +22,8 @@ from latentrt.export.models.base import Weight
 from latentrt.export.quantization.base import WeightFormat
 from latentrt.export.workers import Workers, gather, one_torch_thread
 
-_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int32: "I32",
-          torch.float8_e4m3fn: "F8_E4M3"}  # fmt: skip
+_NAMES = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.uint8: "U8", torch.int8: "I8",
+          torch.int32: "I32", torch.float8_e4m3fn: "F8_E4M3"}  # fmt: skip
 ALIGNMENT = 256  # bytes: what TensorRT asks of the address of every input; also enough for vector loads from mapped memory
 PARTS_AT_ONCE = 3
 _SLAB_BYTES = 1 << 24  # in float32

@@ -1,7 +1,7 @@
 """What a custom op is, said once: torch schema, fake, ONNX schema and ONNX translation derive from an `OpContract`."""
 
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from operator import add, floordiv, mul
 from typing import TYPE_CHECKING
@@ -15,7 +15,7 @@ DOMAIN = "latentrt"
 VERSION = 1
 
 FLOAT32, FLOAT16, BFLOAT16 = torch.float32, torch.float16, torch.bfloat16
-INT32, UINT8, FLOAT8 = torch.int32, torch.uint8, torch.float8_e4m3fn
+INT32, INT8, UINT8, FLOAT8 = torch.int32, torch.int8, torch.uint8, torch.float8_e4m3fn
 ACTIVATIONS = (FLOAT32, FLOAT16, BFLOAT16)
 
 _ONNX_TYPES = {
@@ -24,6 +24,7 @@ _ONNX_TYPES = {
     torch.bfloat16: "tensor(bfloat16)",
     torch.float8_e4m3fn: "tensor(float8e4m3fn)",
     torch.int32: "tensor(int32)",
+    torch.int8: "tensor(int8)",
     torch.uint8: "tensor(uint8)",
 }
 _OPERATORS = {"+": add, "*": mul, "/": floordiv}
@@ -54,10 +55,11 @@ class TensorSpec:
         absent = last.endswith("?") and rank == len(first)
         return (*first,) if absent else (*first, last.removesuffix("?"))
 
-    def shape_of(self, tensor: torch.Tensor, attributes: dict) -> tuple[int, ...]:
-        """The tensor's shape in elements."""
-        *first, last = tensor.shape
-        return (*first, last * attributes[self.packed]) if self.packed else tuple(tensor.shape)
+    def elements(self, shape: Sequence[int], attributes: Mapping) -> tuple[int, ...]:
+        """A tensor's shape in elements; in the tensor's own where `attributes` lacks the one that packs them."""
+        *first, last = shape
+        packed = attributes.get(self.packed, 1)
+        return (*first, last * packed if packed > 1 else last)
 
 
 @dataclass(frozen=True)
@@ -147,7 +149,7 @@ class OpContract:
         for bind in (self._bind_names, self._check_sums):
             for spec in self.inputs:
                 if by_name[spec.name] is not None:
-                    bind(spec, by_name[spec.name], spec.shape_of(by_name[spec.name], attributes), sizes)
+                    bind(spec, by_name[spec.name], spec.elements(by_name[spec.name].shape, attributes), sizes)
                 elif not spec.optional:
                     raise ContractError(f"{self.name}: input {spec.name} is required")
         if message := self.check(by_name, attributes):

@@ -20,7 +20,8 @@ CAPABILITY = "capability"  # field beside the op's attributes: 89 for 8.9
 MAX_SMS = 192  # multiprocessors that workspaces are sized for; plans of a larger GPU use this many
 _SHAPES = 256  # whose plans a plugin keeps ready
 _SETTLED = 4096  # plans that all plugins of an op share
-_TYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "int32": "int32", "float8_e4m3fn": "fp8"}
+_TYPES = {"float32": "float32", "float16": "float16", "bfloat16": "bfloat16", "int32": "int32", "float8_e4m3fn": "fp8",
+          "int8": "int8"}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -62,13 +63,13 @@ def register(trt, ops: Iterable[PluginOp], capability: int, launcher: Launcher |
     return creators
 
 
-def sizes(contract: OpContract, shapes: Sequence[Sequence[int]]) -> dict[str, int]:
-    """Dimensions by name, from the shapes of the inputs that are present."""
-    named = {}
+def sizes(contract: OpContract, shapes: Sequence[Sequence[int]], attributes: Mapping | None = None) -> dict[str, int]:
+    """Dimensions by name, from the shapes of the inputs that are present; in elements if `attributes` tell what packs them."""
+    named, attributes = {}, attributes or {}
     for spec, shape in zip(contract.inputs, shapes, strict=False):
-        for dim, size in zip(spec.dims_of(len(shape)), shape, strict=True):
+        for dim, size in zip(spec.dims_of(len(shape)), spec.elements(shape, attributes), strict=True):
             if dim.isidentifier():
-                named[dim] = size
+                named.setdefault(dim, size)
     return named
 
 
@@ -170,13 +171,13 @@ class _Plugin:
         return given.type == self._output_type(contract.outputs[position - num_inputs], by_name)
 
     def configure_plugin(self, tensors, outputs):
-        self._config([t.desc.type for t in tensors], sizes(self.op.contract, [t.max for t in tensors]))
+        self._config([t.desc.type for t in tensors], self._sizes([t.max for t in tensors]))
 
     def get_aliased_input(self, output):
         return self.aliases.get(output, -1)  # TensorRT's word for none
 
     def get_workspace_size(self, tensors, outputs):
-        largest = sizes(self.op.contract, [t.max for t in tensors])
+        largest = self._sizes([t.max for t in tensors])
         config = self._config([t.desc.type for t in tensors], largest)
         return self.op.workspace(config, largest, Gpu(self.capability, MAX_SMS))
 
@@ -219,7 +220,7 @@ class _Plugin:
         key = (*self.attributes.items(), *[self.words[t] for t in types], shapes, target)
         plan = self.settled.get(key)
         if plan is None:
-            named = sizes(self.op.contract, shapes)
+            named = self._sizes(shapes)
             config = self._config(types, named)
             self.launcher.prepare(self.op.kernels(config, target))
             if len(self.settled) >= _SETTLED:
@@ -227,6 +228,9 @@ class _Plugin:
             plan = self.op.plan(config, named, Gpu(target.capability, min(target.num_sms, MAX_SMS)))
             self.settled[key] = plan
         return self.launcher.ready(plan, (*self.input_names[: len(shapes)], *(o.name for o in self.op.contract.outputs)))
+
+    def _sizes(self, shapes):
+        return sizes(self.op.contract, shapes, self.attributes)
 
     def _config(self, input_types, named):
         by_name = {n: self.words[t] for n, t in zip(self.input_names, input_types, strict=False)}

@@ -6,7 +6,7 @@ import torch
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.lowering.tensorrt.lowering import prepare
 from latentrt.export.models.deepseek_v2 import model as deepseek_v2
-from latentrt.export.quantization import Fp8
+from latentrt.export.quantization import Fp8, WeightFormat
 
 
 def bfloat16(checkpoint, traced, form: str = "absorbed"):
@@ -16,9 +16,9 @@ def bfloat16(checkpoint, traced, form: str = "absorbed"):
     return ir.to_proto(traced(source.config, torch.bfloat16, "bfloat16", form=form)), weights, source.config
 
 
-def quantized(graph, checkpoint, static_scales=None):
-    """The FP8 graph as the TensorRT lowering writes it, and its weights with their scales."""
-    source, scheme = Checkpoint(checkpoint), Fp8()
+def quantized(graph, checkpoint, static_scales=None, scheme: WeightFormat | None = None):
+    """The graph of a format (FP8) as the TensorRT lowering writes it, and its weights with their scales."""
+    source, scheme = Checkpoint(checkpoint), scheme or Fp8()
     weights = deepseek_v2.weights(source.config)
     model = ir.from_proto(graph[0])
     prepare(model, weights, scheme, static_scales)

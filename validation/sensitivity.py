@@ -18,9 +18,10 @@ from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.layerwise import one_sequence, run_layer, threads_for
 from latentrt.export.lowering.onnxruntime import lowering as cpu
 from latentrt.export.lowering.onnxruntime.choices import CpuOptions
+from latentrt.export.lowering.tensorrt import lowering as gpu
 from latentrt.export.models import registry
 from latentrt.export.models.base import Config, Weight, weight_name
-from latentrt.export.quantization import Fp8, WeightFormat
+from latentrt.export.quantization import WeightFormat
 from latentrt.validation.judge import metrics
 
 BY = ("layer", "kind", "tensor")
@@ -60,8 +61,8 @@ class Ranked:
 
 def format_of(precision: str, weights: list[Weight]) -> WeightFormat:
     """The weight format in which a build with this precision stores weights. KeyError for one that quantizes none."""
-    makers = {"fp8": Fp8} | {p: lambda p=p: cpu.weight_format(weights, CpuOptions(p, "fast")) for p in ("int8", "int4")}
-    return makers[precision]()
+    on_cpu = precision in ("int8", "int4")
+    return cpu.weight_format(weights, CpuOptions(precision, "fast")) if on_cpu else gpu.weight_format(weights, precision)
 
 
 def groups(weights: Iterable[Weight], weight_format: WeightFormat, by: str) -> list[Group]:

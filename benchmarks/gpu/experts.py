@@ -7,6 +7,7 @@ import torch.nn.functional as F
 
 from benchmarks.gpu.run import BF16_FLOPS, HBM, Run, relative_error, timed
 from latentrt.plugins.moe_experts.kernel import moe_experts
+from latentrt.plugins.moe_experts.reference import moe_experts as moe_experts_reference
 from latentrt.plugins.moe_route.kernel import moe_route
 from latentrt.plugins.moe_route.reference import moe_route as moe_route_reference
 
@@ -18,6 +19,8 @@ SHAPES = {  # experts, hidden, inner, top_k, routing
 }  # fmt: skip
 _TINY = dict(topk_method="group_limited_greedy", n_group=4, topk_group=2, routed_scaling_factor=2.0)
 DRY_SHAPES = {"tiny": (8, 64, 32, 3, _TINY)}
+KINDS = {"bf16": 2, "FP8": 1, "int4": 0.54}  # of weights: bytes of an element, scales included
+LIMITS = {"bf16": 8e-3, "int4": 8e-3, "FP8": 3e-2}  # FP8: a row near a rounding boundary may fall to its other side
 
 
 def check_route(run: Run) -> None:
@@ -46,10 +49,15 @@ def _wrong_ids(logits: torch.Tensor, scoring: str, ids: torch.Tensor, expected: 
     return ((ids != expected) & (exact | (gap > NEAR_TIE))).sum().item()
 
 
-def _weights(run: Run, shape: tuple[int, ...], float8: bool) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """[E, out, in] at a scale that keeps the size of rows; FP8 with a scale per output channel, expert by expert."""
-    if not float8:
+def _weights(run: Run, shape: tuple[int, ...], kind: str) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """[E, out, in] at a scale that keeps the size of rows; FP8 with a scale per output channel, expert by expert; int4 as
+    random bytes [E, out, in / 2] with a scale per 128 inputs."""
+    if kind == "bf16":
         return run.randn(*shape, scale=shape[-1] ** -0.5), None
+    if kind == "int4":
+        packed = torch.empty((*shape[:2], shape[2] // 2), dtype=torch.int8, device=run.device).random_(-128, 128)
+        spread = shape[-1] ** -0.5 / 4.6  # the standard deviation of -8 .. 7 is 4.6
+        return packed, torch.rand(*shape[:2], -(-shape[2] // 128), device=run.device).add_(0.5).mul_(spread)
     q = torch.empty(shape, dtype=torch.float8_e4m3fn, device=run.device)
     scale = torch.empty(shape[:2], dtype=torch.float32, device=run.device)
     for e in range(shape[0]):
@@ -67,6 +75,9 @@ def _rounded_rows(x: torch.Tensor) -> torch.Tensor:
 
 def _reference(x, ids, weights, gate_up, down, gate_up_scale, down_scale) -> torch.Tensor:
     """y [T, hidden] float64; where weights are FP8, rows are rounded as the kernels round them."""
+    if gate_up.dtype == torch.int8:
+        parts = (gate_up, down, gate_up_scale, down_scale)
+        return moe_experts_reference(x.double(), ids, weights, *parts, **_attributes(gate_up))
     y = torch.zeros(x.shape, dtype=torch.float64, device=x.device)
     float8 = gate_up_scale is not None
     source = _rounded_rows(x) if float8 else x.double()
@@ -84,6 +95,10 @@ def _reference(x, ids, weights, gate_up, down, gate_up_scale, down_scale) -> tor
     return y
 
 
+def _attributes(weight: torch.Tensor) -> dict[str, int | str]:
+    return dict(first_expert=0, gate_up_layout="concatenated", packed=2 if weight.dtype == torch.int8 else 1)
+
+
 def _routing(run: Run, kind: str, tokens: int, experts: int, top_k: int) -> tuple[torch.Tensor, torch.Tensor]:
     """"random", "one" expert for all, or "few" experts; the last row is padding where there are several. "full": none is."""
     ids = torch.rand(tokens, experts, device=run.device).argsort(-1)[:, :top_k].int()
@@ -96,11 +111,11 @@ def _routing(run: Run, kind: str, tokens: int, experts: int, top_k: int) -> tupl
     return ids, torch.rand(tokens, top_k, device=run.device)
 
 
-def _fits(run: Run, label: str, elements: int, float8: bool) -> bool:
+def _fits(run: Run, label: str, elements: int, kind: str) -> bool:
     """Whether this GPU can multiply and hold three matrices of `elements`; notes what is left out."""
-    if float8 and run.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
+    if kind == "FP8" and run.device.type == "cuda" and torch.cuda.get_device_capability() < (8, 9):
         run.skip(label, "this GPU has no FP8")
-    elif run.device.type == "cuda" and 3 * elements * (1 if float8 else 2) * 1.2 > run.free_bytes():
+    elif run.device.type == "cuda" and 3 * elements * KINDS[kind] * 1.2 > run.free_bytes():
         run.skip(label, "the weights do not fit into this GPU's memory")
     else:
         return True
@@ -108,41 +123,40 @@ def _fits(run: Run, label: str, elements: int, float8: bool) -> bool:
 
 
 def check_experts(run: Run) -> None:
-    """bf16 and FP8 weights, 1 to 700 tokens, balanced, few experts, and one expert that takes all."""
+    """bf16, FP8 and int4 weights, 1 to 700 tokens, balanced, few experts, and one expert that takes all."""
     cases = (("random", 1), ("random", 17), ("few", 129), ("one", 300), ("random", 700))
     cases = (("random", 5), ("one", 4)) if run.dry else cases
     for name, (experts, hidden, inner, top_k, _) in (DRY_SHAPES if run.dry else SHAPES).items():
-        for float8 in (False, True):
-            if not _fits(run, f"experts {name} {'FP8' if float8 else 'bf16'}", experts * hidden * inner, float8):
+        for storage in KINDS:
+            if not _fits(run, f"experts {name} {storage}", experts * hidden * inner, storage):
                 continue
-            gate_up, gate_up_scale = _weights(run, (experts, 2 * inner, hidden), float8)
-            down, down_scale = _weights(run, (experts, hidden, inner), float8)
+            gate_up, gate_up_scale = _weights(run, (experts, 2 * inner, hidden), storage)
+            down, down_scale = _weights(run, (experts, hidden, inner), storage)
             for kind, tokens in cases:
-                label = f"experts {name} {'FP8' if float8 else 'bf16'} {kind} {tokens}"
+                label = f"experts {name} {storage} {kind} {tokens}"
                 if run.late(label):
                     continue
                 x = run.randn(tokens, hidden)
                 ids, weights = _routing(run, kind, tokens, experts, top_k)
                 parts = (gate_up, down, gate_up_scale, down_scale)
-                y = moe_experts(x, ids, weights, *parts, 0, "concatenated")
-                limit = 3e-2 if float8 else 8e-3  # FP8: a row near a rounding boundary may fall to its other side
+                y = moe_experts(x, ids, weights, *parts, **_attributes(gate_up))
                 expected = _reference(x, ids, weights, *parts)
-                run.check(label, relative_error(y, expected), limit)
+                run.check(label, relative_error(y, expected), LIMITS[storage])
             del gate_up, down
 
 
 def measure(run: Run) -> None:
-    """1 to 4096 tokens, both models, bf16 and FP8; bytes are those of the experts that the tokens chose."""
+    """1 to 4096 tokens, both models, all kinds of weights; bytes are those of the experts that the tokens chose."""
     from benchmarks.gpu.ahead import Ahead
 
     counts, ahead = (4,) if run.dry else (1, 4, 16, 64, 256, 1024, 4096), Ahead(run)
     for name, (experts, hidden, inner, top_k, _) in (DRY_SHAPES if run.dry else SHAPES).items():
-        for float8 in (False, True):
-            labels = {n: f"experts {name} {'FP8' if float8 else 'bf16'}, {n} tokens" for n in counts}
-            if not _fits(run, labels[counts[0]], experts * hidden * inner, float8):
+        for storage in KINDS:
+            labels = {n: f"experts {name} {storage}, {n} tokens" for n in counts}
+            if not _fits(run, labels[counts[0]], experts * hidden * inner, storage):
                 continue
-            gate_up, gate_up_scale = _weights(run, (experts, 2 * inner, hidden), float8)
-            down, down_scale = _weights(run, (experts, hidden, inner), float8)
+            gate_up, gate_up_scale = _weights(run, (experts, 2 * inner, hidden), storage)
+            down, down_scale = _weights(run, (experts, hidden, inner), storage)
             parts = (gate_up, down, gate_up_scale, down_scale)
             for tokens, label in labels.items():
                 if not run.late(label):
@@ -176,9 +190,9 @@ def _measure_one(run: Run, ahead, label: str, sets: list[tuple], parts: tuple) -
     found = timed(run, candidates, len(sets))
     x, ids, _ = sets[0]
     pairs, chosen = ids.numel(), len(ids.unique())
-    read = chosen * (gate_up[0].nbytes + down[0].nbytes) + 2 * x.nbytes
-    operations = 2 * pairs * (gate_up[0].numel() + down[0].numel())
-    seconds, peak = found["latentrt"], BF16_FLOPS * (1 if scale is None else 2)
+    read = chosen * sum(part[0].nbytes for part in parts if part is not None) + 2 * x.nbytes
+    operations = 2 * pairs * (gate_up[0].numel() + down[0].numel()) * _attributes(gate_up)["packed"]
+    seconds, peak = found["latentrt"], BF16_FLOPS * (2 if gate_up.dtype == torch.float8_e4m3fn else 1)
     others = {f"{n}_us": s * 1e6 for n, s in found.items() if n != "latentrt"}
     run.measure(
         label, us=seconds * 1e6, GBps=read / seconds / 1e9, TFLOPS=operations / seconds / 1e12, experts=chosen,
@@ -194,9 +208,9 @@ def _ours(ahead, sets: list[tuple], parts: tuple) -> tuple[Callable[[], None], s
 
     def ours() -> None:
         for arguments in sets:
-            moe_experts(*arguments, *parts, 0, "concatenated")
+            moe_experts(*arguments, *parts, **attributes)
 
-    attributes = dict(first_expert=0, gate_up_layout="concatenated")
+    attributes = _attributes(parts[0])
     return ahead.calls("moe_experts", [[*s, *parts] for s in sets], attributes) or (ours, jit())
 
 

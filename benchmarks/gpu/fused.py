@@ -17,7 +17,7 @@ def check(run: Run) -> None:
     a, b, c = rows.split(hidden, 1)
     _rows(run, a, b, c)
     _products(run, b)
-    if experts._fits(run, "FP8 linear", hidden * hidden, True):
+    if experts._fits(run, "FP8 linear", hidden * hidden, "FP8"):
         _float8(run, b)
 
 
@@ -80,7 +80,7 @@ def _float8(run: Run, x: torch.Tensor) -> None:
     from latentrt.runtime.backends.torch.kernels import quantize_rows
 
     (tokens, hidden), largest = x.shape, experts.LARGEST
-    weight, channel = (t[0] for t in experts._weights(run, (1, 2 * hidden, hidden), True))
+    weight, channel = (t[0] for t in experts._weights(run, (1, 2 * hidden, hidden), "FP8"))
     wide, static = (weight.double() * channel[:, None]).t(), x.abs().max().item() / largest
     fixed = (x.float() / static).to(torch.float8_e4m3fn).double() * static
     ways = (("row scales", experts._rounded_rows(x), (1e-10, None)), ("a static scale", fixed, (None, static)))

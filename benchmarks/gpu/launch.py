@@ -62,12 +62,12 @@ def _cases(run: Run) -> dict[str, list[tuple[str, list, dict]]]:
         tokens = torch.tensor([8], dtype=torch.int32, device=run.device)
         options = dict(scoring_func="softmax", group_score="max", top_k=top_k, norm_topk_prob=0) | routing
         calls.append(("moe_route", [logits, tokens, None], options))
-        for float8 in (False, True):
-            gate_up = experts._weights(run, (count, 2 * inner, hidden), float8)
-            down = experts._weights(run, (count, hidden, inner), float8)
+        for kind in experts.KINDS:
+            gate_up = experts._weights(run, (count, 2 * inner, hidden), kind)
+            down = experts._weights(run, (count, hidden, inner), kind)
             ids, weights = experts._routing(run, "random", 9, count, top_k)
             tensors = [run.randn(9, hidden), ids, weights, gate_up[0], down[0], gate_up[1], down[1]]
-            calls.append(("moe_experts", tensors, dict(first_expert=0, gate_up_layout="concatenated")))
+            calls.append(("moe_experts", tensors, experts._attributes(gate_up[0])))
         found[name] = calls
     return found
 
@@ -76,7 +76,7 @@ def _plan(op: PluginOp, tensors: list, attributes: dict, target: Gpu) -> tuple:
     """Sizes by name, the op's static configuration and its plan, as a plugin's enqueue finds them."""
     names = [s.name for s in op.contract.inputs]
     words = {n: str(t.dtype).removeprefix("torch.") for n, t in zip(names, tensors, strict=False) if t is not None}
-    dims = sizes(op.contract, [t.shape for t in tensors if t is not None])
+    dims = sizes(op.contract, [t.shape for t in tensors if t is not None], attributes)
     config = op.configure(attributes, dims, words)
     return dims, config, op.plan(config, dims, target)
 

@@ -10,7 +10,8 @@ from latentrt.plugins.step_graph import ABSORBED, EXPANDED, FORMS, cache_name
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "tiny-deepseek-v2"
-LIMITS = {"bf16": 0.05, "fp8": 0.15}  # median relative error of a row of logits, five layers
+# median relative error of a row of logits, five layers
+LIMITS = {"bf16": 0.05, "fp8": 0.15, "bf16-int4": 0.1, "fp8-int4": 0.15}
 LENGTHS, DRY_LENGTHS = (97, 5, 64, 130), (9, 6)
 
 
@@ -19,13 +20,13 @@ def graphs(config, precision: str) -> dict:
     import onnx_ir as ir
 
     from latentrt.export import graph as step_graph
-    from latentrt.export.lowering.tensorrt.lowering import prepare
+    from latentrt.export.lowering.tensorrt.lowering import prepare, weight_format
     from latentrt.export.models.deepseek_v2.weights import weights
-    from latentrt.export.quantization import BFloat16, Fp8
 
+    members = weights(config)
     models = step_graph.build_forms(config, torch.bfloat16, "bfloat16")
     for model in models.values():
-        prepare(model, weights(config), Fp8() if precision == "fp8" else BFloat16())
+        prepare(model, members, weight_format(members, precision))
     return {form: ir.to_proto(model) for form, model in models.items()}
 
 
@@ -53,24 +54,24 @@ def chooser(config, *forms: str):
 
 
 def precisions(run: Run) -> list[str]:
-    """bf16, and fp8 where the GPU has it."""
+    """bf16 and fp8, and int4 experts with the better of both that the GPU has."""
     if run.device.type == "cuda" and torch.cuda.get_device_capability(run.device) < (8, 9):
         run.skip("fp8", "this GPU has no FP8")
-        return ["bf16"]
-    return ["bf16", "fp8"]
+        return ["bf16", "bf16-int4"]
+    return ["bf16", "fp8", "fp8-int4"]
 
 
 def check(run: Run) -> None:
     """Prefill, decode steps (captured on a GPU) and their mixture, teacher-forced, at every position, in both forms."""
     from latentrt.export.checkpoint import Checkpoint
+    from latentrt.export.lowering.tensorrt.lowering import weight_format
     from latentrt.export.models.deepseek_v2.weights import weights
-    from latentrt.export.quantization import BFloat16, Fp8
 
     checkpoint = Checkpoint(EXAMPLE)
     texts = _texts(checkpoint.config.vocab_size, DRY_LENGTHS if run.dry else LENGTHS)
     name, expected = reference(run, checkpoint, texts)
     for precision in precisions(run)[: 1 if run.dry else None]:
-        scheme = Fp8() if precision == "fp8" else BFloat16()
+        scheme = weight_format(weights(checkpoint.config), precision)
         stored = {
             w.name + kind.suffix: tensor.contiguous().to(run.device)
             for w in weights(checkpoint.config)
@@ -107,7 +108,7 @@ def groups(config, precision: str, form: str = ABSORBED) -> dict[str, int]:
     found["Columns"] = layers + gated  # merged products
     found |= dict(MlaAttention=layers, MatMulByHead=2 * layers) if form == ABSORBED else dict(MlaPrefill=layers)
     products = (3 if config.q_lora_rank else 2) * layers + 2 * gated
-    return found | (dict(Float8Linear=products) if precision == "fp8" else {})
+    return found | (dict(Float8Linear=products) if precision.startswith("fp8") else {})
 
 
 def check_groups(run: Run, label: str, program, config, precision: str) -> None:

@@ -66,7 +66,9 @@ def random_weights(run: Run, model) -> dict[str, torch.Tensor]:
     for name, (shape, dtype) in declared(model).items():
         tensor = torch.empty(shape, dtype=dtype, device=run.device)
         if name.endswith(".scale"):
-            tensor.fill_(1.0 / 448 * 0.1)
+            tensor.fill_(0.02 / 4.6 if tensor.dim() == 3 else 1.0 / 448 * 0.1)  # blocks of int4; -8 .. 7 deviate by 4.6
+        elif dtype == torch.int8:
+            tensor.random_(-128, 128)
         elif dtype == torch.float8_e4m3fn:
             tensor.view(torch.uint8).random_(0, 0x78)  # positive, finite
             tensor.view(torch.uint8).bitwise_or_(torch.randint_like(tensor.view(torch.uint8), 2) << 7)

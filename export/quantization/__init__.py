@@ -7,12 +7,16 @@ from latentrt.export.quantization.bf16 import BFloat16
 from latentrt.export.quantization.float32 import Float32
 from latentrt.export.quantization.fp8 import Fp8
 from latentrt.export.quantization.int4 import Int4
+from latentrt.export.quantization.int4_experts import BFloat16Int4, Fp8Int4
 from latentrt.export.quantization.int8 import Int8
 from latentrt.export.quantization.panels import Panels
 
-__all__ = ["BFloat16", "Float32", "Fp8", "Int4", "Int8", "Panels", "StoredTensor", "WeightFormat", "restore"]
+__all__ = [
+    "BFloat16", "BFloat16Int4", "Float32", "Fp8", "Fp8Int4", "Int4", "Int8", "Panels", "StoredTensor", "WeightFormat",
+    "restore",
+]  # fmt: skip
 
-FORMATS: dict[str, type[WeightFormat]] = {f.name: f for f in (Float32, BFloat16, Fp8, Int8, Int4)}
+FORMATS: dict[str, type[WeightFormat]] = {f.name: f for f in (Float32, BFloat16, Fp8, Int8, Int4, Fp8Int4, BFloat16Int4)}
 
 
 def restore(description: Mapping) -> WeightFormat:

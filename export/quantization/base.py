@@ -68,7 +68,7 @@ class WeightFormat(ABC):
         names = ("name", "layout", "plain", "quantized", "scale", "zero_point")
         described = {name: getattr(self, name) for name in names}
         mappings = {"blocks": dict(self.blocks), "bits": dict(self.bits)}
-        return described | mappings | {"plain_modules": list(self.plain_modules)}
+        return described | mappings | {"plain_modules": list(self.plain_modules), "experts": None}
 
     @classmethod
     def restored(cls, description: Mapping) -> "WeightFormat":

@@ -9,7 +9,7 @@ What BITS does not give 4 bits keeps 8 (int8.py): which, was measured (docs/resu
 embedding stay float32.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 
 import numpy as np
@@ -101,6 +101,15 @@ class Int4(WeightFormat):
         values = unpack(packed.view(*scale.shape, -1)).float().sub_(ZERO_POINT).mul_(scale[..., None])
         values = values.flatten(-2)[..., :inputs]
         return values.transpose(-1, -2) if weight.role == "absorbed" else values
+
+    @staticmethod
+    def fitting(weights: Iterable[Weight], sizes: tuple[int, ...]) -> int | None:
+        """The first of `sizes` that divides the inputs of all experts; if there is one, it fits a checkpoint's own blocks."""
+        weights = list(weights)
+        inputs = {weight.shape[-1] for weight in weights if weight.role in EXPERTS}
+        kept = {w.stored[0] for w in weights if w.stored and w.stored[1] <= 4 and w.stored[0] < w.shape[-1]}
+        blocks = [b for b in sizes if b <= BLOCK_SIZE and all(n % b == 0 for n in inputs)]
+        return next((b for b in blocks if all(size % b == 0 for size in kept)), next(iter(blocks), None))
 
     def _blocks(self, weight: Weight, inputs: int) -> tuple[int, int]:
         """Inputs that share a scale, and the number of blocks."""

@@ -22,7 +22,7 @@ BY = ("layer", "kind", "tensor")
 
 def rank(
     checkpoint: Annotated[Path, typer.Argument(help="Folder of a Hugging Face DeepSeek-V2 checkpoint, or a .gguf file.")],
-    precision: Annotated[str, typer.Option(help="fp8, int8 or int4.")] = "fp8",
+    precision: Annotated[str, typer.Option(help="fp8, fp8-int4, bf16-int4, int8 or int4.")] = "fp8",
     by: Annotated[str, typer.Option(help="layer, kind (a module of all layers) or tensor (a module of one).")] = "layer",
     count: Annotated[int, typer.Option("--tokens", help="How many tokens to compare on.")] = 2048,
     text: Annotated[Path | None, typer.Option(help="Text to compare on; held_out.txt of the checkpoint by default.")] = None,

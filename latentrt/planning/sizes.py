@@ -1,13 +1,15 @@
 """What a model's dimensions tell: parameters, bytes of weights and of cached tokens, operations of a token."""
 
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
+from functools import partial
 from math import prod
 
 from latentrt.errors import UserError
 from latentrt.export.models import registry
 from latentrt.export.models.base import Config, Weight
-from latentrt.export.quantization import BFloat16, Fp8, WeightFormat
+from latentrt.export.quantization import WeightFormat
 from latentrt.plugins import cache_formats
 from latentrt.plugins.architecture import Gpu
 from latentrt.plugins.moe_experts.plan import Experts, workspace_bytes
@@ -148,17 +150,18 @@ def formats(model: Model) -> dict[str, WeightFormat]:
 
 
 def formats_of(weights: Sequence[Weight]) -> dict[str, WeightFormat]:
-    """Weight formats by precision, as builds choose them for these weights; int4 is left out where it takes no such experts."""
+    """Weight formats by precision, as builds choose them for these weights, but for those that take no such experts."""
     from latentrt.export.errors import BuildError
     from latentrt.export.lowering.onnxruntime.choices import CpuOptions
     from latentrt.export.lowering.onnxruntime.lowering import weight_format
+    from latentrt.export.lowering.tensorrt.lowering import weight_format as gpu_weight_format
 
-    found = {"bf16": BFloat16(), "fp8": Fp8()}
-    for precision in ("fp32", "int8", "int4"):
-        try:
-            found[precision] = weight_format(list(weights), CpuOptions(precision))
-        except BuildError:
-            continue
+    makers = {p: partial(gpu_weight_format, precision=p) for p in ("bf16", "fp8", "fp8-int4", "bf16-int4")}
+    makers |= {p: partial(weight_format, options=CpuOptions(p)) for p in ("fp32", "int8", "int4")}
+    found = {}
+    for precision, make in makers.items():
+        with suppress(BuildError):
+            found[precision] = make(list(weights))
     return found
 
 

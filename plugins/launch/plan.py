@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from latentrt.plugins.launch.nccl import Collective
 
-ELEMENT_BYTES = {"fp32": 4, "i32": 4, "bf16": 2, "fp16": 2, "fp8e4nv": 1}
+ELEMENT_BYTES = {"fp32": 4, "i32": 4, "bf16": 2, "fp16": 2, "fp8e4nv": 1, "i8": 1}
 ELEMENTS = {
     "float32": "fp32",
     "int32": "i32",
     "bfloat16": "bf16",
     "float16": "fp16",
     "float8_e4m3fn": "fp8e4nv",
+    "int8": "i8",
 }  # torch's words -> Triton's
 ALIGNMENT = 256  # bytes, of every workspace buffer
 POINTER_ALIGNMENT = 16  # bytes, assumed of every tensor that a kernel is given

@@ -16,19 +16,22 @@ V2_LITE = dict(heads=16, experts=64, hidden=2048, inner=1408, method="greedy", n
 V2 = dict(heads=128, experts=160, hidden=5120, inner=1536, method="group_limited_greedy", n_group=8, topk_group=3)
 MODELS = {"V2-Lite": V2_LITE, "V2": V2}
 VOCAB = 102400
-FORMATS = ("bfloat16", "float16", "float8_e4m3fn")
+FORMATS = ("bfloat16", "float16", "float8_e4m3fn", "int4")
+INT4_BLOCK = 128  # inputs that share a scale
 PROGRESS_SECONDS = 10
 
 
 def configs(model: dict, weights: str, cache_format: str | None = None) -> dict[str, object]:
-    """Static parts of the ops for a model; `weights` float8_e4m3fn goes with bfloat16 activations, which the cache is of, too,
-    unless it is of another format."""
+    """Static parts of the ops for a model; `weights` float8_e4m3fn and int4, which is of experts alone, go with bfloat16
+    activations, which the cache is of, too, unless it is of another format."""
     from latentrt.plugins.mla_attention.plan import Attention
     from latentrt.plugins.mla_prefill.plan import Prefill
     from latentrt.plugins.moe_experts.plan import Experts
     from latentrt.plugins.moe_route.plan import Routing
 
-    dtype = "bfloat16" if weights == "float8_e4m3fn" else weights
+    dtype = weights if weights in ("bfloat16", "float16") else "bfloat16"
+    blocks = [model[size] // INT4_BLOCK for size in ("hidden", "inner")]
+    experts = ("int8", 0, "concatenated", *blocks, 0, 2) if weights == "int4" else (weights, 0, "concatenated")
     cache = cache_format or dtype
     return {
         "mla_attention": Attention(model["heads"], 512, 64, 64, dtype, cache, 0.1147),
@@ -37,7 +40,7 @@ def configs(model: dict, weights: str, cache_format: str | None = None) -> dict[
             model["experts"], "softmax", model["method"], "max", model["n_group"], model["topk_group"], 6, 0, 1.0, False
         ),
         "moe_experts": Experts(
-            model["experts"], model["hidden"], model["inner"], 6, dtype, weights, 0, "concatenated"
+            model["experts"], model["hidden"], model["inner"], 6, dtype, *experts
         ),
     }  # fmt: skip
 

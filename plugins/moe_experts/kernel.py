@@ -5,6 +5,12 @@ a table of tiles: expert, first and last + 1 position in that order. `gate_up` a
 output channels each; `combine` adds up a token's pairs in the order of its choices. The pairs of a single token are not
 sorted: each is a tile of its own, at the position of its number. Nothing depends on timing: the same input gives the same
 bits.
+
+A byte of int4 weights holds an even input and the odd one after it. Loads take bytes as they lie; even and odd elements are
+factors of two products, with the even and the odd columns of the rows. The sum over a block of inputs, of exact integers, is
+multiplied by its scale: block_m multiplications a weight row and block, where scaled weights take one each and a rounding. Rows
+are met in halves: the even columns of a block of inputs, then the odd ones. `gate_up` writes its output so; x is split in
+registers where tiles are small, else by `halve`.
 """
 
 import torch
@@ -85,6 +91,54 @@ def _block(at, column, inside, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
+def _half(column, BLOCK_K: tl.constexpr):
+    """Where a column lies if rows are in halves of blocks of BLOCK_K inputs."""
+    inside = column % BLOCK_K
+    return column - inside + inside % 2 * (BLOCK_K // 2) + inside // 2
+
+
+@triton.jit
+def halve(source, target, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr, BLOCK: tl.constexpr):
+    """Row program_id of source [rows, COLUMNS] -> the same in halves."""
+    row = tl.program_id(0).to(tl.int64)
+    c = tl.arange(0, BLOCK)
+    x = tl.load(source + row * COLUMNS + c, mask=c < COLUMNS, other=0.0)
+    tl.store(target + row * COLUMNS + _half(c, BLOCK_K), x, mask=c < COLUMNS)
+
+
+@triton.jit
+def _halves(at, column, inside, ROWS: tl.constexpr, BLOCK_K: tl.constexpr, SPLIT: tl.constexpr):
+    """Even and odd columns [ROWS, BLOCK_K / 2] of the block of rows `at` that begins at `column`; not in halves if SPLIT."""
+    if SPLIT:
+        even, odd = tl.split(tl.reshape(_block(at, column, inside, BLOCK_K, BLOCK_K), [ROWS, BLOCK_K // 2, 2]))
+    else:
+        even = _block(at, column, inside, BLOCK_K // 2, BLOCK_K // 2)
+        odd = _block(at, column + BLOCK_K // 2, inside, BLOCK_K // 2, BLOCK_K // 2)
+    return even, odd
+
+
+@triton.jit
+def _centred(element, dtype: tl.constexpr):
+    """Elements 0 .. 15 (int16) - 8 as bfloat16 or float16: as the last bits of 128 or 1024, which spares a conversion."""
+    if dtype == tl.bfloat16:
+        value = (element | 0x4300).to(tl.bfloat16, bitcast=True) - 136.0
+    else:
+        value = (element | 0x6400).to(tl.float16, bitcast=True) - 1032.0
+    return value.to(dtype)
+
+
+@triton.jit
+def _multiply_int4(even, odd, at, scale_at, exists, block, acc, HALF: tl.constexpr, SWAP: tl.constexpr):
+    """Like _multiply, of one block of inputs: bytes [N, HALF] at addresses `at` (2 * HALF inputs), their scales [N]."""
+    packed = _block(at, block * HALF, exists, HALF, HALF).to(tl.uint8, bitcast=True)
+    scale = tl.load(scale_at + block, mask=exists, other=0.0)
+    low, high = (packed & 15).to(tl.int16), (packed >> 4).to(tl.int16)
+    part = _multiply(even, _centred(low, even.dtype), tl.zeros_like(acc), HALF, SWAP)
+    part = _multiply(odd, _centred(high, even.dtype), part, HALF, SWAP)
+    return acc + part * (scale[:, None] if SWAP else scale[None, :])
+
+
+@triton.jit
 def _pairs(tile, order, table, topk_ids, first_expert, EXPERTS: tl.constexpr, BLOCK_M: tl.constexpr):
     """Expert of a tile, -1 if none; its positions [BLOCK_M], whether they are real, and the pairs there."""
     if table is None:
@@ -103,10 +157,13 @@ def _pairs(tile, order, table, topk_ids, first_expert, EXPERTS: tl.constexpr, BL
 
 @triton.jit(do_not_specialize=["first_expert"])
 def gate_up(rows, weight, output, order, table, topk_ids, first_expert, row_scale, channel_scale, TOP_K: tl.constexpr,
-            INTERLEAVED: tl.constexpr, EXPERTS: tl.constexpr, HIDDEN: tl.constexpr, INNER: tl.constexpr,
-            BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SWAP: tl.constexpr,
-            STAGES: tl.constexpr):  # fmt: skip
-    """output [position, INNER] = silu(gate) * up of rows [T, HIDDEN], weight [E, 2 * INNER, HIDDEN]; one tile."""
+            INTERLEAVED: tl.constexpr, SPLIT: tl.constexpr, DOWN_K: tl.constexpr, EXPERTS: tl.constexpr,
+            HIDDEN: tl.constexpr, INNER: tl.constexpr, PACKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+            BLOCK_K: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
+    """output [position, INNER] = silu(gate) * up of rows [T, HIDDEN], weight [E, 2 * INNER, HIDDEN / PACKED]; one tile.
+
+    PACKED 2: BLOCK_K inputs share a scale, channel_scale is [E, 2 * INNER, blocks], and output is in halves of DOWN_K.
+    """
     BLOCKS: tl.constexpr = (INNER + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) // BLOCKS
     expert, position, real, pair = _pairs(tile, order, table, topk_ids, first_expert, EXPERTS, BLOCK_M)
@@ -117,16 +174,25 @@ def gate_up(rows, weight, output, order, table, topk_ids, first_expert, row_scal
     exists = n < INNER
     gate_row = n * 2 if INTERLEAVED else n
     STEP: tl.constexpr = 1 if INTERLEAVED else INNER  # rows from a gate's to its up's
-    matrix = weight + expert.to(tl.int64) * (2 * INNER * HIDDEN)
+    WIDTH: tl.constexpr = HIDDEN // PACKED
+    matrix = weight + expert.to(tl.int64) * (2 * INNER * WIDTH)
     a_at = rows + token.to(tl.int64) * HIDDEN
-    g_at = matrix + gate_row * HIDDEN
-    u_at = matrix + (gate_row + STEP) * HIDDEN
+    g_at = matrix + gate_row * WIDTH
+    u_at = matrix + (gate_row + STEP) * WIDTH
     gate = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
     up = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
-    for k in tl.range(0, HIDDEN, BLOCK_K, num_stages=STAGES):
-        a = _block(a_at, k, real, HIDDEN, BLOCK_K)
-        gate = _multiply(a, _block(g_at, k, exists, HIDDEN, BLOCK_K), gate, BLOCK_K, SWAP)
-        up = _multiply(a, _block(u_at, k, exists, HIDDEN, BLOCK_K), up, BLOCK_K, SWAP)
+    if PACKED == 2:
+        SCALES: tl.constexpr = HIDDEN // BLOCK_K
+        g_scale = channel_scale + (expert.to(tl.int64) * (2 * INNER) + gate_row) * SCALES
+        for b in tl.range(0, SCALES, num_stages=STAGES):
+            even, odd = _halves(a_at, b * BLOCK_K, real, BLOCK_M, BLOCK_K, SPLIT)
+            gate = _multiply_int4(even, odd, g_at, g_scale, exists, b, gate, BLOCK_K // 2, SWAP)
+            up = _multiply_int4(even, odd, u_at, g_scale + STEP * SCALES, exists, b, up, BLOCK_K // 2, SWAP)
+    else:
+        for k in tl.range(0, HIDDEN, BLOCK_K, num_stages=STAGES):
+            a = _block(a_at, k, real, HIDDEN, BLOCK_K)
+            gate = _multiply(a, _block(g_at, k, exists, HIDDEN, BLOCK_K), gate, BLOCK_K, SWAP)
+            up = _multiply(a, _block(u_at, k, exists, HIDDEN, BLOCK_K), up, BLOCK_K, SWAP)
     if SWAP:
         gate, up = tl.trans(gate), tl.trans(up)
     if row_scale is not None:
@@ -135,15 +201,19 @@ def gate_up(rows, weight, output, order, table, topk_ids, first_expert, row_scal
         gate *= s * tl.load(channel, mask=exists, other=0.0)[None, :]
         up *= s * tl.load(channel + STEP, mask=exists, other=0.0)[None, :]
     value = gate / (1.0 + tl.exp(-gate)) * up
-    at = output + position.to(tl.int64)[:, None] * INNER + n[None, :]
+    column = _half(n, DOWN_K) if PACKED == 2 else n
+    at = output + position.to(tl.int64)[:, None] * INNER + column[None, :]
     tl.store(at, value.to(output.dtype.element_ty), mask=real[:, None] & exists[None, :])
 
 
 @triton.jit(do_not_specialize=["first_expert"])
 def down(rows, weight, output, order, table, topk_ids, first_expert, row_scale, channel_scale, EXPERTS: tl.constexpr,
-         HIDDEN: tl.constexpr, INNER: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+         HIDDEN: tl.constexpr, INNER: tl.constexpr, PACKED: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
          BLOCK_K: tl.constexpr, SWAP: tl.constexpr, STAGES: tl.constexpr):  # fmt: skip
-    """output [pair, HIDDEN] = rows [position, INNER] times weight [E, HIDDEN, INNER]; one tile."""
+    """output [pair, HIDDEN] = rows [position, INNER] times weight [E, HIDDEN, INNER / PACKED]; one tile.
+
+    PACKED 2: BLOCK_K inputs share a scale, channel_scale is [E, HIDDEN, blocks], and rows are in halves.
+    """
     BLOCKS: tl.constexpr = (HIDDEN + BLOCK_N - 1) // BLOCK_N
     tile = tl.program_id(0) // BLOCKS
     expert, position, real, pair = _pairs(tile, order, table, topk_ids, first_expert, EXPERTS, BLOCK_M)
@@ -152,11 +222,18 @@ def down(rows, weight, output, order, table, topk_ids, first_expert, row_scale, 
     n = (tl.program_id(0) % BLOCKS) * BLOCK_N + tl.arange(0, BLOCK_N)
     exists = n < HIDDEN
     a_at = rows + position.to(tl.int64) * INNER
-    w_at = weight + expert.to(tl.int64) * (HIDDEN * INNER) + n * INNER
+    WIDTH: tl.constexpr = INNER // PACKED
+    w_at = weight + expert.to(tl.int64) * (HIDDEN * WIDTH) + n * WIDTH
     acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
-    for k in tl.range(0, INNER, BLOCK_K, num_stages=STAGES):
-        a = _block(a_at, k, real, INNER, BLOCK_K)
-        acc = _multiply(a, _block(w_at, k, exists, INNER, BLOCK_K), acc, BLOCK_K, SWAP)
+    if PACKED == 2:
+        scale_at = channel_scale + (expert.to(tl.int64) * HIDDEN + n) * (INNER // BLOCK_K)
+        for b in tl.range(0, INNER // BLOCK_K, num_stages=STAGES):
+            even, odd = _halves(a_at, b * BLOCK_K, real, BLOCK_M, BLOCK_K, 0)
+            acc = _multiply_int4(even, odd, w_at, scale_at, exists, b, acc, BLOCK_K // 2, SWAP)
+    else:
+        for k in tl.range(0, INNER, BLOCK_K, num_stages=STAGES):
+            a = _block(a_at, k, real, INNER, BLOCK_K)
+            acc = _multiply(a, _block(w_at, k, exists, INNER, BLOCK_K), acc, BLOCK_K, SWAP)
     if SWAP:
         acc = tl.trans(acc)
     if row_scale is not None:
@@ -186,24 +263,25 @@ def moe_experts(
     x: torch.Tensor,  # [T, hidden_size] bfloat16 or float16
     topk_ids: torch.Tensor,  # [T, top_k] int32
     topk_weights: torch.Tensor,  # [T, top_k] float32
-    gate_up_proj: torch.Tensor,  # [E, 2 * moe_intermediate_size, hidden_size]
-    down_proj: torch.Tensor,  # [E, hidden_size, moe_intermediate_size]
-    gate_up_scale: torch.Tensor | None,  # [E, 2 * moe_intermediate_size] float32, with FP8 weights; no blocks
-    down_scale: torch.Tensor | None,  # [E, hidden_size] float32
+    gate_up_proj: torch.Tensor,  # [E, 2 * moe_intermediate_size, hidden_size / packed]
+    down_proj: torch.Tensor,  # [E, hidden_size, moe_intermediate_size / packed]
+    gate_up_scale: torch.Tensor | None,  # [E, 2 * moe_intermediate_size(, blocks)] float32; blocks are int4's
+    down_scale: torch.Tensor | None,  # [E, hidden_size(, blocks)] float32
     first_expert: int,
     gate_up_layout: str,
     target: Gpu | None = None,
     total_experts: int = 0,
+    packed: int = 1,
 ) -> torch.Tensor:
     """Runs the kernels: y [T, hidden_size]. Contract: op.py. FP8 weights are met by FP8 rows with a scale each."""
     inputs = {k: v for k, v in locals().items() if isinstance(v, torch.Tensor)}
-    experts, hidden, inner = down_proj.shape
+    experts, hidden, inner = *down_proj.shape[:2], down_proj.shape[2] * packed
     weights = word(down_proj)
     blocks = [1 if s is None or s.dim() == 2 else s.shape[2] for s in (gate_up_scale, down_scale)]
     sizes = experts, hidden, inner, topk_ids.shape[1]
-    config = Experts(*sizes, word(x), weights, first_expert, gate_up_layout, *blocks, total_experts)
-    if config.float8 != (gate_up_scale is not None):
-        raise ValueError(f"moe_experts kernels: {weights} weights {'need' if config.float8 else 'take no'} scales")
+    config = Experts(*sizes, word(x), weights, first_expert, gate_up_layout, *blocks, total_experts, packed)
+    if config.scaled != (gate_up_scale is not None):
+        raise ValueError(f"moe_experts kernels: {weights} weights {'need' if config.scaled else 'take no'} scales")
     tensors = contiguous(inputs)
     tensors["y"] = torch.empty_like(tensors["x"])
     run(plan(config, x.shape[0], target or target_of(x)), tensors)

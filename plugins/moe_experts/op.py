@@ -8,7 +8,8 @@ float8_e4m3fn and uint8 weights come with float32 scales: real weight = weight *
 [E, outputs] is one per output channel. A scale [E, outputs, blocks] is one per output channel and block of inputs: block b
 holds the inputs b * n .. (b + 1) * n, n = inputs / blocks.
 
-`packed` 2: uint8 weights hold two elements of 4 bits in a byte, the even input in the low half: weight = (element - 8) * scale.
+`packed` 2: weights hold two elements of 4 bits in a byte, the even input in the low half: weight = (element - 8) * scale. The
+bytes' type is uint8, or int8 with the same bits: TensorRT takes no uint8.
 """
 
 import torch
@@ -17,6 +18,7 @@ from latentrt.plugins.contract import (
     ACTIVATIONS,
     FLOAT8,
     FLOAT32,
+    INT8,
     INT32,
     UINT8,
     AttributeSpec,
@@ -26,7 +28,7 @@ from latentrt.plugins.contract import (
     register,
 )
 
-WEIGHTS = (*ACTIVATIONS, FLOAT8, UINT8)
+WEIGHTS = (*ACTIVATIONS, FLOAT8, INT8, UINT8)
 
 
 def check_blocks(tensors: dict, attributes: dict) -> str | None:
@@ -37,8 +39,9 @@ def check_blocks(tensors: dict, attributes: dict) -> str | None:
             found = f"{name}_scale has shape {tuple(scale.shape)}, blocks of inputs on axis 2"
             return f"{found}; {name}_proj has {inputs} inputs, which must be a multiple of the number of blocks"
     packed, dtypes = attributes["packed"], {tensors[f"{name}_proj"].dtype for name in ("gate_up", "down")}
-    if packed > 1 and dtypes != {UINT8}:
-        return f"packed is {packed}, which is for uint8 weights, found {', '.join(map(str, dtypes))}"
+    if (packed > 1 and not dtypes <= {INT8, UINT8}) or (packed == 1 and INT8 in dtypes):
+        accepted = "1 or 2 for uint8 weights, 2 for int8 ones, 1 for all others"
+        return f"packed is {packed}, found weights of {', '.join(sorted(map(str, dtypes)))}; accepted: {accepted}"
     return None
 
 
@@ -58,8 +61,8 @@ CONTRACT = OpContract(
     attributes=(
         AttributeSpec("first_expert", int),
         AttributeSpec("gate_up_layout", str, choices=("concatenated", "interleaved")),
-        AttributeSpec("total_experts", int, default=0),  # of all ranks, which rows are spread over; 0: the tensors have all
         AttributeSpec("packed", int, choices=(1, 2), default=1),  # elements of a weight to one of the tensor's
+        AttributeSpec("total_experts", int, default=0),  # of all ranks, which rows are spread over; 0: the tensors have all
     ),
     check=check_blocks,
 )

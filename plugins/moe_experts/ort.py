@@ -9,8 +9,10 @@ input, the result is garbage; so a zero made of both is added.
 
 "concatenated": plain float32 products that compute every expert for every token, slow and exact. It stands in for the GPU
 kernels where a graph made for them is proven on the CPU. With e4m3 weights, rows of x and of the inner activations are
-quantized to e4m3 with one scale a row, as those kernels do.
+quantized to e4m3 with one scale a row, as those kernels do. int8 weights hold two elements of 4 bits each.
 """
+
+from functools import partial
 
 import numpy as np
 import onnx
@@ -19,7 +21,7 @@ from latentrt.plugins.moe_experts.op import CONTRACT
 from latentrt.plugins.onnx_function import MICROSOFT, FunctionBuilder, OpCall
 
 _FLOAT, _INT64, _FLOAT8 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64, onnx.TensorProto.FLOAT8E4M3FN
-_UINT8 = onnx.TensorProto.UINT8
+_UINT8, _INT8, _INT32 = onnx.TensorProto.UINT8, onnx.TensorProto.INT8, onnx.TensorProto.INT32
 _SWIGLU = {"activation_type": "swiglu", "swiglu_fusion": 1, "activation_alpha": 1.0, "activation_beta": 0.0}
 
 
@@ -55,12 +57,14 @@ def _block_size(call: OpCall) -> dict[str, int]:
 
 def _every_expert(f: FunctionBuilder, call: OpCall, ids: str) -> str:
     experts, float8 = call.shapes["gate_up_proj"][0], call.types["gate_up_proj"] == _FLOAT8
-    assert call.types["gate_up_proj"] != _UINT8 and len(call.shapes.get("gate_up_scale", (1, 1))) == 2, call
+    packed = call.types["gate_up_proj"] == _INT8
+    assert call.types["gate_up_proj"] != _UINT8 and (packed or len(call.shapes.get("gate_up_scale", (1, 1))) == 2), call
+    transposed = _unpacked if packed else partial(_transposed, float8=float8)
     rows = _round_rows(f, "x") if float8 else "x"
-    gate_up = f("MatMul", f("Unsqueeze", rows, f.constant([0])), _transposed(f, "gate_up_proj", "gate_up_scale", float8))
+    gate_up = f("MatMul", f("Unsqueeze", rows, f.constant([0])), transposed(f, "gate_up_proj", "gate_up_scale"))
     gate, up = f("Split", gate_up, axis=-1, num_outputs=2, outputs=2)  # [E, T, moe_intermediate_size]
     inner = f("Mul", f("Mul", gate, f("Sigmoid", gate)), up)
-    outer = f("MatMul", _round_rows(f, inner) if float8 else inner, _transposed(f, "down_proj", "down_scale", float8))
+    outer = f("MatMul", _round_rows(f, inner) if float8 else inner, transposed(f, "down_proj", "down_scale"))
     expert = f.constant(np.arange(experts).reshape(experts, 1, 1))
     chosen = f("Equal", f("Unsqueeze", ids, f.constant([0])), expert)  # [E, T, top_k]
     weights = f("Where", chosen, f("Unsqueeze", "topk_weights", f.constant([0])), f.constant(0.0, np.float32))
@@ -74,6 +78,18 @@ def _transposed(f: FunctionBuilder, weight: str, scale: str, float8: bool) -> st
     if float8:
         values = f("Mul", values, f("Unsqueeze", scale, f.constant([2])))
     return f("Transpose", values, perm=[0, 2, 1])
+
+
+def _unpacked(f: FunctionBuilder, weight: str, scale: str) -> str:
+    """Bytes [E, out, in / 2] with scales [E, out, blocks] -> [E, in, out] float32."""
+    octets, low_bits = f.cast(weight, _INT32), f.constant(15, np.int32)
+    low = f("BitwiseAnd", octets, low_bits)
+    high = f("BitwiseAnd", f("Div", f("Sub", octets, low), f.constant(16, np.int32)), low_bits)
+    pairs = f("Concat", f("Unsqueeze", low, f.constant([3])), f("Unsqueeze", high, f.constant([3])), axis=3)
+    values = f("Sub", f.cast(pairs, _FLOAT), f.constant(8.0, np.float32))
+    blocks = f("Reshape", values, f("Concat", f("Shape", scale), f.constant([-1]), axis=0))  # [E, out, blocks, inputs]
+    scaled = f("Mul", blocks, f("Unsqueeze", scale, f.constant([3])))
+    return f("Transpose", f("Reshape", scaled, f.constant([0, 0, -1])), perm=[0, 2, 1])
 
 
 def _round_rows(f: FunctionBuilder, x: str) -> str:

@@ -1,4 +1,4 @@
-"""Launch plans of `moe_experts`: [sort,] [quantize,] gate and up, [quantize,] down, combine."""
+"""Launch plans of `moe_experts`: [sort,] [quantize or halve,] gate and up, [quantize,] down, combine."""
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -21,7 +21,7 @@ from latentrt.plugins.launch.plan import (
 from latentrt.plugins.moe_experts.tiles import FEW, SIZES, SOME, TILES, Tile
 
 DTYPES = ("bfloat16", "float16")
-WEIGHTS = ("bfloat16", "float16", "float8_e4m3fn")
+BLOCKS = (128, 64, 32)  # inputs that share a scale of int4 weights
 LAYOUTS = ("concatenated", "interleaved")
 SORT_BLOCK = 1024  # ids a program looks at together
 COMBINE_BLOCK = 1024
@@ -30,7 +30,8 @@ _require = partial(require, "moe_experts")
 
 @dataclass(frozen=True)
 class Experts:
-    """The static part of an op call. dtype is that of x and y; weights "float8_e4m3fn" come with channel scales.
+    """The static part of an op call. dtype is that of x and y; weights "float8_e4m3fn" come with channel scales, "int8", which
+    holds `packed` = 2 elements of 4 bits, with scales of blocks.
 
     gate_up_blocks, down_blocks: blocks of inputs that have a scale each. total_experts: what rows are spread over, where other
     ranks have the rest of them.
@@ -47,20 +48,32 @@ class Experts:
     gate_up_blocks: int = 1
     down_blocks: int = 1
     total_experts: int = 0
+    packed: int = 1
 
     def __post_init__(self) -> None:
         _require(self.dtype in DTYPES, "dtype", self.dtype, DTYPES)
-        accepted = (self.dtype, "float8_e4m3fn")
+        accepted = (self.dtype, "float8_e4m3fn", "int8")
         _require(self.weights in accepted, "weights", self.weights, accepted)
+        _require(self.packed == 1 + self.int4, "packed", self.packed, f"{1 + self.int4} with {self.weights} weights")
         _require(self.gate_up_layout in LAYOUTS, "gate_up_layout", self.gate_up_layout, LAYOUTS)
         for name in ("hidden_size", "moe_intermediate_size"):
             _require(getattr(self, name) % 16 == 0, name, getattr(self, name), "multiples of 16")
-        for name in ("gate_up_blocks", "down_blocks"):
-            _require(getattr(self, name) == 1, name, getattr(self, name), "1, a scale per output channel")
+        for name, inputs in (("gate_up_blocks", self.hidden_size), ("down_blocks", self.moe_intermediate_size)):
+            blocks = getattr(self, name)
+            fits = inputs / blocks in BLOCKS if self.int4 else blocks == 1
+            _require(fits, name, blocks, f"{inputs} inputs / {BLOCKS}" if self.int4 else "1, a scale per output channel")
 
     @property
     def float8(self) -> bool:
         return self.weights == "float8_e4m3fn"
+
+    @property
+    def int4(self) -> bool:
+        return self.weights == "int8"
+
+    @property
+    def scaled(self) -> bool:
+        return self.float8 or self.int4
 
 
 @lru_cache(maxsize=1024)
@@ -87,7 +100,9 @@ def plan(config: Experts, tokens: int, target: Gpu) -> Plan:
     launches = [
         *sort,
         *_quantize(config, "x", hidden, tokens),
-        bind(gate_up, (tiles * cdiv(inner, tile.block_n),), **_operands(config, "x", "gate_up"), output="inner", **pairs_of),
+        *_halve(config, size, tokens),
+        bind(gate_up, (tiles * cdiv(inner, tile.block_n),), **_operands(config, _rows(config, size), "gate_up"), output="inner",
+             **pairs_of),
         *_quantize(config, "inner", inner, pairs),
         bind(down, (tiles * cdiv(hidden, tile.down_n),), **_operands(config, "inner", "down"), output="outer", **pairs_of),
         bind(_combine_kernel(config), (tokens, cdiv(hidden, COMBINE_BLOCK)), outer="outer", topk_ids="topk_ids",
@@ -108,6 +123,8 @@ def kernels(config: Experts, target: Gpu) -> tuple[KernelSpec, ...]:
     found = [_combine_kernel(config)]
     if config.float8:
         found += [_quantize_kernel(config, n) for n in (config.hidden_size, config.moe_intermediate_size)]
+    if config.int4:
+        found.append(_halve_kernel(config))
     found += [make(config, "few", target, True) for make in (_gate_up_kernel, _down_kernel)]
     for size in SIZES:
         found += [make(config, size, target) for make in (_sort_kernel, _gate_up_kernel, _down_kernel)]
@@ -116,7 +133,7 @@ def kernels(config: Experts, target: Gpu) -> tuple[KernelSpec, ...]:
 
 def _tile(config: Experts, size: str, target: Gpu) -> Tile:
     row = TILES[target.capability]
-    return row.get(f"{size} float8", row[size]) if config.float8 else row[size]
+    return row.get(f"{size} {'float8' if config.float8 else 'int4'}", row[size]) if config.scaled else row[size]
 
 
 def _check_float8(config: Experts, target: Gpu) -> None:
@@ -138,6 +155,8 @@ def _workspace(config: Experts, tokens: int) -> tuple[Buffer, ...]:
             ("inner", pairs, config.moe_intermediate_size),
         ):
             buffers += [(f"{name}_float8", "fp8e4nv", (rows, columns)), (f"{name}_scale", "fp32", (rows,))]
+    if config.int4:
+        buffers.append(("x_halves", x, (tokens, config.hidden_size)))
     return place(*buffers)
 
 
@@ -145,6 +164,8 @@ def _operands(config: Experts, rows: str, weight: str) -> dict[str, str]:
     if config.float8:
         scales = dict(row_scale=f"{rows}_scale", channel_scale=f"{weight}_scale")
         return dict(rows=f"{rows}_float8", weight=f"{weight}_proj", **scales)
+    if config.int4:
+        return dict(rows=rows, weight=f"{weight}_proj", channel_scale=f"{weight}_scale")
     return dict(rows=rows, weight=f"{weight}_proj")
 
 
@@ -162,6 +183,23 @@ def _quantize_kernel(config: Experts, columns: int) -> KernelSpec:
     return KernelSpec("moe_experts", "quantize", arguments, constexprs, 4, 1, "(rows,)")
 
 
+def _rows(config: Experts, size: str) -> str:
+    """What gate_up reads: few rows are split in registers, which spares a launch; more would take too many of them."""
+    return "x" if size == "few" or not config.int4 else "x_halves"
+
+
+def _halve(config: Experts, size: str, tokens: int) -> list[Launch]:
+    if _rows(config, size) == "x":
+        return []
+    return [bind(_halve_kernel(config), (tokens,), source="x", target="x_halves")]
+
+
+def _halve_kernel(config: Experts) -> KernelSpec:
+    x, columns = f"*{ELEMENTS[config.dtype]}", config.hidden_size
+    constexprs = (("COLUMNS", columns), ("BLOCK_K", columns // config.gate_up_blocks), ("BLOCK", power_of_two(columns)))
+    return KernelSpec("moe_experts", "halve", (("source", x), ("target", x)), constexprs, 4, 1, "(tokens,)")
+
+
 def _sort_kernel(config: Experts, size: str, target: Gpu) -> KernelSpec:
     arguments = (
         ("topk_ids", "*i32"), ("order", "*i32"), ("table", "*i32"), ("pairs", "i32"), ("tiles", "i32"),
@@ -176,17 +214,20 @@ def _product_kernel(config: Experts, function: str, tile: Tile, one: bool, sizes
     """gate_up or down, `one`: of a single token, unsorted; `sizes` holds the constants that only one of them has."""
     x, w = ELEMENTS[config.dtype], ELEMENTS[config.weights]
     types = dict(
-        rows=f"*{w}", weight=f"*{w}", output=f"*{x}", order="*i32", table="*i32", topk_ids="*i32", first_expert="i32",
-        row_scale="*fp32", channel_scale="*fp32",
+        rows=f"*{w if config.float8 else x}", weight=f"*{w}", output=f"*{x}", order="*i32", table="*i32", topk_ids="*i32",
+        first_expert="i32", row_scale="*fp32", channel_scale="*fp32",
     )  # fmt: skip
     absent = ["order", "table"] if one else ["topk_ids", "first_expert"]
-    absent += [] if config.float8 else ["row_scale", "channel_scale"]
+    absent += [name for name, here in (("row_scale", config.float8), ("channel_scale", config.scaled)) if not here]
     arguments = tuple((name, kind) for name, kind in types.items() if name not in absent)
     inner, hidden = config.moe_intermediate_size, config.hidden_size
     columns, block_n = (inner, tile.block_n) if function == "gate_up" else (hidden, tile.down_n)
+    block_k = tile.block_k * (2 if config.float8 else 1)
+    if config.int4:
+        block_k = hidden // config.gate_up_blocks if function == "gate_up" else inner // config.down_blocks
     constexprs = sizes | dict.fromkeys(absent) | dict(
-        EXPERTS=config.num_experts, HIDDEN=hidden, INNER=inner, BLOCK_M=tile.block_m, BLOCK_N=block_n,
-        BLOCK_K=tile.block_k * (2 if config.float8 else 1), SWAP=tile.swap, STAGES=tile.stages,
+        EXPERTS=config.num_experts, HIDDEN=hidden, INNER=inner, PACKED=config.packed, BLOCK_M=tile.block_m, BLOCK_N=block_n,
+        BLOCK_K=block_k, SWAP=tile.swap, STAGES=tile.stages,
     )  # fmt: skip
     grid = f"({config.top_k if one else 'tiles'} * {cdiv(columns, block_n)},)"
     kind = "fp8" if config.float8 else "f16"
@@ -197,6 +238,7 @@ def _product_kernel(config: Experts, function: str, tile: Tile, one: bool, sizes
 
 def _gate_up_kernel(config: Experts, size: str, target: Gpu, one: bool = False) -> KernelSpec:
     sizes = dict(TOP_K=config.top_k, INTERLEAVED=int(config.gate_up_layout == "interleaved"))
+    sizes |= dict(SPLIT=int(config.int4 and size == "few"), DOWN_K=config.moe_intermediate_size // config.down_blocks)
     return _product_kernel(config, "gate_up", _tile(config, size, target), one, sizes)
 
 

@@ -40,6 +40,7 @@ def _dequantize(
 ) -> torch.Tensor:
     """[out, in / packed] -> the real weight [out, in]; scale [E, out] or [E, out, blocks]."""
     if packed == 2:
+        weight = weight.view(torch.uint8)
         weight = torch.stack([weight & 15, weight >> 4], -1).flatten(-2)
     weight = weight.to(dtype) - _MIDDLE[packed] if weight.dtype == torch.uint8 else weight.to(dtype)
     if scale is None:

@@ -12,7 +12,7 @@ def _configure(attributes: Mapping, sizes: Mapping[str, int], dtypes: Mapping[st
     return Experts(
         sizes["E"], sizes["hidden_size"], sizes["moe_intermediate_size"], sizes["top_k"], dtypes["x"],
         dtypes["gate_up_proj"], attributes["first_expert"], attributes["gate_up_layout"], sizes.get("gate_up_blocks", 1),
-        sizes.get("down_blocks", 1), attributes["total_experts"],
+        sizes.get("down_blocks", 1), attributes.get("total_experts", 0), attributes.get("packed", 1),
     )  # fmt: skip
 
 

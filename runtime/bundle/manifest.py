@@ -74,6 +74,13 @@ class WeightTensor(_Record):
         return math.prod(self.shape) * int(re.search(r"\d+", self.dtype)[0]) // 8
 
 
+class ExpertElements(_Record):
+    """Elements of routed experts, where they are others than those of the rest: see `quantized` and `zero_point` there."""
+
+    quantized: str
+    zero_point: int
+
+
 class WeightFormat(_Record):
     """How weights are stored: those whose role is in `blocks` as `quantized` elements, all others as `plain` ones, and so are
     all weights of `plain_modules` (a weight's module is its name without the last part).
@@ -92,6 +99,7 @@ class WeightFormat(_Record):
     blocks: dict[str, int] = {}  # role -> inputs that share a scale, at most; 0: all inputs of an output channel
     plain_modules: list[str] = []  # what a recipe left unquantized
     bits: dict[str, int] = {}  # end of a module's name, which goes before, or role -> bits of an element; else 8
+    experts: ExpertElements | None = None
 
 
 class WeightSet(_Record):

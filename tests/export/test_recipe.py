@@ -18,7 +18,7 @@ from latentrt.export.errors import BuildError
 from latentrt.export.lowering.tensorrt import lowering as tensorrt
 from latentrt.export.models.base import Weight
 from latentrt.export.models.deepseek_v2 import weights as deepseek_v2
-from latentrt.export.quantization import Fp8, Int4, Int8, Panels
+from latentrt.export.quantization import BFloat16Int4, Fp8, Fp8Int4, Int4, Int8, Panels
 from latentrt.plugins.contract import DOMAIN
 from latentrt.plugins.step_graph import LOGITS, caches, count_caches
 from latentrt.runtime import backends
@@ -32,7 +32,8 @@ from tests.export.graph_on_cpu import CpuGraph, stored
 from tests.export.test_weight_set import Store
 from tests.ragged import Pages
 
-FORMATS = [Fp8(), Int8(), Int8(expert_block_size=16), Panels(Int8(expert_block_size=16)), Int4(16), Panels(Int4(16))]
+ROWS = [Int8(expert_block_size=16), Int4(16)]
+FORMATS = [Fp8(), Int8(), *ROWS, *map(Panels, ROWS), Fp8Int4(16), BFloat16Int4(16)]
 # One of each kind: a dense MLP's and one of a pair of attention's, all experts, an absorbed product, shared experts', the head.
 MIXED = ["model.layers.0.mlp.down_proj", "model.layers.1.self_attn.q_a_proj", "model.layers.2.mlp.experts",
          "model.layers.2.mlp.shared_experts.gate_proj", "model.layers.1.self_attn.o_proj"]  # fmt: skip
@@ -74,7 +75,7 @@ def test_what_is_refused(tmp_path, tiny_checkpoint, content, words):
 
 
 def test_what_no_precision_takes(tmp_path, tiny_checkpoint):
-    with pytest.raises(BuildError, match=r"recipe is given, but only fp8, int8, int4 quantize .* target cpu is built in fp32"):
+    with pytest.raises(BuildError, match=r"only fp8, int8, int4, fp8-int4, bf16-int4 quantize .* target cpu is built in fp32"):
         build(tiny_checkpoint, tmp_path / "b", "cpu", "fp32", recipe=written(tmp_path, "lm_head"))
     with pytest.raises(BuildError, match=r"cannot be read .*; give a TOML file"):
         build(tiny_checkpoint, tmp_path / "b", "cpu", "int8", recipe=tmp_path / "none.toml")
@@ -91,7 +92,7 @@ def test_fp8_never_quantizes_the_head_but_int8_does(weights, tmp_path):
         chosen.modules(weights, ["fp8"])
 
 
-@pytest.mark.parametrize("weight_format", [Fp8(), Int8(), Int4()], ids=lambda f: f.name)
+@pytest.mark.parametrize("weight_format", [Fp8(), Int8(), Int4(), Fp8Int4(), BFloat16Int4()], ids=lambda f: f.name)
 def test_roles_are_the_formats_own(weight_format):
     assert set(recipe.QUANTIZED_ROLES[weight_format.name]) == set(weight_format.blocks)
 
@@ -100,7 +101,7 @@ def test_roles_are_the_formats_own(weight_format):
 def test_a_kept_weight_is_stored_plain_and_all_others_as_before(weight_format, small_checkpoint, tmp_path):
     checkpoint = Checkpoint(small_checkpoint)
     everything = checkpoint.weights()
-    names = {"fp8": MIXED}.get(weight_format.name, ON_CPU)
+    names = {"fp8": MIXED, "fp8-int4": MIXED, "bf16-int4": ["model.layers.2.mlp.experts"]}.get(weight_format.name, ON_CPU)
     kept = weight_format.keeping(names)
     tensors = {}
     for number, each in enumerate((weight_format, kept)):
@@ -110,7 +111,7 @@ def test_a_kept_weight_is_stored_plain_and_all_others_as_before(weight_format, s
         for file in store.filled:
             with safe_open(folder / file, "pt") as handle:
                 tensors |= {(number, n): handle.get_tensor(n) for n in handle.keys()}  # noqa: SIM118
-    plain = torch.bfloat16 if weight_format.name == "fp8" else torch.float32
+    plain = getattr(torch, weight_format.plain)
     seen = 0
     for weight in everything:
         mine = [tensors[1, weight.name + s.suffix] for s in kept.stored(weight)]
@@ -123,7 +124,7 @@ def test_a_kept_weight_is_stored_plain_and_all_others_as_before(weight_format, s
         else:
             before = [tensors[0, weight.name + s.suffix] for s in weight_format.stored(weight)]
             assert all(torch.equal(a.view(torch.uint8), b.view(torch.uint8)) for a, b in zip(mine, before, strict=True))
-    assert seen == len(names) + 1 + (weight_format.name != "fp8")  # experts have two weights, and so has kv_b_proj
+    assert seen == len(names) + 1 + ("lm_head" in names)  # experts have two weights, and so has kv_b_proj
 
 
 @pytest.mark.parametrize("weight_format", FORMATS, ids=lambda f: f.key)

@@ -14,8 +14,9 @@ from latentrt.export.lowering.onnxruntime.lowering import CpuOptions, stored_wei
 from latentrt.export.lowering.onnxruntime.lowering import weight_format as format_of
 from latentrt.export.models.base import Weight
 from latentrt.export.models.deepseek_v2.weights import weights
-from latentrt.export.quantization import Fp8, Int4, Int8
+from latentrt.export.quantization import BFloat16Int4, Fp8, Fp8Int4, Int4, Int8
 from latentrt.export.quantization.int4 import BLOCK_SIZE
+from latentrt.export.quantization.int4_experts import Int4Experts
 from tests import checkpoints
 from tests.export import test_gguf
 from tests.export.test_quantized import stream
@@ -73,6 +74,7 @@ def gguf_model(kind: str, folder: Path) -> tuple[Path, dict[str, torch.Tensor]]:
 
 
 @pytest.mark.parametrize(("kind", "weight_format"), [
+    ("W4A16", Fp8Int4(32)), ("Q4_0", BFloat16Int4(16)),
     ("W4A16", Int4(32)), ("W4A16", Int4(16)), ("W4A16", Int8(32, 16)), ("Q4_0", Int4(32)), ("Q4_0", Int4(16)),
     ("Q8_0", Int8(32, 32)),
 ], ids=lambda value: getattr(value, "key", value))  # fmt: skip
@@ -85,12 +87,14 @@ def test_blocks_are_taken_over(tiny_checkpoint, tmp_path, kind, weight_format):
         folder, plain = gguf_model(kind, tmp_path)
     opened = Checkpoint(folder)
     opened.check()
-    members = stored_weights(weights(opened.config))
+    on_gpu = isinstance(weight_format, Int4Experts)
+    members = weights(opened.config) if on_gpu else stored_weights(weights(opened.config))
     (tmp_path / "out").mkdir()
     located = weight_set.write(opened, members, weight_format, "k", Store(tmp_path / "out"))
     bits = {"W4A16": 4, "Q4_0": 4, "Q8_0": 8}[kind]  # all fit where elements are wide enough
-    taken = [w for w in members if w.role in ("linear", "gate_up", "down") and weight_format.bits_of(w) >= bits]
-    assert {w.role for w in taken} == {"linear", "gate_up", "down"}
+    roles = {"gate_up", "down"} if on_gpu else {"linear", "gate_up", "down"}
+    taken = [w for w in members if w.role in roles and weight_format.bits_of(w) >= bits]
+    assert {w.role for w in taken} == roles
     for weight in taken:
         parts = [weight.name + s.suffix for s in weight_format.stored(weight)]
         found = weight_format.decode(weight, [read(tmp_path / "out", located[part]) for part in parts])
@@ -117,11 +121,13 @@ def test_the_formats_blocks_divide_the_checkpoints():
 @pytest.mark.parametrize(("size", "bits", "weight_format", "taken"), [
     (32, 4, Int4(32), True), (128, 4, Int4(32), True), (16, 4, Int4(32), False), (48, 4, Int4(32), False),
     (32, 8, Int4(32), False), (256, 4, Int4(32), True), (32, 8, Int8(), False), (128, 8, Int8(), True), (32, 8, Int8(32), True),
-    (32, 2, Int4(32), True),
+    (32, 2, Int4(32), True), (32, 4, Fp8Int4(32), False), (32, 4, BFloat16Int4(32), False),
 ])  # fmt: skip
 def test_which_blocks_are_taken(size, bits, weight_format, taken):
     weight = Weight("w", (8, 256), "linear", (("w",),))
     assert weight_format.takes_blocks(weight, size, bits) == taken
+    if isinstance(weight_format, Int4Experts):
+        assert weight_format.takes_blocks(Weight("w", (2, 8, 256), "gate_up", (("w",),)), size, bits)
     assert not weight_format.takes_blocks(Weight("w", (2, 256, 8), "absorbed", (("w",),)), size, bits)
 
 

@@ -18,7 +18,10 @@ from latentrt.export.lowering.tensorrt import build as tensorrt_build
 from latentrt.export.lowering.tensorrt import gpu_kernels
 from latentrt.export.lowering.tensorrt import package as tensorrt_package
 from latentrt.export.lowering.tensorrt.build import BuildJob
+from latentrt.plugins.architecture import Gpu
+from latentrt.plugins.contract import DOMAIN
 from latentrt.plugins.launch.compile import CompiledKernel
+from latentrt.plugins.moe_experts.plan import Experts, workspace_bytes
 from latentrt.runtime.bundle.reader import Bundle
 from tests.builds import build
 from tests.conftest import EXAMPLE
@@ -197,6 +200,61 @@ def test_static_scales_keep_fp8_products(fast_trace, tmp_path):
     assert found["bf16", "bf16", "bf16"] == len(engine.profiles) * (ABSORBED + 1)
 
 
+def test_int4_experts(fast_trace, tmp_path):
+    """Two targets by one name: what is not an expert is as their best precision has it, in the plan's products too."""
+    out = tmp_path / "bundle"
+    build(EXAMPLE, out, "sm86,sm89", "int4", prefill="absorbed")
+    bundle = Bundle(out)
+    layer, sets = "model.layers.1.mlp.experts", bundle.manifest.weight_sets
+    for name, precision, fp8 in (("sm86", "bf16-int4", 0), ("sm89", "fp8-int4", LINEARS["fp8"])):
+        _, target = bundle.target(name)
+        tensors, described = sets[target.weight_set].tensors, sets[target.weight_set].format
+        assert target.precision == described.name == precision and ("activations" in target.options) == bool(fp8)
+        assert (described.bits, described.blocks["gate_up"]) == ({"gate_up": 4, "down": 4}, 64)
+        assert described.experts.model_dump() == {"quantized": "int8", "zero_point": 128}
+        found = [(t.dtype, t.shape) for t in (tensors[f"{layer}.{n}"] for n in ("gate_up_proj", "down_proj.scale"))]
+        assert found == [("int8", [16, 128, 96]), ("float32", [16, 192, 1])]
+        engine = target.engines["absorbed"]
+        found, profiles = products(bundle.file(engine.graph)), len(engine.profiles)
+        if not found:
+            pytest.skip("this TensorRT-RTX writes no readable instructions")
+        assert found["fp8_e4m3", "fp8_e4m3", "bf16"] == profiles * fp8
+        assert found["bf16", "bf16", "bf16"] == profiles * (35 - fp8 + ABSORBED + 1)
+
+
+def test_an_engine_reads_int4_experts_where_they_lie(tmp_path):
+    """34 MB of elements and scales as inputs: the engine asks for the plugin's workspace, and for no copy."""
+    experts, hidden, inner, top_k, rows = 8, 2048, 1408, 2, 64
+    kinds = onnx.TensorProto
+    inputs = [onnx.helper.make_tensor_value_info(name, kind, shape) for name, kind, shape in (
+        ("x", kinds.BFLOAT16, ["T", hidden]), ("ids", kinds.INT32, ["T", top_k]), ("shares", kinds.FLOAT, ["T", top_k]),
+        ("gate_up", kinds.INT8, [experts, 2 * inner, hidden // 2]), ("down", kinds.INT8, [experts, hidden, inner // 2]),
+        ("gate_up_scale", kinds.FLOAT, [experts, 2 * inner, 16]), ("down_scale", kinds.FLOAT, [experts, hidden, 11]),
+    )]  # fmt: skip
+    attributes = dict(first_expert=0, gate_up_layout="concatenated", packed=2, plugin_namespace=DOMAIN, plugin_version="1")
+    node = onnx.helper.make_node("MoeExperts", [i.name for i in inputs], ["y"], domain=DOMAIN, **attributes)
+    output = onnx.helper.make_tensor_value_info("y", kinds.BFLOAT16, ["T", hidden])
+    opsets = [onnx.helper.make_opsetid("", 23), onnx.helper.make_opsetid(DOMAIN, 1)]
+    graph = onnx.helper.make_graph([node], "experts", inputs, [output])
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=11), tmp_path / "experts.onnx")
+    widths = {"x": hidden, "ids": top_k, "shares": top_k}
+    profile = {name: {"min": [1, n], "opt": [rows, n], "max": [rows, n]} for name, n in widths.items()}
+    told = "\n".join(layers_told(tmp_path / "experts.onnx", tmp_path, [profile]))
+    if "Total Activation Memory" not in told:
+        pytest.skip("this TensorRT-RTX does not say what memory an engine takes")
+    memory = int(re.search(r"Total Activation Memory: (\d+)", told)[1])
+    config = Experts(experts, hidden, inner, top_k, "bfloat16", "int8", 0, "concatenated", 16, 11, packed=2)
+    workspace = workspace_bytes(config, rows, Gpu.of(89))
+    assert workspace <= memory <= workspace + 4096, "rounded up by a few hundred bytes"
+
+
+def test_int4_experts_of_a_size_that_no_kernel_takes(small_checkpoint, tmp_path):
+    """48 and 32 inputs: 48 is no multiple of 32."""
+    with pytest.raises(BuildError, match=r"fp8-int4 takes experts whose inputs are multiples of 32, found \[32, 48\]"):
+        build(small_checkpoint, tmp_path / "bundle", "sm89", "int4")
+    assert not (tmp_path / "bundle").exists()
+
+
 def test_a_recipe_keeps_products_of_single_layers_in_bf16(fast_trace, tmp_path):
     """All output projections and one layer's experts: so many FP8 products fewer in the plan, and so many bf16 ones more."""
     file, out = tmp_path / "recipe.toml", tmp_path / "bundle"
@@ -334,9 +392,10 @@ def test_embedded_weights_are_in_the_plan(fast_trace, tmp_path, built):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("sm89,sm86", "fp8"), "'fp8' is not to be had on sm86: its hardware has no fp8; accepted: auto, bf16"),
+        (("sm89,sm86", "fp8"), "'fp8' is not to be had on sm86: its hardware has no fp8; accepted: auto, bf16, bf16-int4"),
+        (("sm86", "fp8-int4"), "'fp8-int4' is not to be had on sm86: its hardware has no fp8-int4"),
         (("sm89,sm999", "auto"), "unknown target 'sm999', accepted: cpu, torch, sm80, sm86, sm89, sm90"),
-        (("sm89", "int8"), "'int8' is not to be had on sm89; accepted: auto, fp8, bf16"),
+        (("sm89", "int8"), "'int8' is not to be had on sm89; accepted: auto, fp8, bf16, fp8-int4, bf16-int4"),
         (("sm89", "auto", "fast", "auto", None, "shared"), "weights is 'shared', accepted: inputs, embedded"),
         (("sm89", "auto", "fast", "float32"), "cache_format is 'float32', accepted for target sm89: auto, bfloat16"),
     ],
@@ -377,6 +436,17 @@ def test_a_packed_cache_is_words(packed):
     assert bundle.manifest.weight_sets[target.weight_set].rotated
 
 
+def layers_told(model: Path, folder: Path, profiles: list) -> list[str]:
+    """Builds an engine for sm89; what TensorRT says of its layers and memory."""
+    files = [str(model), str(folder / "plan"), str(folder / "network.json")]
+    BuildJob("tensorrt_rtx", 89, *files, profiles).save(folder / "job.json")
+    command = [sys.executable, "-m", "tests.export.engine_layers", str(folder / "job.json")]
+    environment = tensorrt_package._environment("tensorrt_rtx", folder)
+    child = subprocess.run(command, cwd=tensorrt_package.ROOT, env=environment, capture_output=True, text=True)
+    assert child.returncode == 0, child.stderr[-3000:]
+    return [json.loads(line) for line in child.stdout.splitlines()]
+
+
 @pytest.mark.parametrize(("bundle", "form"), [("built", "absorbed"), ("built", "expanded"), ("packed", "absorbed")])
 def test_no_layer_copies_a_cache(request, tmp_path, bundle, form):
     """The engine's own listing: every cache goes from its network input into the plugin, and out as a network output."""
@@ -384,13 +454,7 @@ def test_no_layer_copies_a_cache(request, tmp_path, bundle, form):
     _, target = bundle.target("sm89")
     engine = target.engines[form]
     profiles = [{n: r.model_dump() for n, r in p.items()} for p in engine.profiles.values()]
-    files = [str(bundle.file(engine.onnx)), str(tmp_path / "plan"), str(tmp_path / "network.json")]
-    BuildJob("tensorrt_rtx", 89, *files, profiles).save(tmp_path / "job.json")
-    command = [sys.executable, "-m", "tests.export.engine_layers", str(tmp_path / "job.json")]
-    environment = tensorrt_package._environment("tensorrt_rtx", tmp_path)
-    child = subprocess.run(command, cwd=tensorrt_package.ROOT, env=environment, capture_output=True, text=True)
-    assert child.returncode == 0, child.stderr[-3000:]
-    told = [json.loads(line) for line in child.stdout.splitlines()]
+    told = layers_told(bundle.file(engine.onnx), tmp_path, profiles)
     layers = [line for text in told for line in text.splitlines() if line.startswith("Layer(")]
     if not layers:
         pytest.skip("this TensorRT-RTX does not list an engine's layers")

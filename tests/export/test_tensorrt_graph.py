@@ -18,7 +18,7 @@ from latentrt.export.lowering.tensorrt import lowering as tensorrt
 from latentrt.export.models.base import Weight, weight_name
 from latentrt.export.models.deepseek_v2 import model as deepseek_v2
 from latentrt.export.models.deepseek_v2.model import FORMS
-from latentrt.export.quantization import BFloat16, Fp8
+from latentrt.export.quantization import BFloat16, BFloat16Int4, Fp8, Fp8Int4
 from latentrt.plugins.contract import DOMAIN
 from tests import checkpoints, ragged
 from tests.conftest import EXAMPLE
@@ -27,7 +27,7 @@ from tests.export.on_cpu import runnable
 
 pytestmark = pytest.mark.slow
 
-FORMATS = {"bf16": BFloat16(), "fp8": Fp8(), "static": Fp8()}
+FORMATS = {"bf16": BFloat16(), "fp8": Fp8(), "static": Fp8(), "fp8-int4": Fp8Int4(64), "bf16-int4": BFloat16Int4(64)}
 CASES = [(name, form) for name in FORMATS for form in FORMS]
 LENGTHS, SCHEDULE = [200, 64, 1, 119], [[130, 0, 1, 60], [0, 63, 0, 1], [1, 1, 0, 57]]
 
@@ -79,10 +79,10 @@ def divergence(p: torch.Tensor, q: torch.Tensor) -> tuple[float, float]:
     return float((p.exp() * (p - q)).sum(-1).mean()), float((p.argmax(-1) == q.argmax(-1)).float().mean())
 
 
-def fp8_emulation(example, monkeypatch, static: bool) -> torch.Tensor:
-    """Our own torch model in float32 with FP8 weights, and the inputs of FP8 products rounded.
+def emulation(example, monkeypatch, name: str) -> torch.Tensor:
+    """Our own torch model in float32 with the weights of a format, and the inputs of FP8 products rounded.
 
-    Row by row; where `static`, those of linears (not of experts) by one scale each, beyond which they saturate.
+    Row by row; where static, those of linears (not of experts) by one scale each, beyond which they saturate.
     """
     from latentrt.plugins.moe_experts import reference as experts
 
@@ -91,17 +91,18 @@ def fp8_emulation(example, monkeypatch, static: bool) -> torch.Tensor:
         return (x / scale).clamp(-448, 448).to(torch.float8_e4m3fn).to(x.dtype) * scale
 
     linear = F.linear
-    monkeypatch.setattr(experts, "F", SimpleNamespace(silu=F.silu, linear=lambda x, w: linear(rounded(x), w)))
-    config, weight_format = example.checkpoint.config, Fp8()
+    if name in ("fp8", "static"):
+        monkeypatch.setattr(experts, "F", SimpleNamespace(silu=F.silu, linear=lambda x, w: linear(rounded(x), w)))
+    config, weight_format, static = example.checkpoint.config, FORMATS[name], name == "static"
     decoded, tensors = {}, stored(example.checkpoint, weight_format)
     for weight in deepseek_v2.weights(config):
         names = [weight.name + plan.suffix for plan in weight_format.stored(weight)]
         decoded[weight.name] = weight_format.decode(weight, [tensors[n] for n in names])
     model = deepseek_v2.DeepseekV2Step(config).eval()
     model.load_state_dict({n: decoded[weight_name(n)] for n, _ in model.named_parameters()}, strict=False)
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and not name.endswith(("lm_head", "mlp.gate")):
-            scale = example.scales[f"model.{name}.weight"] if static else None
+    for path, module in model.named_modules():
+        if name != "bf16-int4" and isinstance(module, torch.nn.Linear) and not path.endswith(("lm_head", "mlp.gate")):
+            scale = example.scales[f"model.{path}.weight"] if static else None
             module.register_forward_pre_hook(lambda module, inputs, scale=scale: rounded(inputs[0], scale))
     pages = ragged.Pages(LENGTHS, 64)
     answers = ragged.run(ragged.torch_step(model, pages, torch.float32), example.sequences, SCHEDULE, pages)
@@ -124,10 +125,10 @@ def test_both_forms_of_a_graph_are_as_near_to_each_other_as_to_the_reference(nam
 
 
 @pytest.mark.parametrize(("name", "form"), CASES[2:])
-def test_fp8_graph_matches_the_reference_within_what_fp8_explains(name, form, logits, example, monkeypatch):
+def test_a_quantized_graph_matches_the_reference_within_what_its_format_explains(name, form, logits, example, monkeypatch):
     kl, same = divergence(example.logits, logits[name, form])
     assert kl < 1e-2 and same > 0.92, (kl, same)
-    emulated = fp8_emulation(example, monkeypatch, name == "static")
+    emulated = emulation(example, monkeypatch, name)
     explained, _ = divergence(example.logits, emulated)
     bf16, _ = divergence(example.logits, logits["bf16", form])
     print(f"KL to the reference: {name} {form} {kl:.2e} (same first choice {same:.3f}), emulation {explained:.2e}")
@@ -208,6 +209,26 @@ def test_what_is_quantized(form, graphs, example):
     known = {v.name: v.type.tensor_type.elem_type for v in graph.value_info}
     routes = [n for n in graph.node if n.op_type == "MoeRoute"]
     assert routes and all(known[n.input[0]] == onnx.TensorProto.FLOAT for n in routes)
+
+
+@pytest.mark.parametrize("name", ["fp8-int4", "bf16-int4"])
+def test_experts_alone_are_int4(name, graphs, example):
+    """All other inputs are those of fp8 or bf16; experts come as bytes, two elements each, with scales of blocks."""
+    rest, names = graphs[name.removesuffix("-int4"), "absorbed"].graph, [i.name for i in graphs["fp8", "absorbed"].graph.input]
+    found = {i.name: i.type.tensor_type for i in graphs[name, "absorbed"].graph.input}
+    experts = [n for n in found if ".experts." in n]
+    assert {i.name: i.type.tensor_type for i in rest.input if ".experts." not in i.name} == {
+        n: t for n, t in found.items() if n not in experts
+    }
+    shapes = {n: (found[n].elem_type, [d.dim_value for d in found[n].shape.dim]) for n in experts if ".1." in n}
+    layer, byte, real = "model.layers.1.mlp.experts", onnx.TensorProto.INT8, onnx.TensorProto.FLOAT
+    assert shapes == {
+        f"{layer}.gate_up_proj": (byte, [16, 128, 96]), f"{layer}.down_proj": (byte, [16, 192, 32]),
+        f"{layer}.gate_up_proj.scale": (real, [16, 128, 3]), f"{layer}.down_proj.scale": (real, [16, 192, 1]),
+    }  # fmt: skip
+    assert name == "bf16-int4" or list(found) == names
+    nodes = [n for n in graphs[name, "absorbed"].graph.node if n.op_type == "MoeExperts"]
+    assert {a.i for n in nodes for a in n.attribute if a.name == "packed"} == {2}
 
 
 def test_plugin_nodes_are_as_the_parser_wants_them(graphs):

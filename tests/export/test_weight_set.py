@@ -20,7 +20,7 @@ from latentrt.export.lowering.onnxruntime.lowering import stored_weights
 from latentrt.export.models import registry
 from latentrt.export.models.base import Weight
 from latentrt.export.models.deepseek_v2.weights import checkpoint_tensors, weights
-from latentrt.export.quantization import BFloat16, Float32, Fp8, Int4, Int8
+from latentrt.export.quantization import BFloat16, BFloat16Int4, Float32, Fp8, Fp8Int4, Int4, Int8
 from latentrt.export.quantization.int8 import linear_block
 from tests import checkpoints
 
@@ -245,7 +245,7 @@ def test_finished_shards_are_not_written_again(tmp_path, opened):
 def test_planned_bytes_are_true(tmp_path, opened):
     """The size of every file, and what progress adds up to."""
     everything = stored_weights(weights(opened.config))
-    for weight_format in (Float32(), BFloat16(), Fp8(), Int8(block_size=16), Int4(16)):
+    for weight_format in (Float32(), BFloat16(), Fp8(), Int8(block_size=16), Int4(16), Fp8Int4(16), BFloat16Int4(16)):
         folder, told = tmp_path / weight_format.key, {}
         folder.mkdir()
         weight_set.write(

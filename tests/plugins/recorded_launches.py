@@ -19,7 +19,7 @@ from latentrt.plugins.launch.compile import CompiledKernel
 from latentrt.plugins.launch.cuda import CudaLauncher
 
 _TYPES = {"bfloat16": trt.bfloat16, "float32": trt.float32, "int32": trt.int32, "float8_e4m3fn": trt.fp8,
-          "float16": trt.float16}  # fmt: skip
+          "float16": trt.float16, "int8": trt.int8}  # fmt: skip
 _SIZES = {"i32": 4, "fp32": 4}
 
 

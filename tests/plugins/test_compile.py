@@ -18,6 +18,7 @@ from latentrt.plugins.mla_attention import plan as attention
 from latentrt.plugins.mla_attention.tiles import TILES
 from latentrt.plugins.mla_prefill import plan as prefill
 from latentrt.plugins.moe_experts import plan as experts
+from latentrt.plugins.moe_experts.tiles import SIZES
 from latentrt.plugins.moe_route import plan as route
 
 pytestmark = pytest.mark.slow
@@ -25,6 +26,7 @@ pytestmark = pytest.mark.slow
 # every architecture with both models and two formats, every architecture that has FP8 with FP8
 COVER = {80: ("bfloat16",), 86: ("float16",), 89: ("float8_e4m3fn",), 90: ("bfloat16", "float8_e4m3fn"),
          100: ("float8_e4m3fn",), 103: ("float8_e4m3fn",), 120: ("float8_e4m3fn",), 121: ("float8_e4m3fn",)}  # fmt: skip
+TWINS = {103: 100, 121: 120}  # whose kernels of experts have the same tiles
 
 
 def covering_requests():
@@ -36,6 +38,13 @@ def covering_requests():
                 by_function.setdefault(spec.function + spec.op, []).append(spec)
             for specs in by_function.values():
                 yield specs[turn % len(specs)], capability
+    for turn, capability in enumerate(sorted(set(ARCHITECTURES) - set(TWINS))):  # products with int4 experts, every tile
+        config = configs((V2_LITE, V2)[turn % 2], "int4")["moe_experts"]
+        for spec in experts.kernels(config, Gpu.of(capability)):
+            if spec.function in ("gate_up", "down", "halve"):
+                yield spec, capability
+    for turn, capability in enumerate(TWINS):
+        yield experts._gate_up_kernel(configs(V2, "int4")["moe_experts"], SIZES[turn], Gpu.of(capability)), capability
     for capability in ARCHITECTURES:  # decode and prompt chunks at 16 and 128 heads are tuned one by one
         for model in (V2_LITE, V2):
             config = configs(model, "bfloat16")["mla_attention"]
@@ -65,6 +74,25 @@ def test_float8_products_run_on_float8_tensor_cores(covering):
     products = [k.metadata for k in covering if k.metadata["spec"]["tensor_cores"] == "fp8"]
     assert {m["architecture"] for m in products} == {n for n, a in ARCHITECTURES.items() if a.float8}
     assert all(get(m["architecture"]).mma["fp8"] in m["instructions"] for m in products)
+
+
+def test_int4_weights_are_copied_by_many_bytes_at_once(covering):
+    """A thread's copy into shared memory, some steps ahead of its product, takes 16 bytes of a row or of x, or a scale. Hopper
+    takes 8 of a row where the product reads weights from registers."""
+    seen = set()
+    for metadata in [k.metadata for k in covering]:
+        c, function = dict(metadata["spec"]["constexprs"]), metadata["spec"]["function"]
+        if c.get("PACKED") == 2:
+            threads, matrices = 32 * metadata["num_warps"], 2 if function == "gate_up" else 1
+            weights, x, scales = (
+                max(1, size // threads)
+                for size in (c["BLOCK_N"] * c["BLOCK_K"] // 32, c["BLOCK_M"] * c["BLOCK_K"] // 8, c["BLOCK_N"])
+            )
+            halved = metadata["architecture"] == 90 and c["SWAP"]
+            copies = matrices * (weights * (1 + halved) + scales) + x
+            assert metadata["instructions"]["LDGSTS"] == copies * metadata["spec"]["num_stages"], (metadata["name"], c)
+            seen.add(metadata["architecture"])
+    assert seen == set(ARCHITECTURES)
 
 
 def attend_kernels(covering):

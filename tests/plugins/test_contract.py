@@ -55,7 +55,7 @@ def experts_inputs(dtype=torch.float32) -> dict:
         "x": torch.randn(3, 8, generator=g).to(dtype), "topk_ids": torch.tensor([[0, 3], [2, 1], [-1, -1]], dtype=torch.int32),
         "topk_weights": torch.rand(3, 2, generator=g), "gate_up_proj": torch.randn(4, 10, 8, generator=g).to(dtype),
         "down_proj": torch.randn(4, 8, 5, generator=g).to(dtype), "gate_up_scale": None, "down_scale": None,
-        "first_expert": 0, "gate_up_layout": "concatenated", "packed": 1,
+        "first_expert": 0, "gate_up_layout": "concatenated", "packed": 1, "total_experts": 0,
     }  # fmt: skip
 
 
@@ -108,6 +108,8 @@ def refuses(name: str, changes: dict, *words: str) -> None:
     ("moe_experts", {"packed": 2}, ["gate_up_proj", "(4, 10, 8)", "axis 2", "hidden_size", "8"]),
     ("moe_experts", {"packed": 2, "gate_up_proj": torch.zeros(4, 12, 4), "down_proj": torch.zeros(4, 8, 3)},
      ["packed", "uint8", "float32"]),
+    ("moe_experts", {"gate_up_proj": torch.zeros(4, 10, 8).to(torch.int8), "down_proj": torch.zeros(4, 8, 5).to(torch.int8)},
+     ["packed is 1", "int8", "2 for int8"]),
 ])  # fmt: skip
 def test_refused_by_name(name, changes, words):
     refuses(name, changes, *words)

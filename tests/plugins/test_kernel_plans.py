@@ -29,7 +29,8 @@ def prefill_config(heads):
 
 
 def experts_config(weights="bfloat16", num_experts=64):
-    return experts.Experts(num_experts, 2048, 1408, 6, "bfloat16", weights, 0, "concatenated")
+    blocks = (16, 11, 0, 2) if weights == "int8" else ()  # of 128 inputs, two to a byte
+    return experts.Experts(num_experts, 2048, 1408, 6, "bfloat16", weights, 0, "concatenated", *blocks)
 
 
 @pytest.mark.parametrize("capability", ARCHITECTURES)
@@ -85,7 +86,7 @@ def test_prefill_workspace_is_no_larger_than_short_sequences_need():
 
 
 @pytest.mark.parametrize("capability", [86, 90])
-@pytest.mark.parametrize("weights", ["bfloat16", "float8_e4m3fn"])
+@pytest.mark.parametrize("weights", ["bfloat16", "float8_e4m3fn", "int8"])
 def test_expert_plans_name_only_known_kernels(capability, weights):
     target, config = Gpu.of(capability), experts_config(weights)
     if weights == "float8_e4m3fn" and capability == 86:
@@ -123,6 +124,13 @@ def test_a_single_token_is_not_sorted():
         functions = [k.function for k in experts.plan(config, 1, Gpu.of(90)).kernels if k.function != "quantize"]
         assert functions == ["gate_up", "down", "combine"], weights
     assert experts.plan(experts_config(), 2, Gpu.of(90)).kernels[0].function == "sort"
+
+
+def test_few_rows_of_int4_experts_take_no_launch_more():
+    """They are split in registers; many are put in halves once."""
+    functions = [[k.function for k in experts.plan(experts_config("int8"), n, Gpu.of(90)).kernels] for n in (1, 100, 400)]
+    rest = ["gate_up", "down", "combine"]
+    assert functions == [rest, ["sort", *rest], ["sort", "halve", *rest]]
 
 
 def test_no_tokens_no_launches():

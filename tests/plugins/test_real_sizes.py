@@ -50,12 +50,15 @@ def test_a_cache_of_more_than_2_to_the_33_elements(form):
     assert not torch.equal(found[0][2], content[1]), "the new tokens were appended"
 
 
-def test_experts_of_more_than_2_to_the_31_elements():
-    """160 experts of V2 in FP8: the last two."""
+@pytest.mark.parametrize("int4", [False, True])
+def test_experts_of_more_than_2_to_the_30_bytes(int4):
+    """160 experts of V2 in FP8, 2^31 elements and more, or in int4: the last two."""
     experts, hidden, inner, top_k = 160, 5120, 1536, 2
-    parts = [((torch.rand(top_k, 2 * inner, hidden) - 0.5) * 8).to(torch.float8_e4m3fn),
-             ((torch.rand(top_k, hidden, inner) - 0.5) * 8).to(torch.float8_e4m3fn)]  # fmt: skip
-    scales = [torch.rand(top_k, 2 * inner) / 100, torch.rand(top_k, hidden) / 100]
+    packed, blocks = (2, (hidden // 128, inner // 128)) if int4 else (1, None)
+    shapes, outputs = ((top_k, 2 * inner, hidden // packed), (top_k, hidden, inner // packed)), (2 * inner, hidden)
+    octets = [torch.randint(-128, 128, shape, dtype=torch.int8) for shape in shapes]
+    parts = octets if int4 else [(part / 32).to(torch.float8_e4m3fn) for part in octets]
+    scales = [torch.rand(top_k, outputs[k], *([blocks[k]] if int4 else [])) / 100 for k in range(2)]
     x, share, found = randn(1, hidden), torch.rand(1, top_k), []
     for count in (top_k, experts):
         first = count - top_k
@@ -64,5 +67,5 @@ def test_experts_of_more_than_2_to_the_31_elements():
         for whole, part in zip([*weights, *channel], [*parts, *scales], strict=True):
             whole[first:] = part
         ids = (torch.arange(top_k) + first)[None].int()
-        found.append(moe_experts(x, ids, share, *weights, *channel, 0, "concatenated", TARGET))
+        found.append(moe_experts(x, ids, share, *weights, *channel, 0, "concatenated", target=TARGET, packed=packed))
     assert torch.equal(*found) and found[0].abs().max() > 0

@@ -103,11 +103,14 @@ def experts(rng, cache_format, target):
     ids = torch.stack([torch.randperm(number + 1)[:3] for _ in range(tokens)]).int()
     ids[0] = -1
     weights = randn(number, 96, 64) / 8, randn(number, 64, 48) / 8
-    scales = (None, None)
-    if target.capability >= 89:
+    scales, attributes = (None, None), {}
+    if rng.integers(2):  # int4
+        weights = tuple(torch.randint(-128, 128, (number, *shape), dtype=torch.int8) for shape in ((128, 32), (64, 32)))
+        scales, attributes = (torch.rand(number, 128, 2), torch.rand(number, 64, 1)), {"packed": 2}
+    elif target.capability >= 89:
         weights, scales = tuple(w.to(torch.float8_e4m3fn) for w in weights), (torch.rand(number, 96), torch.rand(number, 64))
     x, share = randn(tokens, 64), torch.rand(tokens, 3)
-    return lambda: (moe_experts(x, ids, share, *weights, *scales, 0, "concatenated", target),)
+    return lambda: (moe_experts(x, ids, share, *weights, *scales, 0, "concatenated", target, **attributes),)
 
 
 def routing(rng, cache_format, target):

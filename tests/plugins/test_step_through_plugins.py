@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 
+from latentrt.export.quantization import BFloat16Int4, Fp8
 from latentrt.plugins import ops, trt_base
 from latentrt.plugins.architecture import Gpu
 from latentrt.plugins.launch import interpreter
@@ -27,10 +28,12 @@ trt = pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13:
 pytestmark = pytest.mark.slow
 
 POINTERS = {"*fp32": torch.float32, "*fp16": torch.float16, "*bf16": torch.bfloat16, "*i32": torch.int32,
-            "*fp8e4nv": torch.float8_e4m3fn}  # fmt: skip
+            "*fp8e4nv": torch.float8_e4m3fn, "*i8": torch.int8}  # fmt: skip
 LENGTHS = [5, 2, 66, 1]
 SCHEDULE = [[4, 2, 65, 1]]  # prompts, then two that decode
-LIMITS = {"bf16": (0.02, 0.1), "fp8": (0.08, 0.3)}  # of errors: the median, and nine tenths; activations in e4m3 round by 6 %
+FORMATS = {"fp8": Fp8(), "bf16-int4": BFloat16Int4(64)}
+# Of errors: the median, and nine tenths. Activations in e4m3 round by 6 %; those of int4 experts stay bf16.
+LIMITS = {"bf16": (0.02, 0.1), "fp8": (0.08, 0.3), "bf16-int4": (0.02, 0.1)}
 
 
 class HostLauncher:
@@ -79,7 +82,7 @@ def through_plugin(contract, launcher: HostLauncher, made: list):
             made.append(kept[key])
         plugin, inputs = kept[key], [t.contiguous() for t in tensors if t is not None]
         described = [described_as(plugin, t) for t in inputs]
-        named = trt_base.sizes(contract, [t.dims for t in described]) | attributes
+        named = trt_base.sizes(contract, [t.dims for t in described], attributes) | attributes
         outputs = [output(plugin, o, named, inputs, contract) for o in contract.outputs]
         ranges = [SimpleNamespace(desc=d, min=d.dims, max=d.dims) for d in described]
         workspace = torch.full((plugin.get_workspace_size(ranges, []) + 256,), 0xFF, dtype=torch.uint8)
@@ -107,11 +110,11 @@ def output(plugin, spec, named: dict, inputs: list, contract) -> torch.Tensor:
     return torch.full([named[d] for d in spec.dims], 77, dtype=torch.float32).to(like)
 
 
-@pytest.mark.parametrize(("form", "precision"), [("expanded", "bf16"), ("absorbed", "fp8")])
+@pytest.mark.parametrize(("form", "precision"), [("expanded", "bf16"), ("absorbed", "fp8"), ("absorbed", "bf16-int4")])
 def test_a_step_through_plugins_equals_the_references(traced, form, precision, monkeypatch):
     graph = gpu_graphs.bfloat16(EXAMPLE, traced, form)
-    if precision == "fp8":
-        graph = gpu_graphs.quantized(graph, EXAMPLE)
+    if precision in FORMATS:
+        graph = gpu_graphs.quantized(graph, EXAMPLE, scheme=FORMATS[precision])
     proto, weights, c = graph
     tokens = [np.random.default_rng(n).integers(0, 320, length).tolist() for n, length in enumerate(LENGTHS)]
     launcher, plugins, found = HostLauncher(Gpu.of(89)), [], {}

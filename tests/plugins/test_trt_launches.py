@@ -31,7 +31,7 @@ if shutil.which("gcc") is None:
 
 HERE, ROOT = Path(__file__).parent, Path(__file__).parents[2]
 WORKSPACE, STREAM = 1 << 40, 0x5EED
-BF16, FP8, I32 = torch.bfloat16, torch.float8_e4m3fn, torch.int32
+BF16, FP8, I8, I32 = torch.bfloat16, torch.float8_e4m3fn, torch.int8, torch.int32
 
 
 def ints(*shape):
@@ -70,14 +70,18 @@ def choose(tokens, **overrides):
 
 
 def compute(tokens, weights=BF16):
-    scales = dict(gate_up_scale=torch.zeros(8, 128), down_scale=torch.zeros(8, 192)) if weights == FP8 else {}
+    blocks = {BF16: None, FP8: ((), ()), I8: ((3,), (1,))}[weights]
+    packed = 2 if weights == I8 else 1
+    scales = dict(gate_up_scale=torch.zeros(8, 128, *blocks[0]), down_scale=torch.zeros(8, 192, *blocks[1])) if blocks else {}
     inputs = dict(
         x=torch.zeros(tokens, 192, dtype=BF16), topk_ids=ints(tokens, 4), topk_weights=torch.zeros(tokens, 4),
-        gate_up_proj=torch.zeros(8, 128, 192).to(weights), down_proj=torch.zeros(8, 192, 64).to(weights), **scales,
+        gate_up_proj=torch.zeros(8, 128, 192 // packed).to(weights), down_proj=torch.zeros(8, 192, 64 // packed).to(weights),
+        **scales,
     )  # fmt: skip
-    attributes = dict(first_expert=0, gate_up_layout="concatenated")
-    word = str(weights).removeprefix("torch.")
-    return "moe_experts", inputs, attributes, experts.kernels, experts.Experts(8, 192, 64, 4, "bfloat16", word, **attributes)
+    attributes = dict(first_expert=0, gate_up_layout="concatenated", packed=packed)
+    word, numbers = str(weights).removeprefix("torch."), (3, 1) if weights == I8 else (1, 1)
+    config = experts.Experts(8, 192, 64, 4, "bfloat16", word, 0, "concatenated", *numbers, packed=packed)
+    return "moe_experts", inputs, attributes, experts.kernels, config
 
 
 CASES = {
@@ -96,6 +100,8 @@ CASES = {
     "FP8 experts of one token": compute(1, FP8),
     "FP8 experts of some tokens": compute(90, FP8),
     "FP8 experts of a prompt": compute(400, FP8),
+    "int4 experts of one token": compute(1, I8),
+    "int4 experts of a prompt": compute(400, I8),
 }
 
 

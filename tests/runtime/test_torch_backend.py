@@ -389,6 +389,7 @@ def test_a_step_runs_on_its_own_gpu_whatever_is_current(monkeypatch):
 @pytest.mark.parametrize(("capability", "precision", "message"), [
     ((7, 5), "bf16", "cuda:0 is sm75, our kernels are for sm80, sm86"),
     ((8, 6), "fp8", "cuda:0 is sm86, which has no FP8 tensor cores"),
+    ((8, 6), "fp8-int4", "and precision is fp8-int4; build precision bf16-int4 for it"),
     ((8, 9), "fp8", None),
     ((8, 6), "bf16", None),
 ])  # fmt: skip

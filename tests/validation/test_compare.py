@@ -221,7 +221,7 @@ def test_a_limit_never_passes_nan():
 def test_every_tolerance_has_a_reason():
     rows = ("fp32", "exact"), *((precision, a) for precision in ("int8", "int4") for a in ("exact", "fast"))
     cpu = [(*row, cache) for row in rows for cache in CPU_CACHES]
-    for row in (*cpu, ("bf16", "", "bfloat16"), ("fp8", "", "bfloat16")):
+    for row in (*cpu, *((p, "", "bfloat16") for p in ("bf16", "fp8", "fp8-int4", "bf16-int4"))):
         found = tolerances.find(*row)
         assert all(t.reason for t in vars(found).values() if isinstance(t, Tolerance))
     with pytest.raises(KeyError, match="known: fp32"):

@@ -56,6 +56,17 @@ def test_the_example_passes(judged, target, tolerances):
     assert {LAYER, WORST, KL, FORMULA} <= {c.name for c in comparison.findings.checks if c.limit is not None}
 
 
+@pytest.mark.parametrize(("target", "tolerances"), [("sm86", "bf16-int4"), ("sm89", "fp8-int4")])
+def test_int4_experts_pass(traced, stand_ins, tmp_path, target, tolerances):
+    """Layers are held to what the rest's precision allows: experts are given as they are stored."""
+    with stand_ins():
+        bundle = traced.build_once(f"example.{tolerances}", EXAMPLE, tmp_path / "bundle", target, "int4")
+    evidence, comparison = validate(bundle, EXAMPLE, target, count=TOKENS, **TORCH_ON_CPU)
+    assert evidence["verdict"] == "pass", evidence["first_failure"]
+    assert evidence["tolerances"] == tolerances
+    assert {LAYER, WORST, KL, FORMULA} <= {c.name for c in comparison.findings.checks if c.limit is not None}
+
+
 def test_a_packed_cache_passes(traced, stand_ins, tmp_path):
     with stand_ins():
         path = traced.build_once("example.gpu.int6", EXAMPLE, tmp_path / "bundle", "sm86", cache_format="int6")

@@ -132,7 +132,7 @@ def test_the_command_shows_a_table_and_keeps_within_a_budget(capsys, tmp_path):
 
 
 @pytest.mark.parametrize(("arguments", "words"), [
-    (["--precision", "bf16"], "precision is 'bf16', accepted: fp8, int8, int4"),
+    (["--precision", "bf16"], "precision is 'bf16', accepted: fp8, int8, int4, fp8-int4, bf16-int4"),
     (["--by", "head"], "by is 'head', accepted: layer, kind, tensor"),
     (["--keep", 2], "--keep says what a recipe keeps"),
     (["--recipe", "r.toml"], "needs one of --keep and --budget, found neither"),

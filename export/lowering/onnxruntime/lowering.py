@@ -80,6 +80,9 @@ class OnnxruntimeLowering(Lowering):
         return Lowered({form: LoweredEngine(graph, native=native)}, inputs, outputs, self.limits(config))
 
 
+_BLOCKS = (128, 64, 32, 16)  # inputs of an expert that can share a scale
+
+
 def weight_format(weights: list[Weight], options: CpuOptions) -> WeightFormat:
     """The weight format of a precision. Block-wise 8-bit experts have int8 activations only, so "exact" has none.
 
@@ -89,14 +92,12 @@ def weight_format(weights: list[Weight], options: CpuOptions) -> WeightFormat:
     if options.precision == "fp32":
         return Float32()
     inputs = {weight.shape[-1] for weight in weights if weight.role in ("gate_up", "down")}
-    blocks = [b for b in (128, 64, 32, 16) if all(n % b == 0 for n in inputs)]
+    blocks = [b for b in _BLOCKS if all(n % b == 0 for n in inputs)]
     if options.precision == "int4":
-        kept = {w.stored[0] for w in weights if w.stored and w.stored[1] <= 4 and w.stored[0] < w.shape[-1]}
-        fitting = [b for b in blocks if b <= Int4().block_size and all(size % b == 0 for size in kept)]
-        fitting = fitting or [b for b in blocks if b <= Int4().block_size]
-        if not fitting:
+        block = Int4.fitting(weights, _BLOCKS)
+        if block is None:
             raise BuildError(f"precision int4 takes experts whose inputs are multiples of 16, found {sorted(inputs)}; use int8")
-        return _fast(Int4(fitting[0]), options)
+        return _fast(Int4(block), options)
     if options.accuracy == "exact" or not blocks:
         return Int8()
     return _fast(Int8(expert_block_size=blocks[0]), options)

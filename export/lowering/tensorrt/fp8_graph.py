@@ -1,4 +1,4 @@
-"""FP8 products in the step graph: Gemm nodes of quantized linears, and the scales of FP8 experts.
+"""Quantized products in the step graph: Gemm nodes of FP8 linears, and the scales of FP8 and int4 experts.
 
 A linear y = x W^T becomes, with W stored as e4m3 values and one float32 scale per output channel:
 
@@ -16,35 +16,50 @@ from collections.abc import Mapping
 import ml_dtypes
 import numpy as np
 import onnx_ir as ir
+import torch
 
 from latentrt.export.models.base import Weight
-from latentrt.export.quantization.fp8 import LARGEST, SMALLEST_ABSMAX, Fp8
+from latentrt.export.quantization import WeightFormat
+from latentrt.export.quantization.fp8 import LARGEST, SMALLEST_ABSMAX
 from latentrt.plugins.contract import DOMAIN
 from latentrt.plugins.moe_experts.op import CONTRACT as MOE_EXPERTS
 
 _FLOAT, _BF16, _FP8 = ir.DataType.FLOAT, ir.DataType.BFLOAT16, ir.DataType.FLOAT8E4M3FN
+_TYPES = {torch.float8_e4m3fn: _FP8, torch.int8: ir.DataType.INT8}
 
 
 def quantize(
-    model: ir.Model, weights: list[Weight], weight_format: Fp8, static_scales: Mapping[str, float] | None = None
+    model: ir.Model, weights: list[Weight], weight_format: WeightFormat, static_scales: Mapping[str, float] | None = None
 ) -> None:
     """Rewrites the bf16 graph `model` in place; scales become inputs named `<weight>.scale`, after all others.
 
     static_scales: weight name -> scale of its activations (largest |x| / 448); dynamic per-token scales if None.
     """
-    rewriter = _Fp8Rewriter(model.graph, static_scales)
+    quantized = [weight for weight in weights if weight_format.is_quantized(weight)]
+    rewriter = _Fp8Rewriter(model.graph, static_scales) if any(weight.role == "linear" for weight in quantized) else None
     by_name = {value.name: value for value in model.graph.inputs}
-    for weight in weights:
-        if weight_format.is_quantized(weight):
-            value = by_name[weight.name]
-            value.type = ir.TensorType(_FP8)
-            scale = rewriter.scale_input(value)
-            if weight.role == "linear":
-                (use,) = value.uses()
-                rewriter.linear(use.node, value, scale)
-            else:
-                rewriter.experts(value, scale, weight.role)
+    for weight in quantized:
+        value, (values, scales) = by_name[weight.name], weight_format.stored(weight)
+        first = value.shape[0]  # of experts: those that this rank has
+        value.type, value.shape = ir.TensorType(_TYPES[values.dtype]), ir.Shape([first, *values.shape[1:]])
+        shape = ir.Shape([first, *scales.shape[1:]])
+        scale = ir.Value(name=f"{weight.name}{scales.suffix}", shape=shape, type=ir.TensorType(_FLOAT))
+        model.graph.inputs.append(scale)
+        if weight.role == "linear":
+            (use,) = value.uses()
+            rewriter.linear(use.node, value, scale)
+        else:
+            _experts(value, scale, weight, 8 // weight_format.bits_of(weight))
     model.graph.sort()
+
+
+def _experts(value: ir.Value, scale: ir.Value, weight: Weight, packed: int) -> None:
+    (use,) = value.uses()
+    assert use.node.domain == DOMAIN and use.node.op_type == MOE_EXPERTS.onnx_type, use.node
+    names = [s.name for s in MOE_EXPERTS.inputs]
+    use.node.resize_inputs(len(names))
+    use.node.replace_input_with(names.index(f"{weight.role}_scale"), scale)
+    use.node.attributes["packed"] = ir.AttrInt64("packed", packed)
 
 
 class _Fp8Rewriter:
@@ -56,12 +71,6 @@ class _Fp8Rewriter:
         self.largest = self._constant("fp8.largest", np.float32(LARGEST))
         self.smallest = self._constant("fp8.smallest", np.float32(SMALLEST_ABSMAX))
         self.last_axis = self._constant("fp8.last_axis", np.array([-1], np.int64))
-
-    def scale_input(self, weight: ir.Value) -> ir.Value:
-        name = f"{weight.name}.scale"
-        value = ir.Value(name=name, shape=ir.Shape(weight.shape[:-1]), type=ir.TensorType(_FLOAT))
-        self.graph.inputs.append(value)
-        return value
 
     def linear(self, gemm: ir.Node, weight: ir.Value, scale: ir.Value) -> None:
         assert gemm.op_type == "Gemm" and gemm.attributes.get_int("transB", 0) == 1, gemm
@@ -97,13 +106,6 @@ class _Fp8Rewriter:
     def _row_scale(self, wide: ir.Value) -> ir.Value:
         largest = self._node("x_max", "ReduceMax", [self._node("x_abs", "Abs", [wide]), self.last_axis], keepdims=1)
         return self._node("row", "Div", [self._node("x_limit", "Max", [largest, self.smallest]), self.largest])
-
-    def experts(self, weight: ir.Value, scale: ir.Value, role: str) -> None:
-        (use,) = weight.uses()
-        assert use.node.domain == DOMAIN and use.node.op_type == MOE_EXPERTS.onnx_type, use.node
-        names = [s.name for s in MOE_EXPERTS.inputs]
-        use.node.resize_inputs(len(names))
-        use.node.replace_input_with(names.index("gate_up_scale" if role == "gate_up" else "down_scale"), scale)
 
     def _constant(self, name: str, array) -> ir.Value:
         tensor = ir.tensor(array, name=name)

@@ -4,12 +4,16 @@ import hashlib
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from importlib.metadata import version
 
 import onnx_ir as ir
 
 from latentrt.export import tracing
 from latentrt.export.errors import BuildError
+from latentrt.export.models.base import Weight
+from latentrt.export.quantization import WeightFormat
+from latentrt.export.quantization.int8 import EXPERTS
 from latentrt.export.tracing import Shapes
 from latentrt.plugins import ops
 from latentrt.plugins.architecture import Gpu
@@ -18,6 +22,7 @@ from latentrt.plugins.launch import compile as compiler
 from latentrt.plugins.launch.compile import PLUGINS, CompiledKernel
 from latentrt.plugins.launch.plan import KernelSpec, PlanError
 from latentrt.plugins.mla_prefill.op import CONTRACT as MLA_PREFILL
+from latentrt.plugins.moe_experts.op import CONTRACT as MOE_EXPERTS
 from latentrt.plugins.trt_base import PluginOp, sizes
 
 _POLL_SECONDS = 1
@@ -31,16 +36,47 @@ def identity() -> dict:
     return {"triton": version("triton"), "plugins": digest.hexdigest()}
 
 
-def check(shapes: Shapes, capability: int, form: str, float8: bool) -> None:
+@dataclass(frozen=True)
+class ExpertsKind:
+    """How weights of experts are stored: their type, elements to one of it, and blocks of inputs that have a scale each."""
+
+    dtype: str
+    packed: int
+    gate_up_blocks: int
+    down_blocks: int
+
+
+def experts_kinds(weights: Iterable[Weight], weight_format: WeightFormat) -> set[ExpertsKind]:
+    """All that a model in this format has."""
+    modules: dict[str, dict[str, Weight]] = {}
+    for weight in weights:
+        if weight.role in EXPERTS:
+            modules.setdefault(weight.module, {})[weight.role] = weight
+    return {_experts_kind(weight_format, **roles) for roles in modules.values()}
+
+
+def _experts_kind(weight_format: WeightFormat, gate_up: Weight, down: Weight) -> ExpertsKind:
+    values, *_ = weight_format.stored(down)
+    blocks = [s.shape[2] if len(s.shape) == 3 else 1 for w in (gate_up, down) for s in weight_format.stored(w)[1:]] or [1, 1]
+    return ExpertsKind(str(values.dtype).removeprefix("torch."), down.shape[-1] // values.shape[-1], *blocks)
+
+
+def check(shapes: Shapes, capability: int, form: str, experts: Iterable[ExpertsKind]) -> None:
     """BuildError where no kernel takes the model's shapes, known from its config alone."""
     config = shapes.config
     kinds = dict.fromkeys(shapes.family.layer_kind(config, i) for i in range(config.num_hidden_layers))
     for call in (c for c in tracing.op_calls(shapes, kinds, form) if not c.contract.collective):
-        weights = {n: "float8_e4m3fn" for n in call.dtypes if float8 and n in ("gate_up_proj", "down_proj")}
         op = ops.plugins()[call.contract.onnx_type]
         given = [call.shapes[spec.name] for spec in call.contract.inputs if spec.name in call.shapes]
-        with _refused(call.contract.onnx_type, call.contract.name, capability):
-            op.kernels(op.configure(call.attributes, sizes(call.contract, given), call.dtypes | weights), Gpu.of(capability))
+        named, attributes = sizes(call.contract, given), call.contract.with_defaults(call.attributes)
+        for kind in experts if call.contract is MOE_EXPERTS else (None,):
+            dtypes = dict(call.dtypes)
+            if kind is not None:
+                dtypes |= dict.fromkeys(("gate_up_proj", "down_proj"), kind.dtype)
+                named |= {"gate_up_blocks": kind.gate_up_blocks, "down_blocks": kind.down_blocks}
+                attributes |= {"packed": kind.packed}
+            with _refused(call.contract.onnx_type, call.contract.name, capability):
+                op.kernels(op.configure(attributes, named, dtypes), Gpu.of(capability))
 
 
 @contextmanager
@@ -68,12 +104,13 @@ def _of(node: ir.Node, op: PluginOp, capability: int) -> tuple[KernelSpec, ...]:
     static = [[d if isinstance(d, int) else 1 for d in value.shape] for _, value in present]
     attributes = {a.name: node.attributes[a.name].value for a in op.contract.attributes}
     dtypes = {spec.name: _DTYPES[value.dtype] for spec, value in present}
-    return op.kernels(op.configure(attributes, sizes(op.contract, static), dtypes), Gpu.of(capability))
+    return op.kernels(op.configure(attributes, sizes(op.contract, static, attributes), dtypes), Gpu.of(capability))
 
 
 _DTYPES = {
     ir.DataType.FLOAT: "float32", ir.DataType.FLOAT16: "float16", ir.DataType.BFLOAT16: "bfloat16",
     ir.DataType.INT32: "int32", ir.DataType.FLOAT8E4M3FN: "float8_e4m3fn",
+    ir.DataType.INT8: "int8",
 }  # fmt: skip
 
 

@@ -3,7 +3,7 @@
 Two plans where prompt chunks attend expanded: the absorbed graph's, which can run every step, and the expanded graph's.
 The caches' outputs alias their inputs. Weights are network inputs unless they are asked to be embedded: plans are small
 then, and weights are shared by all targets of one precision. The latent cache is bfloat16, and so is everything that FP8
-is not used for.
+or int4 is not used for.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,16 +14,21 @@ import onnx_ir as ir
 import torch
 
 from latentrt.export import targets
+from latentrt.export.errors import BuildError
 from latentrt.export.lowering.base import Lowered, LoweredEngine, Lowering, Profiles, Stage, described
 from latentrt.export.lowering.tensorrt import choices, fp8_graph, gpu_kernels
 from latentrt.export.lowering.tensorrt import package as tensorrt_package
 from latentrt.export.lowering.tensorrt.build import BuildJob
+from latentrt.export.models import registry
 from latentrt.export.models.base import Config, Weight
-from latentrt.export.options import TargetSpec
-from latentrt.export.quantization import BFloat16, Fp8, WeightFormat
+from latentrt.export.options import FLOAT8, TargetSpec
+from latentrt.export.quantization import BFloat16, BFloat16Int4, Fp8, Fp8Int4, Int4, WeightFormat
+from latentrt.export.quantization.int4_experts import Int4Experts
+from latentrt.export.quantization.int8 import EXPERTS
 from latentrt.export.tracing import Shapes
 from latentrt.export.weight_set import StoredWeight
 from latentrt.plugins.contract import DOMAIN, VERSION
+from latentrt.plugins.moe_experts.plan import BLOCKS
 from latentrt.plugins.sampling import plan as sampling
 from latentrt.plugins.step_graph import (
     ABSORBED,
@@ -45,6 +50,7 @@ NATIVE = {
     "ReduceScatter": {"collective_operation": "reduce_scatter", "reduce_op": "sum"},
 }
 PROFILES = {ABSORBED: ("decode", "prefill"), EXPANDED: ("prefill",)}
+_FORMATS = {f.name: f for f in (BFloat16, Fp8, BFloat16Int4, Fp8Int4)}
 _MAX_ELEMENTS = 2**31 - 1  # of one network input: TensorRT counts its elements in int32 where it makes kernels of its own
 
 
@@ -72,17 +78,17 @@ class TensorrtLowering(Lowering):
         return super().tools() | gpu_kernels.identity()
 
     def options(self) -> dict[str, str | int | float | bool]:
-        float8 = {"activations": self.spec.activations} if self.spec.precision == "fp8" else {}
+        float8 = {"activations": self.spec.activations} if self.spec.precision in FLOAT8 else {}
         joined = {"collectives": self.spec.collectives} if self.spec.ranks > 1 else {}
         return super().options() | {"weights": self.spec.weights, "prefill": self.spec.forms[-1]} | float8 | joined
 
     def check(self, config: Config) -> None:
         super().check(config)
         shapes = Shapes(config, self.dtype, self.cache_format, self.page_size, self.spec.ranks)
+        weights = registry.of(config).weights(config)
+        kinds = gpu_kernels.experts_kinds(weights, self.weight_format(weights))
         for form in self.spec.forms:
-            kinds = {self.spec.precision == "fp8"} | ({False} if self.spec.plain_modules else set())  # of experts' weights
-            for float8 in kinds:
-                gpu_kernels.check(shapes, self.capability, form, float8)
+            gpu_kernels.check(shapes, self.capability, form, kinds)
 
     def engine_bytes(self, config: Config, weights: int) -> int:
         forms = len(self.spec.forms)
@@ -90,8 +96,7 @@ class TensorrtLowering(Lowering):
         return super().engine_bytes(config, weights) + forms * config.num_hidden_layers * _LAYER_BYTES + held
 
     def weight_format(self, weights: list[Weight]) -> WeightFormat:
-        found = Fp8() if self.spec.precision == "fp8" else BFloat16()
-        return found.keeping(self.spec.plain_modules)
+        return weight_format(weights, self.spec.precision).keeping(self.spec.plain_modules)
 
     def lower(
         self, models: Mapping[str, ir.Model], config: Config, weights: list[Weight],
@@ -123,6 +128,19 @@ class TensorrtLowering(Lowering):
         )  # fmt: skip
 
 
+def weight_format(weights: list[Weight], precision: str) -> WeightFormat:
+    """The weight format of a precision. BuildError where experts have sizes that int4's kernels do not take."""
+    found = _FORMATS[precision]
+    if not issubclass(found, Int4Experts):
+        return found()
+    experts = [weight for weight in weights if weight.role in EXPERTS]
+    block = Int4.fitting(experts, BLOCKS)
+    if block is None:
+        inputs = sorted({weight.shape[-1] for weight in experts})
+        raise BuildError(f"precision {precision} takes experts whose inputs are multiples of 32, found {inputs}; leave it out")
+    return found(block)
+
+
 def engine_files(folder: Path, shapes: Profiles) -> LoweredEngine:
     """Where one engine's files are to be written, in a new folder."""
     folder.mkdir()
@@ -148,12 +166,11 @@ def prepare(
     model: ir.Model, weights: list[Weight], weight_format: WeightFormat, static_scales: Mapping[str, float] | None = None,
     collectives: str = "native",
 ) -> None:  # fmt: skip
-    """Turns the bf16 step graph into what TensorRT's parser reads: FP8 products if asked for, and plugin nodes.
+    """Turns the bf16 step graph into what TensorRT's parser reads: products of quantized weights, and plugin nodes.
 
     collectives: "native", TensorRT's own, or "plugin", ours.
     """
-    if isinstance(weight_format, Fp8):
-        fp8_graph.quantize(model, weights, weight_format, static_scales)
+    fp8_graph.quantize(model, weights, weight_format, static_scales)
     for node in model.graph:
         if node.op_type in NATIVE and collectives == "native":
             _as_native(node)

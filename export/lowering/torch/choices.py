@@ -4,7 +4,8 @@ from latentrt.export.errors import BuildError
 from latentrt.export.options import AUTO, TargetSpec
 from latentrt.plugins import cache_formats
 
-_PLAIN = {"fp32": ("float32", "bfloat16"), "bf16": ("bfloat16", "float32")}  # the first unless another is asked for
+_BF16 = "bfloat16", "float32"
+_PLAIN = {"fp32": ("float32", "bfloat16"), "bf16": _BF16, "bf16-int4": _BF16}  # the first unless another is asked for
 
 
 def resolve(spec: TargetSpec) -> str:

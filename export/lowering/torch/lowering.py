@@ -1,4 +1,4 @@
-"""Lowering for PyTorch: the exported step graphs as they are, with weights as inputs. Ranks may share the experts."""
+"""Lowering for PyTorch: the exported step graphs, weights as inputs, int4 experts if asked for. Ranks may share the experts."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -9,13 +9,13 @@ import onnx_ir as ir
 import torch
 
 from latentrt.export.lowering.base import Lowered, LoweredEngine, Lowering, Stage
+from latentrt.export.lowering.tensorrt import fp8_graph
+from latentrt.export.lowering.tensorrt.lowering import weight_format
 from latentrt.export.lowering.torch import choices
 from latentrt.export.models.base import Config, Weight
 from latentrt.export.options import TargetSpec
-from latentrt.export.quantization import BFloat16, Float32, WeightFormat
+from latentrt.export.quantization import Float32, WeightFormat
 from latentrt.export.weight_set import StoredWeight
-
-_FORMATS = {"fp32": (Float32, torch.float32), "bf16": (BFloat16, torch.bfloat16)}
 
 
 class TorchLowering(Lowering):
@@ -26,7 +26,7 @@ class TorchLowering(Lowering):
     def __init__(self, spec: TargetSpec):
         super().__init__(replace(spec, accuracy="", weights=""))
         self._cache_format = choices.resolve(spec)
-        self._format, self.dtype = _FORMATS[spec.precision]
+        self.dtype = torch.float32 if spec.precision == "fp32" else torch.bfloat16
         self.executes = spec.ranks == 1  # others need processes that read a finished bundle
 
     @property
@@ -41,7 +41,8 @@ class TorchLowering(Lowering):
         return super().options() | {"prefill": self.spec.forms[-1]}
 
     def weight_format(self, weights: list[Weight]) -> WeightFormat:
-        return self._format()
+        found = Float32() if self.spec.precision == "fp32" else weight_format(weights, self.spec.precision)
+        return found.keeping(self.spec.plain_modules)
 
     def lower(
         self, models: Mapping[str, ir.Model], config: Config, weights: list[Weight],
@@ -51,6 +52,7 @@ class TorchLowering(Lowering):
         engines = {}
         with stage("torch: graphs"):
             for form, model in models.items():
+                fp8_graph.quantize(model, weights, self.weight_format(weights))
                 engines[form] = LoweredEngine(scratch / f"{form}.onnx")
                 ir.save(model, engines[form].graph)
         graph = next(iter(models.values())).graph

@@ -119,8 +119,9 @@ def _check_gpu(where: str, target: Target, device: torch.device) -> None:
     if known is None:
         accepted = ", ".join(f"sm{n}" for n in ARCHITECTURES)
         raise BundleError(f"{where}: {found}, our kernels are for {accepted}; use device 'cpu'")
-    if target.precision == "fp8" and not known.float8:
-        raise BundleError(f"{where}: {found}, which has no FP8 tensor cores, and precision is fp8; build precision bf16 for it")
+    if target.precision.startswith("fp8") and not known.float8:
+        raise BundleError(f"{where}: {found}, which has no FP8 tensor cores, and precision is {target.precision}; "
+                          f"build precision {target.precision.replace('fp8', 'bf16')} for it")
 
 
 def _take_memory(programs: Mapping[str, torch_graph.StepProgram], target: Target, device: torch.device) -> None:
