@@ -9,7 +9,7 @@ from math import prod
 from latentrt.errors import UserError
 from latentrt.export.models import registry
 from latentrt.export.models.base import Config, Weight
-from latentrt.export.quantization import WeightFormat
+from latentrt.export.quantization import Fp8, WeightFormat
 from latentrt.plugins import cache_formats
 from latentrt.plugins.architecture import Gpu
 from latentrt.plugins.moe_experts.plan import Experts, workspace_bytes
@@ -77,7 +77,8 @@ class Model:
         for weight in self.weights:
             kind = "routed" if weight.role in ROUTED else weight.role if weight.role in found else "rest"
             share = self.chosen_share if kind == "routed" else 1.0
-            found[kind][not weight_format.is_quantized(weight)] += 2 * share * prod(weight.shape)
+            eight = weight_format.is_quantized(weight) and weight_format.bits_of(weight) == 8  # 4-bit weights meet bf16 rows
+            found[kind][not eight] += 2 * share * prod(weight.shape)
         return {kind: tuple(counts) for kind, counts in found.items() if kind != "embedding"}
 
     def linear_operations(self, weight_format: WeightFormat, head: float = 1.0) -> tuple[float, float]:

@@ -409,7 +409,7 @@ def test_refused_before_anything_is_built(arguments, message, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(target="cpu", prefill="expanded"), "only GPU targets have two forms, and target cpu is built in int8"),
+        (dict(target="cpu", prefill="expanded"), "only other targets have two forms, and target cpu is built in int8"),
         (dict(target="sm89", prefill="expanded", weights="embedded"), "with embedded weights each plan holds them; leave it"),
         (dict(target="sm89", prefill="naive"), "prefill is 'naive', accepted: auto, expanded, absorbed"),
     ],
