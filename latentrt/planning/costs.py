@@ -18,7 +18,7 @@ from latentrt.planning.collectives import Exchange, Link
 from latentrt.planning.gpus import GpuRow
 from latentrt.planning.paper import Gqa
 from latentrt.planning.roofline import Deployment
-from latentrt.planning.routing import Routing
+from latentrt.planning.routing import ROWS, Routing
 from latentrt.plugins.step_graph import ABSORBED, FORMS, StepBatch
 from latentrt.runtime.backends.forms import FormChooser, Head
 from latentrt.runtime.backends.padding import StepShape, decode_shape
@@ -119,7 +119,7 @@ class ExpertParallel:
 
     def __init__(self, deployment: Deployment, speeds: Speeds, exchange: str, routing: Routing, measured: Measured):
         self.deployment, self.model, self.speeds = deployment, deployment.model, speeds
-        self.routing, self.measured = routing, measured
+        self.routing, self.measured, self.random = routing, measured, np.random.default_rng(routing.seed)
         self.exchange = Exchange(self.model.config, deployment.count, exchange, routing.reached)
         c = self.model.config
         self.chooser = FormChooser(FORMS, Head(c.kv_lora_rank, c.qk_nope_head_dim, c.qk_rope_head_dim, c.v_head_dim, PAGE))
@@ -168,7 +168,7 @@ class ExpertParallel:
             return measured if layers else 0.0
         size = self.bytes["routed"] / layers / c.n_routed_experts
         quantized, plain = (n / layers / c.num_experts_per_tok for n in self.operations["routed"])
-        touched, choices = self.routing.loads(rows)
+        touched, choices = self.routing.loads(rows, int(self.random.integers(ROWS)))
         reading, computing = self.speeds.products(size, 0, 0), self.speeds.products(0, quantized, plain)
         return layers * float(np.maximum(touched * reading, choices * computing).max(1).mean())
 

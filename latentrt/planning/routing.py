@@ -15,9 +15,9 @@ class Routing:
     """
 
     def __init__(self, config: Config, ranks: int, skew: float = 0.0, seed: int = 0):
-        self.ranks, self.experts = ranks, config.n_routed_experts
-        self._random = np.random.default_rng(seed)
-        self.choices = np.stack([self._draw(config, skew) for _ in range(LAYERS)])  # [LAYERS, ROWS, top_k]
+        self.ranks, self.experts, self.seed = ranks, config.n_routed_experts, seed
+        random = np.random.default_rng(seed)
+        self.choices = np.stack([_draw(config, skew, random) for _ in range(LAYERS)])  # [LAYERS, ROWS, top_k]
 
     @property
     def reached(self) -> float:
@@ -26,21 +26,21 @@ class Routing:
         distinct = 1 + (np.diff(ranks, axis=-1) > 0).sum(-1)
         return float(distinct.mean()) * (self.ranks - 1) / self.ranks
 
-    def loads(self, rows: int) -> tuple[np.ndarray, np.ndarray]:
-        """Of so many rows of all ranks: experts that they choose, and choices, [LAYERS, ranks] each."""
-        start = int(self._random.integers(ROWS))
+    def loads(self, rows: int, start: int = 0) -> tuple[np.ndarray, np.ndarray]:
+        """Of so many rows of all ranks, those from `start` on: experts that they choose, and choices, [LAYERS, ranks] each."""
         taken = self.choices[:, np.arange(start, start + rows) % ROWS].reshape(LAYERS, -1)
         counts = np.stack([np.bincount(layer, minlength=self.experts) for layer in taken])
         counts = counts.reshape(LAYERS, self.ranks, -1)
         return (counts > 0).sum(-1), counts.sum(-1)
 
-    def _draw(self, config: Config, skew: float) -> np.ndarray:
-        """[ROWS, top_k]. The largest of log p + Gumbel noise are drawn without replacement by p."""
-        popularity = -skew * np.log(1 + self._random.permutation(self.experts))
-        scores = popularity + self._random.gumbel(size=(ROWS, self.experts))
-        groups, kept = config.n_group or 1, config.topk_group or 1
-        if kept < groups:
-            best = scores.reshape(ROWS, groups, -1).max(-1)
-            limit = np.partition(best, groups - kept, -1)[:, groups - kept, None]
-            scores = np.where(np.repeat(best >= limit, self.experts // groups, -1), scores, -np.inf)
-        return np.argpartition(scores, -config.num_experts_per_tok, -1)[:, -config.num_experts_per_tok :]
+
+def _draw(config: Config, skew: float, random: np.random.Generator) -> np.ndarray:
+    """Of a layer, [ROWS, top_k]. The largest of log p + Gumbel noise are drawn without replacement by p."""
+    experts, groups, kept = config.n_routed_experts, config.n_group or 1, config.topk_group or 1
+    popularity = -skew * np.log(1 + random.permutation(experts))
+    scores = popularity + random.gumbel(size=(ROWS, experts))
+    if kept < groups:
+        best = scores.reshape(ROWS, groups, -1).max(-1)
+        limit = np.partition(best, groups - kept, -1)[:, groups - kept, None]
+        scores = np.where(np.repeat(best >= limit, experts // groups, -1), scores, -np.inf)
+    return np.argpartition(scores, -config.num_experts_per_tok, -1)[:, -config.num_experts_per_tok :]
