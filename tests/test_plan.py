@@ -142,8 +142,8 @@ def test_memory_of_a_rank_by_hand():
 
 def test_only_divisors_of_the_experts_can_share_them(capsys, config):
     found = json.loads(run(capsys, config, "--gpus", 8, "--target", "H200", "--cache-format", "int6r", "--json")[1])
-    fp8, bf16 = found["ranks"]
-    assert (fp8["precision"], bf16["precision"]) == ("fp8", "bf16")
+    fp8, bf16 = (next(row for row in found["ranks"] if row["precision"] == name) for name in ("fp8", "bf16"))
+    assert [row["precision"] for row in found["ranks"]] == ["fp8", "bf16", "fp8-int4", "bf16-int4"]
     counts = [int(n) for n in fp8["by_count"]]
     assert counts == [n for n in range(1, 161) if 160 % n == 0]
     fits = {row["precision"]: [n for n in counts if row["by_count"][str(n)]["cache_tokens"]] for row in found["ranks"]}
