@@ -59,10 +59,16 @@ def sort(topk_ids, order, table, pairs, tiles, by_pair, first_expert, EXPERTS: t
         tl.store(table + tile * 4 + 2, tl.minimum(row + BLOCK_M, end), mask=inside)
 
 
-@triton.jit
-def quantize(source, values, scales, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
-    """Row program_id of source [rows, COLUMNS] -> values (e4m3), scales [rows] float32: source = values * scale."""
+@triton.jit(do_not_specialize=["tiles"])
+def quantize(source, values, scales, table, tiles, COLUMNS: tl.constexpr, BLOCK: tl.constexpr):
+    """Row program_id of source [rows, COLUMNS] -> values (e4m3), scales [rows] float32: source = values * scale.
+
+    table: rows are in the order of `sort`, whose last tile ends where the pairs of local experts do; later rows hold nothing.
+    """
     row = tl.program_id(0).to(tl.int64)
+    if table is not None:
+        if row >= tl.load(table + (tiles - 1) * 4 + 2):
+            return
     c = tl.arange(0, BLOCK)
     x = tl.load(source + row * COLUMNS + c, mask=c < COLUMNS, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(x), 0), 1e-10) / 448.0

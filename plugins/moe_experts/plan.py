@@ -103,7 +103,7 @@ def plan(config: Experts, tokens: int, target: Gpu) -> Plan:
         *_halve(config, size, tokens),
         bind(gate_up, (tiles * cdiv(inner, tile.block_n),), **_operands(config, _rows(config, size), "gate_up"), output="inner",
              **pairs_of),
-        *_quantize(config, "inner", inner, pairs),
+        *_quantize(config, "inner", inner, pairs, {} if one else dict(table="table", tiles=tiles)),
         bind(down, (tiles * cdiv(hidden, tile.down_n),), **_operands(config, "inner", "down"), output="outer", **pairs_of),
         bind(_combine_kernel(config), (tokens, cdiv(hidden, COMBINE_BLOCK)), outer="outer", topk_ids="topk_ids",
              topk_weights="topk_weights", y="y", first_expert=config.first_expert),
@@ -122,7 +122,8 @@ def kernels(config: Experts, target: Gpu) -> tuple[KernelSpec, ...]:
     _check_float8(config, target)
     found = [_combine_kernel(config)]
     if config.float8:
-        found += [_quantize_kernel(config, n) for n in (config.hidden_size, config.moe_intermediate_size)]
+        found += [_quantize_kernel(config, n, False) for n in (config.hidden_size, config.moe_intermediate_size)]
+        found.append(_quantize_kernel(config, config.moe_intermediate_size, True))
     if config.int4:
         found.append(_halve_kernel(config))
     found += [make(config, "few", target, True) for make in (_gate_up_kernel, _down_kernel)]
@@ -169,18 +170,20 @@ def _operands(config: Experts, rows: str, weight: str) -> dict[str, str]:
     return dict(rows=rows, weight=f"{weight}_proj")
 
 
-def _quantize(config: Experts, name: str, columns: int, rows: int) -> list[Launch]:
-    """Rows of `name` -> FP8 and their scales. Rows of "inner" without a local pair hold nothing and are ignored."""
+def _quantize(config: Experts, name: str, columns: int, rows: int, table: dict = {}) -> list[Launch]:
+    """Rows of `name` -> FP8 and their scales. `table`: what tells how many of them hold something, where they are sorted."""
     if not config.float8:
         return []
-    kernel = _quantize_kernel(config, columns)
-    return [bind(kernel, (rows,), source=name, values=f"{name}_float8", scales=f"{name}_scale")]
+    kernel = _quantize_kernel(config, columns, bool(table))
+    return [bind(kernel, (rows,), source=name, values=f"{name}_float8", scales=f"{name}_scale", **table)]
 
 
-def _quantize_kernel(config: Experts, columns: int) -> KernelSpec:
+def _quantize_kernel(config: Experts, columns: int, of_table: bool) -> KernelSpec:
+    table = (("table", "*i32"), ("tiles", "i32"))
     arguments = (("source", f"*{ELEMENTS[config.dtype]}"), ("values", "*fp8e4nv"), ("scales", "*fp32"))
-    constexprs = (("COLUMNS", columns), ("BLOCK", power_of_two(columns)))
-    return KernelSpec("moe_experts", "quantize", arguments, constexprs, 4, 1, "(rows,)")
+    constexprs = () if of_table else tuple((name, None) for name, _ in table)
+    constexprs += ("COLUMNS", columns), ("BLOCK", power_of_two(columns))
+    return KernelSpec("moe_experts", "quantize", arguments + table * of_table, constexprs, 4, 1, "(rows,)")
 
 
 def _rows(config: Experts, size: str) -> str:

@@ -19,7 +19,7 @@ from tests.plugins.sanitizer import Sanitizer
 
 HEADS, RANK, ROPE, PAGE = 3, 64, 16, 16
 CAPABILITIES = tuple(ARCHITECTURES)
-# rows of pairs that no expert here takes are quantized too, whatever they hold, and no product reads them
+# of a single token, rows of pairs that no expert here takes are quantized too, whatever they hold; no product reads them
 ALLOWED = {"quantize: source is read before it was written"}
 
 

@@ -7,7 +7,7 @@ import shutil
 import struct
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from math import prod
 from pathlib import Path
 from types import SimpleNamespace
@@ -69,6 +69,12 @@ def choose(tokens, **overrides):
     return "moe_route", inputs, attributes, route.kernels, route.Routing(160, has_bias=False, **attributes)
 
 
+def share(tokens, weights=BF16):
+    """The experts of one of 8 ranks: ids are less than 0, or beyond."""
+    op, inputs, attributes, kernels, config = compute(tokens, weights)
+    return op, inputs, attributes | {"total_experts": 64}, kernels, replace(config, total_experts=64)
+
+
 def compute(tokens, weights=BF16):
     blocks = {BF16: None, FP8: ((), ()), I8: ((3,), (1,))}[weights]
     packed = 2 if weights == I8 else 1
@@ -100,6 +106,8 @@ CASES = {
     "FP8 experts of one token": compute(1, FP8),
     "FP8 experts of some tokens": compute(90, FP8),
     "FP8 experts of a prompt": compute(400, FP8),
+    "a rank's experts in a decode step of all ranks": share(64),
+    "a rank's FP8 experts in a prompt of all ranks": share(2048, FP8),
     "int4 experts of one token": compute(1, I8),
     "int4 experts of a prompt": compute(400, I8),
 }
