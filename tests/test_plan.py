@@ -128,6 +128,18 @@ def test_workspace_of_gathered_rows_by_hand(rows, megabytes):
     assert round(found / 1e6) == megabytes
 
 
+def test_int4_experts_are_multiplied_in_bfloat16():
+    """fp8-int4: half a byte a weight and float32 scales; rows go in twice, in bfloat16 and as halves; no product is in FP8."""
+    int4, fp8 = sizes.formats(model())["fp8-int4"], Fp8()
+    routed = 59 * 160 * 3 * 5120 * 1536
+    assert model().weight_bytes(int4).routed == routed / 2 + routed / 128 * 4
+    assert model().operations(int4)["routed"] == (0, 2 * routed * 6 / 160)
+    assert model().operations(int4)["rest"] == model().operations(fp8)["rest"]
+    by_hand = 2048 * 6 * (1536 * 2 + 5120 * 2) + 2048 * 5120 * 2
+    assert model().workspace_bytes(int4, 2048) == pytest.approx(by_hand, rel=0.002)  # indices come on top
+    assert model().workspace_bytes(sizes.formats(model())["bf16-int4"], 2048) == model().workspace_bytes(int4, 2048)
+
+
 def test_a_model_without_experts_needs_no_workspace():
     assert model(LITE, first_k_dense_replace=27).workspace_bytes(Fp8(), 2048) == 0
 

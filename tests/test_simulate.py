@@ -477,7 +477,7 @@ def test_tables_fit_120_columns_and_name_every_assumption(capsys, config):
     (["--ranks", "3"], "--ranks is 3, accepted: 1, 2, 4, 5"),
     (["--ranks", "0"], "--ranks is 0, accepted: 1 or more"),
     (["--target", "H20"], "--target is 'H20', accepted:"),
-    (["--precision", "int3"], "precision 'int3' is not to be had on sm90; accepted: auto, fp8, bf16"),
+    (["--precision", "int3"], "precision 'int3' is not to be had on sm90; accepted: auto, fp8, bf16, fp8-int4"),
     (["--cache-format", "int5"], "--cache-format is 'int5', accepted: float32"),
     (["--exchange", "mail"], "--exchange is 'mail', accepted: gather, gather-float32, all-to-all"),
     (["--assume", "hbm"], "--assume is 'hbm', accepted: a number after hbm="),

@@ -9,11 +9,12 @@ from math import prod
 from latentrt.errors import UserError
 from latentrt.export.models import registry
 from latentrt.export.models.base import Config, Weight
-from latentrt.export.quantization import Fp8, WeightFormat
+from latentrt.export.quantization import WeightFormat
 from latentrt.plugins import cache_formats
 from latentrt.plugins.architecture import Gpu
 from latentrt.plugins.moe_experts.plan import Experts, workspace_bytes
 
+FLOAT8 = "float8_e4m3fn"
 ROUTED = ("gate_up", "down")  # roles of the weights that all routed experts of a layer share
 
 
@@ -71,7 +72,8 @@ class Model:
     def operations(self, weight_format: WeightFormat) -> dict[str, tuple[float, float]]:
         """Operations (2 a product and sum) of one token with the weights of its routed experts, of the head, and all others.
 
-        Of each those with quantized weights, and those with plain ones. In bfloat16 nothing is quantized.
+        Of each those with quantized weights, and those with plain ones. In bfloat16 nothing is quantized; weights of 4 bits
+        count as plain, since kernels multiply them as bfloat16.
         """
         found = {kind: [0.0, 0.0] for kind in ("routed", "head", "rest", "embedding")}
         for weight in self.weights:
@@ -88,12 +90,18 @@ class Model:
 
     def workspace_bytes(self, weight_format: WeightFormat, rows: int) -> int:
         """Bytes that the op moe_experts needs beside weights and output for so many rows, those of other ranks among them."""
-        c, float8 = self.config, isinstance(weight_format, Fp8)
-        if not self.expert_layers:
+        c, routed = self.config, next((weight for weight in self.weights if weight.role in ROUTED), None)
+        if routed is None:
             return 0
         hidden, inner = (-(-n // 16) * 16 for n in (c.hidden_size, c.moe_intermediate_size))  # as kernels take them
-        weights = "float8_e4m3fn" if float8 else "bfloat16"
-        experts = Experts(c.n_routed_experts, hidden, inner, c.num_experts_per_tok, "bfloat16", weights, 0, "concatenated")
+        kind = {"weights": "bfloat16"}
+        if weight_format.is_quantized(routed) and weight_format.bits_of(routed) == 4:
+            block = weight_format.blocks["gate_up"]
+            kind = {"weights": "int8", "packed": 2, "gate_up_blocks": hidden // block, "down_blocks": inner // block}
+        elif weight_format.is_quantized(routed) and weight_format.quantized == FLOAT8:
+            kind = {"weights": FLOAT8}
+        experts = Experts(c.n_routed_experts, hidden, inner, c.num_experts_per_tok, "bfloat16", first_expert=0,
+                          gate_up_layout="concatenated", **kind)  # fmt: skip
         return workspace_bytes(experts, rows, Gpu.of(90))
 
     @property
