@@ -66,7 +66,7 @@ def quantize(source, values, scales, table, tiles, COLUMNS: tl.constexpr, BLOCK:
     table: rows are in the order of `sort`, whose last tile ends where the pairs of local experts do; later rows hold nothing.
     """
     row = tl.program_id(0).to(tl.int64)
-    if table is not None:
+    if table is not None:  # noqa: SIM102 (decided when it is compiled)
         if row >= tl.load(table + (tiles - 1) * 4 + 2):
             return
     c = tl.arange(0, BLOCK)
