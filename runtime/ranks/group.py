@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
+from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener, wait
 from pathlib import Path
 
@@ -74,7 +75,7 @@ class RankGroup:
     def _accept(self, listener: Listener) -> list[tuple[Hello, Connection]]:
         """Every rank's first words and its connection, in order."""
         found: dict[int, tuple[Hello, Connection]] = {}
-        listener._listener._socket.settimeout(1.0)
+        listener._listener._socket.settimeout(1.0)  # `accept` knows no limit of its own
         end = time.monotonic() + START_SECONDS
         while len(found) < self.ranks:
             try:
@@ -88,6 +89,8 @@ class RankGroup:
                 if time.monotonic() > end:
                     missing = ", ".join(str(rank) for rank in range(self.ranks) if rank not in found)
                     raise EngineLostError(f"rank {missing} did not start within {START_SECONDS:.0f} s") from None
+            except (AuthenticationError, EOFError, OSError):
+                continue  # somebody who does not know the key
         return [found[rank] for rank in range(self.ranks)]
 
     def call_all(self, method: str, arguments: tuple = (), seconds: float = CALL_SECONDS) -> list:

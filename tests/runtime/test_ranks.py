@@ -242,3 +242,20 @@ def test_a_launcher_that_says_something_else_is_told_so(two_bundle, ranks, chang
     process = launched(two_bundle, 0, free_port(), ranks=ranks, **changes)
     _, errors = process.communicate(timeout=120)
     assert process.returncode == 2 and message in errors
+
+
+def test_strangers_at_the_door_are_passed_over(two_bundle, one):
+    """Who connects to the port and does not know the secret is none of the ranks."""
+    port = free_port()
+    first = launched(two_bundle, 0, port)
+    connected = False
+    while not connected and first.poll() is None:
+        with contextlib.suppress(OSError), socket.create_connection(("127.0.0.1", port + 1), timeout=5) as stranger:
+            stranger.sendall(b"GET / HTTP/1.1\r\n\r\n")
+            connected = True
+    other = launched(two_bundle, 1, port)
+    told, errors = first.communicate(timeout=300)
+    other.communicate(timeout=60)
+    assert connected and first.returncode == other.returncode == 0, errors
+    (answer,) = json.loads(told)["results"]
+    assert tuple(answer["token_ids"]) == one.generate(PROMPTS[:1], SamplingParams(max_new_tokens=8))[0].token_ids
