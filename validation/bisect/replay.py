@@ -1,0 +1,54 @@
+"""Runs one part of an engine through the script: its tensors for all rows, and what its cache held after every step."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentrt.validation.bisect.parts import OTHER_TERM, Part
+from latentrt.validation.bisect.runners import Runner
+from latentrt.validation.bisect.script import Script
+
+
+@dataclass
+class Replay:
+    """Tensors [T, ...] by tap, in the script's rows. `written`: every row's cell after the step that wrote it; `left`: the
+    same cells in the end, [T, width]."""
+
+    taps: dict[str, Tensor]
+    written: Tensor | None = None
+    left: Tensor | None = None
+    cells: list[Tensor] = field(default_factory=list)
+
+
+def replay(runner: Runner, part: Part, script: Script, given: Mapping[str, np.ndarray]) -> Replay:
+    """`given`: [T, ...] of all rows, for the inputs of `part.given`. Weights of the part are let go of in the end."""
+    call, rows = runner.open(part), len(script.tokens)
+    cache = runner.empty_cache(script.num_pages) if part.cache else None
+    found: dict[str, Tensor] = {}
+    result = Replay(found)
+    cells = np.concatenate([script.cells(s) for s in script.sequences])
+    for step in script.steps:
+        feeds = {name: value[step.rows] for name, value in given.items()}
+        if OTHER_TERM in part.given:
+            (edge,) = (v for n, v in feeds.items() if n not in ("embed.cos_out", "embed.sin_out"))
+            feeds[OTHER_TERM] = np.zeros_like(edge)
+        values, cache = call(runner.feeds(part, step.batch, feeds), cache)
+        for tap, name in part.taps.items():
+            value = torch.from_numpy(np.array(values[name]))
+            value = value.double() if value.is_floating_point() else value
+            at = step.rows if len(value) == len(step.rows) else step.rows[step.batch.logit_rows]
+            if tap not in found:
+                fill = torch.nan if value.is_floating_point() else -1
+                found[tap] = torch.full((rows, *value.shape[1:]), fill, dtype=value.dtype)
+            found[tap][at] = value
+        if part.cache:
+            held = runner.rows(cache)
+            if result.written is None:
+                result.written = torch.zeros(rows, held.shape[-1], dtype=held.dtype)
+            result.written[step.rows] = held[cells[step.rows]]
+    if part.cache:
+        result.left = runner.rows(cache)[cells]
+    return result
