@@ -59,11 +59,11 @@ class Layer:
         self.c, self.index, self.math, self.inner = config, index, math, inner
         self.prefix = f"model.layers.{index}"
 
-    def run(self, rows: Rows, choice: Choice | None = None) -> dict[str, Tensor]:
-        """All tensors. choice: of experts, instead of the router's own."""
+    def run(self, rows: Rows, ids: Tensor | None = None) -> dict[str, Tensor]:
+        """All tensors. ids [T, top_k]: experts that are taken instead of the router's own choice."""
         found = self.attention(rows)
         hidden = self.math.keep(rows.hidden + found["attention"])
-        return found | self.block(hidden, choice)
+        return found | self.block(hidden, ids)
 
     def attention(self, rows: Rows, rules: Rules = Rules()) -> dict[str, Tensor]:
         found = self._attention(self.math, rows, rules)
@@ -88,16 +88,16 @@ class Layer:
         cos, sin = rules.angles(rows.cos, rows.sin) if rules.angles else (rows.cos, rows.sin)
         found["q_pe"] = q_pe = m.keep(rotate(q_pe, cos[:, None], sin[:, None], rules.interleaved_rope))
         found["k_pe"] = k_pe = m.keep(rotate(k_pe, cos, sin, rules.interleaved_rope))
-        found["q_latent"] = q_latent = self._heads(m, q_nope, f"{at}.kv_b_proj.w_uk")
+        found["q_latent"] = q_latent = self.heads(m, q_nope, f"{at}.kv_b_proj.w_uk")
         found["cached latent"], found["cached k_pe"] = cached = m.cached(latent, k_pe)
         found["attended"] = attended = m.keep(self.attend(m, q_latent, q_pe, *cached, rows, rules))
         if last == "attended":
             return found
-        found["values"] = values = self._heads(m, attended, f"{at}.kv_b_proj.w_uv").flatten(1)
+        found["values"] = values = self.heads(m, attended, f"{at}.kv_b_proj.w_uv").flatten(1)
         found["attention"] = m.linear(values, f"{at}.o_proj")
         return found
 
-    def _heads(self, m: Exact, x: Tensor, name: str) -> Tensor:
+    def heads(self, m: Exact, x: Tensor, name: str) -> Tensor:
         """x [T, H, in] times w [H, in, out] -> [T, H, out], head by head."""
         weight = m.weights[name]
         return m.keep(m.product(x.transpose(0, 1), m.weight(name).transpose(1, 2), weight).transpose(0, 1))
@@ -113,7 +113,7 @@ class Layer:
             parts.append(_attend(m, q_latent[own], q_pe[own], keys, keys_pe, scale, rules))
         return torch.cat(parts)
 
-    def block(self, hidden: Tensor, choice: Choice | None = None) -> dict[str, Tensor]:
+    def block(self, hidden: Tensor, ids: Tensor | None = None) -> dict[str, Tensor]:
         """From what attention left to the layer's output."""
         m, c, at, found = self.math, self.c, f"{self.prefix}.mlp", {}
         found["post_attention_layernorm"] = x = m.norm(hidden, f"{self.prefix}.post_attention_layernorm", c.rms_norm_eps)
@@ -121,7 +121,7 @@ class Layer:
             found["router_logits"] = logits = self.router(x)
             own = self.route(logits)
             found["topk_ids"], found["topk_weights"] = own.ids, own.weights
-            found["experts"] = added = self.experts(x, choice or own)
+            found["experts"] = added = self.experts(x, own if ids is None else Choice(ids, self.weights_of(logits, ids)))
             if c.shared_intermediate_size:
                 found |= self._mlp(x, f"{at}.shared_experts", "shared_experts.")
                 added = m.keep(added + found["shared_experts.down_proj"])
@@ -139,6 +139,15 @@ class Layer:
     def route(self, logits: Tensor) -> Choice:
         ids, weights = formulas.route(logits.numpy(), self.c, formulas.family_routing(self.c))
         return Choice(torch.from_numpy(ids), torch.from_numpy(weights))
+
+    def weights_of(self, logits: Tensor, ids: Tensor, scaling: float | None = None, normalize: bool | None = None) -> Tensor:
+        """Weights [T, top_k] of these experts; -1, which stands in padding rows, is taken for the first."""
+        c = self.c
+        scores = logits.softmax(-1) if c.scoring_func == "softmax" else logits.sigmoid()
+        weights = scores.gather(-1, ids.clamp_min(0))
+        if c.norm_topk_prob if normalize is None else normalize:
+            weights = weights / (weights.sum(-1, keepdim=True) + 1e-20)
+        return weights * (c.routed_scaling_factor if scaling is None else scaling)
 
     def experts(self, x: Tensor, choice: Choice, order: dict[int, int] = {}) -> Tensor:
         """Sum of the chosen experts' outputs. order: expert -> the one whose weights stand in its place."""
@@ -161,6 +170,16 @@ class Layer:
         gate, up = m.linear(x, f"{at}.gate_proj"), m.linear(x, f"{at}.up_proj")
         down = m.linear(m.keep(m.keep(silu(gate)) * up), f"{at}.down_proj")
         return {f"{name}gate_proj": gate, f"{name}up_proj": up, f"{name}down_proj": down}
+
+
+def embed(m: Exact, tokens: Tensor, name: str = "model.embed_tokens.weight") -> Tensor:
+    """Rows [T, hidden_size] of the embedding, which no format quantizes: it is indexed before it is widened."""
+    return m.keep(m.weights[name].read(m.read)[tokens].double())
+
+
+def head(m: Exact, hidden: Tensor, c: DeepseekV2Config) -> Tensor:
+    """Logits [T, vocab_size] of hidden states [T, hidden_size]."""
+    return m.linear(m.norm(hidden, "model.norm", c.rms_norm_eps), "lm_head")
 
 
 def _attend(m: Exact, q_latent: Tensor, q_pe: Tensor, keys: Tensor, keys_pe: Tensor, scale: float, rules: Rules) -> Tensor:

@@ -12,7 +12,7 @@ from latentrt.validation.reference.formulas import RoutingRules
 def check_routing(c: DeepseekV2Config, probe: Probe) -> list[AuditCheck]:
     right = formulas.family_routing(c)
     error = _routing_error(c, probe, right)
-    variants = _routing_variants(c, right)
+    variants = routing_variants(c, right)
     if error > TOLERANCE:
         fits = next((n for n, (rules, _) in variants.items() if _routing_error(c, probe, rules) <= TOLERANCE), None)
         if fits is None:
@@ -26,7 +26,7 @@ def check_routing(c: DeepseekV2Config, probe: Probe) -> list[AuditCheck]:
     return [AuditCheck(n, error, m if m > NOTICEABLE else None) for n, m in moved.items()]
 
 
-def _routing_variants(c: DeepseekV2Config, right: RoutingRules) -> dict[str, tuple[RoutingRules, str]]:
+def routing_variants(c: DeepseekV2Config, right: RoutingRules) -> dict[str, tuple[RoutingRules, str]]:
     """Wrong rules by the name of the check that they break, and the field that advice goes by."""
     def changed(**fields) -> RoutingRules:
         return RoutingRules(**{**vars(right), **fields})

@@ -1,0 +1,156 @@
+"""Replays an engine part by part and names the first tensor that is not what its formulas and its formats' roundings make it.
+
+Every part gets the formulas' own hidden states as input, so that no error hides behind an earlier one. In memory are one part's
+weights in the engine, one tensor of the checkpoint, and hidden states.
+"""
+
+import os
+import resource
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from latentrt.export.checkpoint import Checkpoint
+from latentrt.export.models import registry
+from latentrt.plugins import cache_formats
+from latentrt.runtime.backends.torch.ops import DTYPES
+from latentrt.runtime.bundle.manifest import Target
+from latentrt.validation.bisect import diagnosis, runners, script
+from latentrt.validation.bisect.case import Case, EmbedCase, HeadCase, LayerCase, Subject
+from latentrt.validation.bisect.diagnosis import Defect
+from latentrt.validation.bisect.parts import ANGLES, EngineGraph
+from latentrt.validation.bisect.replay import replay
+from latentrt.validation.bisect.runners import Runner
+from latentrt.validation.bisect.spread import Spread
+from latentrt.validation.dequantize import StoredWeights
+from latentrt.validation.judge.routing import Flip
+from latentrt.validation.reference.arithmetic import Numerics
+from latentrt.validation.reference.audit import audit
+from latentrt.validation.reference.layer import Rows
+from latentrt.validation.stages.executor import Executor
+from latentrt.validation.tokens import Tokens
+
+ROUNDING, FLIP, DEFECT = "rounding", "routing flip on a near tie", "defect"
+
+
+@dataclass(frozen=True)
+class Looked:
+    """A tensor that was compared, by the part's and its own name, the checkpoint's, and the graph's."""
+
+    part: str
+    tensor: str
+    module: str
+    value: str
+    spread: Spread
+
+
+@dataclass
+class Bisection:
+    """What was found. `flips`: tokens that near ties sent to other experts. peak_bytes: most memory of the process."""
+
+    looked: list[Looked] = field(default_factory=list)
+    defects: list[Defect] = field(default_factory=list)
+    flips: list[Flip] = field(default_factory=list)
+    text: dict = field(default_factory=dict)
+    executed: dict = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+    seconds: float = 0.0
+    peak_bytes: int = 0
+
+    @property
+    def passed(self) -> bool:
+        return not self.defects
+
+    @property
+    def verdict(self) -> str:
+        return DEFECT if self.defects else FLIP if self.flips else ROUNDING
+
+
+class Bisect:
+    """One target of a bundle against its checkpoint. `progress` is told of every part."""
+
+    def __init__(self, executor: Executor, checkpoint: Checkpoint, tokens: Tokens, progress: Callable[[str], None]):
+        self.executor, self.progress, self.found = executor, progress, Bisection()
+        target, bundle = executor.target, executor.bundle
+        self.runner: Runner = runners.runner(executor, len(os.sched_getaffinity(0)))
+        self.graph = EngineGraph(self.runner.model, [i.name for i in target.inputs])
+        planned = script.plan(tokens.windows, target.cache.page_size, target.limits.max_batch_tokens)
+        stored = StoredWeights(bundle, executor.name)
+        cache = cache_formats.get(target.cache.format)
+        numerics = Numerics(DTYPES[self.graph.activation(0)], stored.format, cache, target.options.get("accuracy") == "fast")
+        plain, inner = ({w.name: w for w in checkpoint.weights(rotated)} for rotated in (False, stored.rotated))
+        self.s = Subject(checkpoint, stored, numerics, planned, plain, inner)
+
+    @property
+    def parts(self) -> int:
+        return self.graph.num_layers + 2
+
+    @torch.no_grad()
+    def run(self) -> Bisection:
+        """Every part in the order of the data's way. Raises ReferenceRefused, ValidationError, BundleError, CheckpointError."""
+        start, config = time.monotonic(), self.s.config
+        self.progress("audit of the reference")
+        audit(config, {k: v for k, v in self.s.checkpoint.raw.items() if k not in ("quantization_config", "auto_map")}
+              | {"num_key_value_heads": config.num_attention_heads})  # fmt: skip
+        hidden, cos, sin = self._embed()
+        for index in range(config.num_hidden_layers):
+            hidden = self._layer(index, hidden, cos, sin)
+        self._head(hidden)
+        self.found.seconds = round(time.monotonic() - start, 2)
+        self.found.peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return self.found
+
+    def _embed(self) -> tuple[Tensor, Tensor, Tensor]:
+        part = self.graph.embed()
+        self.progress(part.name)
+        case = EmbedCase(self.s, part, replay(self.runner, part, self.s.script, {}).taps)
+        self._judge(case)
+        values = case.exact
+        return values["embed_tokens"], values["cos"].float(), values["sin"].float()
+
+    def _layer(self, index: int, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        part = self.graph.layer(index)
+        self.progress(part.name)
+        hidden = self._given(hidden)
+        given = {self.graph.hidden_before(index): hidden.float().numpy(), ANGLES[0]: cos.numpy(), ANGLES[1]: sin.numpy()}
+        ran = replay(self.runner, part, self.s.script, given)
+        sequences = tuple(s.rows for s in self.s.script.sequences)
+        case = LayerCase(self.s, index, part, Rows(hidden, cos.double(), sin.double(), sequences), ran)
+        self._judge(case)
+        return case.next_hidden()
+
+    def _head(self, hidden: Tensor) -> None:
+        part = self.graph.head()
+        self.progress(part.name)
+        hidden = self._given(hidden)
+        given = {self.graph.hidden_before(self.graph.num_layers): hidden.float().numpy()}
+        self._judge(HeadCase(self.s, part, hidden, replay(self.runner, part, self.s.script, given).taps))
+
+    def _given(self, hidden: Tensor) -> Tensor:
+        """Hidden states as the engine's type holds them: both sides get the very same."""
+        return hidden.to(self.s.numerics.activation).double()
+
+    def _judge(self, case: Case) -> None:
+        """Looks at the tensors of a part in order, up to the first that is off."""
+        for tap in case.taps:
+            found = self._routing(case) if tap == "topk_ids" else self._tensor(case, tap)
+            if found:
+                self.found.defects.append(found)
+                return
+
+    def _routing(self, case: LayerCase) -> Defect | None:
+        found, flips = diagnosis.routing(case)
+        self.found.flips += flips
+        return found
+
+    def _tensor(self, case: Case, tap: str) -> Defect | None:
+        spread, part = case.spread(tap), case.part
+        module = f"{part.name}.{case.known[tap].module}".rstrip(".") if isinstance(case, LayerCase) else case.known[tap].module
+        self.found.looked.append(Looked(part.name, tap, module, part.taps.get(tap, part.cache or ""), spread))
+        return None if spread.passes else diagnosis.diagnose(case, tap, spread)
+
+

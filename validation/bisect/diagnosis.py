@@ -1,0 +1,103 @@
+"""From a tensor beyond its tolerance to a defect with a name: stored weights first, then what the tensor's values say."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from latentrt.validation.bisect import hypotheses, of_attention, of_routing, of_values, of_weights
+from latentrt.validation.bisect.case import Case, EmbedCase, LayerCase
+from latentrt.validation.bisect.hypotheses import Hypothesis
+from latentrt.validation.bisect.spread import Spread
+
+UNKNOWN = "unknown"
+_SHOWN = 3  # hypotheses that are kept beside the best
+
+
+@dataclass(frozen=True)
+class Defect:
+    """The first tensor of a part that is no rounding: where it is, by both names, and what fits.
+
+    weight: the stored weight that is the cause, by the checkpoint's name. others: hypotheses that fit less, best first.
+    """
+
+    part: str
+    tensor: str
+    module: str
+    what: str
+    value: str
+    node: str
+    spread: Spread | None
+    hypothesis: Hypothesis
+    weight: str | None = None
+    others: list[Hypothesis] = field(default_factory=list)
+
+    @property
+    def place(self) -> str:
+        """The checkpoint's name of what is wrong."""
+        return self.weight or self.module
+
+
+def diagnose(case: Case, tap: str, spread: Spread) -> Defect:
+    """Why a tensor is off."""
+    for suspect in of_weights.suspects(case, tap):
+        best = [h for h in suspect.hypotheses if h.fits]
+        words = f"by {suspect.error:.2g}, and no hypothesis fits"
+        return defect(case, tap, spread, best or [Hypothesis(of_weights.OTHER, words, 1.0)], suspect.name)
+    found = hypotheses.judged(case, tap, list(_sources(case, tap)), spread.limit.whole)
+    return defect(case, tap, spread, found if found and found[0].fits else [_none(found), *found])
+
+
+def _none(found: list[Hypothesis]) -> Hypothesis:
+    nearest = f"; the nearest is {found[0].kind} ({found[0].words}), which leaves {found[0].left:.0%}" if found else ""
+    return Hypothesis(UNKNOWN, f"no hypothesis fits{nearest}", 1.0)
+
+
+def defect(case: Case, tap: str, spread: Spread | None, found: list[Hypothesis], weight: str | None = None) -> Defect:
+    known, part = case.known[tap], case.part
+    module = f"{part.name}.{known.module}".rstrip(".") if isinstance(case, LayerCase) else known.module
+    others = [h for h in found[1:] if h.left < 1][:_SHOWN]
+    return Defect(
+        part.name, tap, module, known.what, part.taps.get(tap, part.cache or ""), part.nodes.get(tap, ""), spread, found[0], weight,
+        others,
+    )  # fmt: skip
+
+
+def _sources(case: Case, tap: str) -> Iterator[hypotheses.Source]:
+    """In the order in which they are believed, where several explain all."""
+    if isinstance(case, EmbedCase):
+        yield from (angles, of_values.scaled, of_values.columns)
+    elif isinstance(case, LayerCase):
+        if tap == "topk_weights":
+            yield from (of_values.scaled, of_routing.weight_rules)
+            return
+        yield from (of_attention.pages_written, of_attention.rotations, of_attention.masks, of_attention.scales)
+        yield from (of_attention.pages_read, of_attention.halves, of_values.scaled, of_values.without_a_term)
+        yield from (of_values.columns, of_values.transposed, of_values.saturated_inputs, of_values.saturated)
+    else:
+        yield from (of_values.scaled, of_values.columns)
+
+
+def angles(case: EmbedCase, tap: str) -> of_values.Predictions:
+    """Other positions, plain frequencies, or no attention factor, in the angles of all layers."""
+    if tap == "embed_tokens":
+        return
+    m = case.s.emulated()
+
+    def predicted(**changed) -> Tensor:
+        return case.at(m, **changed)[tap]
+
+    for k in (1, -1, 2, -2, 3, -3, 4, -4):
+        yield of_attention.POSITIONS, f"the angles are those of position {k:+d}", predicted(shift=k)
+    yield "YaRN frequencies dropped", "the angles are those without YaRN", predicted(yarn=False)
+    yield "attention factor dropped", "cos and sin are those without YaRN's attention factor", predicted(factor=False)
+
+
+def routing(case: LayerCase) -> tuple[Defect | None, list]:
+    """The router's choice: a defect if some tokens' experts are no near tie's; and all flips."""
+    compared = of_routing.compared(case)
+    wrong = [f for f in compared.flips if not f.explained]
+    if not wrong:
+        return None, compared.flips
+    found = of_routing.rules(case)
+    return defect(case, "topk_ids", None, found if found and found[0].fits else [_none(found), *found]), compared.flips

@@ -1,0 +1,81 @@
+"""What could have made a wrong tensor what it is: each hypothesis is the tensor that it predicts, and words.
+
+Predictions have the engine's roundings in them, so that the right one leaves little: of int4's 10 % nothing. `fit` measures what
+is left, over the error. Hypotheses about some tokens only (decode steps, one sequence) predict these, and the right values of
+all others.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from latentrt.validation.bisect.case import LayerCase
+
+FITS = 0.25  # of the error may be left, in Euclidean length: 94 % of its square is explained
+
+
+@dataclass(frozen=True)
+class Hypothesis:
+    """`left`: the part of the error that it does not explain."""
+
+    kind: str
+    words: str
+    left: float
+
+    @property
+    def fits(self) -> bool:
+        return self.left <= FITS
+
+
+Source = Callable[[LayerCase, str], Iterator[tuple[str, str, Tensor]]]
+
+
+def judged(case: LayerCase, tap: str, sources: list[Source], limit: float) -> list[Hypothesis]:
+    """All that `sources` say of a tensor, the best first; of what explains all to the tolerance `limit`, the first said."""
+    right, found = case.judged(tap, case.emulated[0]), case.judged(tap, case.found)
+    usual = [case.judged(tap, e) for e in case.emulated[1:]]
+    enough = max([limit, *(float((u - right).norm() / (right.norm() + 1e-300)) for u in usual)])
+    finite = torch.isfinite(found)
+    error = _size(found - right, finite)
+    result = []
+    for source in sources:
+        for kind, words, predicted in source(case, tap):
+            rest = _size(found - predicted.flatten(1)[-len(found) :], finite)
+            small = float(rest) <= 0.1 * enough * float(right.norm())
+            result.append(Hypothesis(kind, words, 0.0 if small and rest < error / 4 else float(rest / error)))
+    return sorted(result, key=lambda h: h.left)
+
+
+def _size(difference: Tensor, finite: Tensor) -> Tensor:
+    return difference.where(finite, 0.0).norm()
+
+
+def affected(case: LayerCase, tap: str) -> Tensor:
+    """[T] rows that are off by far more than roundings make them."""
+    right, found = case.judged(tap, case.emulated[0]), case.judged(tap, case.found)
+    exact = case.judged(tap, case.exact)
+    errors, usual = (found - right).norm(dim=1).nan_to_num(torch.inf), (right - exact).norm(dim=1)
+    size = right.norm(dim=1)
+    return errors > 4 * torch.maximum(usual, usual.median() / size.median().clamp_min(1e-300) * size)
+
+
+def where_affected(rows: Tensor, predicted: Tensor, right: Tensor) -> Tensor:
+    """`predicted` in the affected rows."""
+    return torch.where(rows[:, None], predicted.flatten(1), right.flatten(1))
+
+
+def rows_in_words(case: LayerCase, rows: Tensor) -> str:
+    """Which tokens are affected: all, those of decode steps, of some sequences, or how many."""
+    if rows.all():
+        return ""
+    decoding = torch.zeros(len(rows), dtype=torch.bool)
+    for step in case.s.script.steps:
+        if len(step.rows) == len(step.batch.cached_lengths):
+            decoding[torch.from_numpy(step.rows)] = True
+    if torch.equal(rows, decoding):
+        return ", in decode steps only"
+    owners = [k for k, s in enumerate(case.s.script.sequences) if rows[s.rows].any()]
+    some = f", in {int(rows.sum())} of {len(rows)} tokens"
+    return some + (f" (of sequence {owners[0]})" if len(owners) == 1 else "")
