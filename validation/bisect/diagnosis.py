@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from latentrt.validation.bisect import hypotheses, of_attention, of_routing, of_values, of_weights
+from latentrt.validation.bisect import hypotheses, of_attention, of_pages, of_routing, of_values, of_weights
 from latentrt.validation.bisect.case import Case, EmbedCase, LayerCase
 from latentrt.validation.bisect.hypotheses import Hypothesis
 from latentrt.validation.bisect.spread import Spread
@@ -71,8 +71,8 @@ def _sources(case: Case, tap: str) -> Iterator[hypotheses.Source]:
         if tap == "topk_weights":
             yield from (of_values.scaled, of_routing.weight_rules)
             return
-        yield from (of_attention.pages_written, of_attention.rotations, of_attention.masks, of_attention.scales)
-        yield from (of_attention.pages_read, of_attention.halves, of_values.scaled, of_values.without_a_term)
+        yield from (of_pages.written, of_attention.rotations, of_attention.masks, of_attention.scales)
+        yield from (of_pages.read, of_attention.halves, of_values.scaled, of_values.without_a_term)
         yield from (of_values.columns, of_values.transposed, of_values.saturated_inputs, of_values.saturated)
     else:
         yield from (of_values.scaled, of_values.columns)

@@ -37,19 +37,22 @@ def judged(case: LayerCase, tap: str, sources: list[Source], limit: float) -> li
     right, found = case.judged(tap, case.emulated[0]), case.judged(tap, case.found)
     usual = [case.judged(tap, e) for e in case.emulated[1:]]
     enough = max([limit, *(float((u - right).norm() / (right.norm() + 1e-300)) for u in usual)])
-    finite = torch.isfinite(found)
-    error = _size(found - right, finite)
+    error = max(_size(found, right), 1e-300)
     result = []
     for source in sources:
         for kind, words, predicted in source(case, tap):
-            rest = _size(found - predicted.flatten(1)[-len(found) :], finite)
-            small = float(rest) <= 0.1 * enough * float(right.norm())
-            result.append(Hypothesis(kind, words, 0.0 if small and rest < error / 4 else float(rest / error)))
+            rest = _size(found, predicted.flatten(1)[-len(found) :])
+            small = rest <= 0.1 * enough * float(right.norm())
+            result.append(Hypothesis(kind, words, 0.0 if small and rest < error / 4 else rest / error))
     return sorted(result, key=lambda h: h.left)
 
 
-def _size(difference: Tensor, finite: Tensor) -> Tensor:
-    return difference.where(finite, 0.0).norm()
+def _size(found: Tensor, predicted: Tensor) -> float:
+    """Euclidean length of the difference; where only one of both is a number, it is the size of the largest of all."""
+    numbers = torch.isfinite(found), torch.isfinite(predicted)
+    both, one = numbers[0] & numbers[1], numbers[0] ^ numbers[1]
+    largest = torch.cat([found[numbers[0]], predicted[numbers[1]]]).abs().max() if any(n.any() for n in numbers) else 1.0
+    return float((found - predicted).where(both, one * 10.0 * largest).norm())
 
 
 def affected(case: LayerCase, tap: str) -> Tensor:

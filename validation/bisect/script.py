@@ -5,6 +5,7 @@ or is read before it is, holds an earlier content that can be told.
 """
 
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 
@@ -49,6 +50,23 @@ class Script:
     @property
     def positions(self) -> np.ndarray:
         return np.concatenate([np.arange(len(s.tokens)) for s in self.sequences])
+
+    @cached_property
+    def held(self) -> list[np.ndarray]:
+        """After every step, which row's token each cell of the cache holds; -1 where none was written."""
+        cells, states = np.concatenate([self.cells(s) for s in self.sequences]), []
+        state = np.full(self.num_pages * self.page_size, -1)
+        for step in self.steps:
+            state = state.copy()
+            state[cells[step.rows]] = step.rows
+            states.append(state)
+        return states
+
+    @property
+    def forgotten(self) -> np.ndarray:
+        """The same before the sequences that stay."""
+        last = max(k for k, step in enumerate(self.steps) if step.rows[0] < self.sequences[1].rows.start)
+        return self.held[last]
 
     def cells(self, sequence: Sequence) -> np.ndarray:
         """The cells of a sequence's tokens."""

@@ -14,8 +14,6 @@ from latentrt.export.models.deepseek_v2.config import DeepseekV2Config
 from latentrt.validation.reference import formulas
 from latentrt.validation.reference.arithmetic import Exact
 
-Keys = Callable[[int, Tensor, Tensor], tuple[Tensor, Tensor]]
-
 
 @dataclass(frozen=True)
 class Rows:
@@ -31,8 +29,7 @@ class Rows:
 class Rules:
     """What can be wrong with attention; as it is here nothing is.
 
-    angles (cos, sin -> both) turns them; softmax_scale None is the config's; `mask_offset` later positions are seen as well;
-    `keys` (sequence, latents, k_pe) gives what is read of the cache instead.
+    angles (cos, sin -> both) turns them; softmax_scale None is the config's; `mask_offset` later positions are seen as well.
     """
 
     interleaved_rope: bool = True
@@ -40,7 +37,6 @@ class Rules:
     softmax_scale: float | None = None
     mask_offset: int = 0
     softmax_dtype: torch.dtype = torch.float64
-    keys: Keys | None = None
 
 
 @dataclass(frozen=True)
@@ -105,13 +101,7 @@ class Layer:
     def attend(self, m: Exact, q_latent: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, rows: Rows, rules: Rules) -> Tensor:
         """Causal attention within every sequence, over cached latents: [T, H, kv_lora_rank]."""
         scale = self.c.softmax_scale if rules.softmax_scale is None else rules.softmax_scale
-        parts = []
-        for number, own in enumerate(rows.sequences):
-            keys, keys_pe = latent[own], k_pe[own]
-            if rules.keys:
-                keys, keys_pe = rules.keys(number, keys, keys_pe)
-            parts.append(_attend(m, q_latent[own], q_pe[own], keys, keys_pe, scale, rules))
-        return torch.cat(parts)
+        return torch.cat([attend(m, q_latent[s], q_pe[s], latent[s], k_pe[s], scale, rules) for s in rows.sequences])
 
     def block(self, hidden: Tensor, ids: Tensor | None = None) -> dict[str, Tensor]:
         """From what attention left to the layer's output."""
@@ -182,11 +172,14 @@ def head(m: Exact, hidden: Tensor, c: DeepseekV2Config) -> Tensor:
     return m.linear(m.norm(hidden, "model.norm", c.rms_norm_eps), "lm_head")
 
 
-def _attend(m: Exact, q_latent: Tensor, q_pe: Tensor, keys: Tensor, keys_pe: Tensor, scale: float, rules: Rules) -> Tensor:
+def attend(
+    m: Exact, q_latent: Tensor, q_pe: Tensor, keys: Tensor, keys_pe: Tensor, scale: float, rules: Rules = Rules(), past: int = 0
+) -> Tensor:
+    """[T, H, kv_lora_rank] of T rows at positions past, past + 1, ... over keys [S, ...] of positions 0, 1, ..."""
     both, query = torch.cat([keys, keys_pe], -1), torch.cat([q_latent, q_pe], -1)  # [S, rank + rope], [T, H, rank + rope]
     scores = torch.einsum("thd,sd->ths", query, both)
     scores = m.summed(scores, query.norm(dim=-1)[..., None] * both.norm(dim=-1)) * scale
-    future = torch.ones(scores.shape[0], scores.shape[-1]).triu(1 + rules.mask_offset).bool()
+    future = torch.ones(scores.shape[0], scores.shape[-1]).triu(1 + past + rules.mask_offset).bool()
     scores = scores.masked_fill(future[:, None], -1e30)  # a row without any key sees all alike, as in engines
     weights = scores.to(rules.softmax_dtype).softmax(-1).double()
     return m.summed(torch.einsum("ths,sr->thr", weights, keys), weights.norm(dim=-1, keepdim=True) * keys.norm(dim=0))
