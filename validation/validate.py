@@ -2,12 +2,16 @@
 
 import os
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from latentrt.export.checkpoint import Checkpoint, combined_digest
+from latentrt.runtime.backends import INTERPRETER
 from latentrt.runtime.backends.base import AUTO
+from latentrt.runtime.backends.tensorrt.backend import DISTRIBUTIONS
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.validation import tokens
+from latentrt.validation.bisect.bisect import Bisect
 from latentrt.validation.compare import Comparison, Subject
 from latentrt.validation.dequantize import bundle_config
 from latentrt.validation.errors import ValidationError
@@ -28,12 +32,10 @@ def validate(
 
     count: tokens to compare on. `progress` is told of every one of STAGES stages. backend, device: see `Executor`.
     """
-    bundle = Bundle(bundle_path)
-    name, entry = bundle.target(target)
-    executor = Executor(bundle, name, entry, backend, device)
+    executor = _executor(bundle_path, target, backend, device)
+    bundle, name, entry = executor.bundle, executor.name, executor.target
     executor.check()
-    checkpoint = Checkpoint(checkpoint_path)
-    _check_pair(bundle, checkpoint)
+    checkpoint = _reference(bundle, checkpoint_path)
     try:
         row = tolerances.find(entry.precision, str(entry.options.get("accuracy", "exact")), entry.cache.format)
     except KeyError as error:
@@ -42,8 +44,7 @@ def validate(
     chosen = tokens.load(checkpoint, text, count, longest)
     comparison = Comparison(Subject(bundle, name, checkpoint, chosen, row, executor, len(os.sched_getaffinity(0))), progress)
     progress("checkpoint digest")
-    known = {k: v.model_dump() for k, v in bundle.manifest.checkpoint.files.items()}
-    digest = combined_digest(checkpoint.file_digests(known))
+    digest = _digest(bundle, checkpoint)
     if digest != bundle.manifest.checkpoint.digest:
         comparison.findings.notes.append(
             f"the bundle was built from another checkpoint (sha256 {bundle.manifest.checkpoint.digest[:16]}…) than "
@@ -51,6 +52,46 @@ def validate(
         )
     findings = comparison.run()
     return evidences.evidence(findings, bundle, name, digest), comparison
+
+
+def prepare_bisection(
+    bundle_path: Path, checkpoint_path: Path, target: str | None = None, text: Path | None = None, *, count: int,
+    backend: str | None = None, device: str = AUTO,
+) -> Bisect:  # fmt: skip
+    """What bisects one target; of a plan, which is closed, PyTorch runs the ONNX graph that it was built from.
+
+    UserError where nothing can be compared. All weights are held to the checkpoint, so it must be the bundle's own.
+    """
+    executor = _executor(bundle_path, target, backend, device)
+    if executor.chosen in DISTRIBUTIONS:
+        executor = replace(executor, backend=INTERPRETER)
+    executor.check()
+    bundle, checkpoint = executor.bundle, _reference(executor.bundle, checkpoint_path)
+    digest = _digest(bundle, checkpoint)
+    if digest != bundle.manifest.checkpoint.digest:
+        raise ValidationError(
+            f"{checkpoint.path}: its sha256 is {digest[:16]}…, the bundle was built from {bundle.manifest.checkpoint.digest[:16]}…; "
+            f"every weight would differ: give the checkpoint that the bundle was built from ({bundle.manifest.checkpoint.path})"
+        )
+    limits = executor.target.limits
+    chosen = tokens.load(checkpoint, text, count, min(limits.max_context, limits.max_batch_tokens))
+    return Bisect(executor, checkpoint, chosen)
+
+
+def _executor(bundle_path: Path, target: str | None, backend: str | None, device: str) -> Executor:
+    bundle = Bundle(bundle_path)
+    return Executor(bundle, *bundle.target(target), backend, device)
+
+
+def _reference(bundle: Bundle, path: Path) -> Checkpoint:
+    checkpoint = Checkpoint(path)
+    _check_pair(bundle, checkpoint)
+    return checkpoint
+
+
+def _digest(bundle: Bundle, checkpoint: Checkpoint) -> str:
+    """The checkpoint's; files that the bundle knows by size and time are not read again."""
+    return combined_digest(checkpoint.file_digests({k: v.model_dump() for k, v in bundle.manifest.checkpoint.files.items()}))
 
 
 def _check_pair(bundle: Bundle, checkpoint: Checkpoint) -> None:

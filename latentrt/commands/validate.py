@@ -24,8 +24,12 @@ def validate(
     count: Annotated[int, typer.Option("--tokens", help="How many tokens to compare on.")] = 4096,
     backend: BackendName = None,
     device: Device = "auto",
+    bisect: Annotated[bool, typer.Option("--bisect", help="Replay the engine part by part; name the first wrong tensor.")] = False,
 ) -> int:
     """Compares an engine with transformers, stage by stage and layer by layer, and gives a verdict (exit status 0 or 1)."""
+    if bisect:
+        given = {"count": count, "backend": backend, "device": device}
+        return _bisect((bundle, reference, target, text), given, report_dir, as_json)
     with interrupt.leaves_at_once():
         from rich.console import Console
 
@@ -42,6 +46,26 @@ def validate(
     else:
         terminal.summarize(Console(), evidence, comparison.findings, files)
     return PASS if comparison.findings.passed else FAIL
+
+
+def _bisect(subject: tuple, options: dict, report_dir: Path | None, as_json: bool) -> int:
+    with interrupt.leaves_at_once():
+        from rich.console import Console
+
+        from latentrt.validation import validate as validation
+        from latentrt.validation.report import bisection
+
+    validation.check_report_folder(report_dir)
+    job = validation.prepare_bisection(*subject, **options)
+    with nullcontext(lambda stage: None) if as_json else _bar(job.stages) as step:
+        found = job.run(step)
+    evidence = bisection.evidence(found, job.executor)
+    files = bisection.write(evidence, job.executor, report_dir)
+    if as_json:
+        print(json.dumps(evidence))
+    else:
+        bisection.summarize(Console(), found, job.executor, files)
+    return PASS if found.passed else FAIL
 
 
 def dequantize(

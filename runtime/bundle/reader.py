@@ -15,6 +15,7 @@ from latentrt.runtime.bundle.manifest import FORMAT_VERSION, FileRef, Manifest, 
 from latentrt.runtime.errors import BundleError
 
 MANIFEST, FILES, EVIDENCE = "manifest.json", "files", "evidence"
+BISECTED = ".bisect"  # behind a target's name: evidence of a comparison part by part
 _CHUNK = 1 << 20  # fits a core's cache
 
 
@@ -72,8 +73,9 @@ class Bundle:
         return self.path / EVIDENCE / f"{self.digest[:16]}.{target}.json"
 
     def evidence_files(self, target: str) -> list[Path]:
-        """What validation recorded: of the target's own runs, and of its graph interpreted by PyTorch."""
-        return [f for f in (self.evidence_file(target), self.evidence_file(f"{target}.torch")) if f.is_file()]
+        """What validation recorded: of the target's own runs, and of its graph interpreted by PyTorch, whole and part by part."""
+        kinds = (f"{target}{backend}{way}" for way in ("", BISECTED) for backend in ("", ".torch"))
+        return [f for f in map(self.evidence_file, kinds) if f.is_file()]
 
 
 def read_manifest(path: Path) -> tuple[Manifest, str]:

@@ -41,7 +41,7 @@ def bisected(bundle: Path, checkpoint: Path, target: str | None = None) -> Bisec
     chosen = tokens.load(source, None, 480, entry.limits.max_context)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bisect, "audit", lambda config, raw: [])
-        return Bisect(executor, source, chosen, lambda part: None).run()
+        return Bisect(executor, source, chosen).run()
 
 
 @pytest.fixture(scope="module")

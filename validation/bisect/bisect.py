@@ -10,15 +10,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from latentrt.export.checkpoint import Checkpoint
-from latentrt.export.models import registry
+from latentrt.export.layerwise import threads_for
 from latentrt.plugins import cache_formats
 from latentrt.runtime.backends.torch.ops import DTYPES
-from latentrt.runtime.bundle.manifest import Target
 from latentrt.validation.bisect import diagnosis, runners, script
 from latentrt.validation.bisect.case import Case, EmbedCase, HeadCase, LayerCase, Subject
 from latentrt.validation.bisect.diagnosis import Defect
@@ -31,6 +29,7 @@ from latentrt.validation.judge.routing import Flip
 from latentrt.validation.reference.arithmetic import Numerics
 from latentrt.validation.reference.audit import audit
 from latentrt.validation.reference.layer import Rows
+from latentrt.validation.reference.model import auditable, quiet_transformers
 from latentrt.validation.stages.executor import Executor
 from latentrt.validation.tokens import Tokens
 
@@ -57,7 +56,7 @@ class Bisection:
     flips: list[Flip] = field(default_factory=list)
     text: dict = field(default_factory=dict)
     executed: dict = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
+    audit: list[dict] = field(default_factory=list)
     seconds: float = 0.0
     peak_bytes: int = 0
 
@@ -71,10 +70,10 @@ class Bisection:
 
 
 class Bisect:
-    """One target of a bundle against its checkpoint. `progress` is told of every part."""
+    """One target of a bundle against its checkpoint. Raises ValidationError where the graph cannot be taken apart."""
 
-    def __init__(self, executor: Executor, checkpoint: Checkpoint, tokens: Tokens, progress: Callable[[str], None]):
-        self.executor, self.progress, self.found = executor, progress, Bisection()
+    def __init__(self, executor: Executor, checkpoint: Checkpoint, tokens: Tokens):
+        self.executor, self.found = executor, Bisection()
         target, bundle = executor.target, executor.bundle
         self.runner: Runner = runners.runner(executor, len(os.sched_getaffinity(0)))
         self.graph = EngineGraph(self.runner.model, [i.name for i in target.inputs])
@@ -84,25 +83,36 @@ class Bisect:
         numerics = Numerics(DTYPES[self.graph.activation(0)], stored.format, cache, target.options.get("accuracy") == "fast")
         plain, inner = ({w.name: w for w in checkpoint.weights(rotated)} for rotated in (False, stored.rotated))
         self.s = Subject(checkpoint, stored, numerics, planned, plain, inner)
+        self.found.executed = executor.describe(self.runner)
+        self.found.text = {
+            "source": tokens.source, "is_text": tokens.is_text, "tokens": len(planned.tokens), "steps": len(planned.steps),
+            "sequences": [len(s.tokens) for s in planned.sequences], "pages": planned.num_pages - 1,
+        }  # fmt: skip
 
     @property
-    def parts(self) -> int:
-        return self.graph.num_layers + 2
+    def stages(self) -> int:
+        """Of which `run` tells `progress`: the audit, embedding, layers and head."""
+        return self.graph.num_layers + 3
 
     @torch.no_grad()
-    def run(self) -> Bisection:
+    def run(self, progress: Callable[[str], None] = lambda stage: None) -> Bisection:
         """Every part in the order of the data's way. Raises ReferenceRefused, ValidationError, BundleError, CheckpointError."""
         start, config = time.monotonic(), self.s.config
-        self.progress("audit of the reference")
-        audit(config, {k: v for k, v in self.s.checkpoint.raw.items() if k not in ("quantization_config", "auto_map")}
-              | {"num_key_value_heads": config.num_attention_heads})  # fmt: skip
-        hidden, cos, sin = self._embed()
-        for index in range(config.num_hidden_layers):
-            hidden = self._layer(index, hidden, cos, sin)
-        self._head(hidden)
+        self.progress = progress
+        progress("audit of the reference")
+        with quiet_transformers():
+            self.found.audit = [vars(check) for check in audit(config, auditable(self.s.checkpoint))]
+        with threads_for(config):
+            self._parts()
         self.found.seconds = round(time.monotonic() - start, 2)
         self.found.peak_bytes = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return self.found
+
+    def _parts(self) -> None:
+        hidden, cos, sin = self._embed()
+        for index in range(self.graph.num_layers):
+            hidden = self._layer(index, hidden, cos, sin)
+        self._head(hidden)
 
     def _embed(self) -> tuple[Tensor, Tensor, Tensor]:
         part = self.graph.embed()

@@ -161,19 +161,21 @@ class EmbedCase(Case):
 
     @cached_property
     def emulated(self) -> list[Values]:
-        """An angle is a product of float32 numbers: off by a unit in its last place, which is much at late positions."""
-        return [self.at(self.s.emulated(k), _ULP * self.s.noise(len(self.s.script.tokens), 1)) for k in range(DRAWS)]
+        """Position times frequency is rounded to float32 once; cosines and sines are off by a unit in the last place."""
+        return [self.at(self.s.emulated(k), torch.float32) for k in range(DRAWS)]
 
-    def at(self, m: Exact, off: Tensor | float = 0.0, shift: int = 0, yarn: bool = True, factor: bool = True) -> Values:
-        """off: relative error of the angles; shift: of positions; yarn, factor: False without."""
-        c = self.s.config
-        positions = torch.from_numpy(self.s.script.positions)[:, None].double() + shift
-        angles = positions * torch.from_numpy(formulas.inverse_frequencies(c, yarn)) * (1 + off)
+    def at(self, m: Exact, kind: torch.dtype = torch.float64, shift: int = 0, yarn: bool = True, factor: bool = True) -> Values:
+        """kind: of angles; shift: of positions; yarn, factor: False without."""
+        c, tokens = self.s.config, torch.from_numpy(self.s.script.tokens)
+        positions = torch.from_numpy(self.s.script.positions)[:, None] + shift
+        frequencies = torch.from_numpy(formulas.inverse_frequencies(c, yarn)).to(kind)
+        angles = (positions.to(kind) * frequencies).double()
         gain = formulas.rotation_factor(c) if factor else 1.0
-        angled = {name: (f(angles) * gain) for name, f in (("cos", torch.cos), ("sin", torch.sin))}
-        if isinstance(off, Tensor):
-            angled = {name: value.float().double() for name, value in angled.items()}
-        return {"embed_tokens": formula.embed(m, torch.from_numpy(self.s.script.tokens)), **angled}
+        angled = {"cos": angles.cos() * gain, "sin": angles.sin() * gain}
+        if kind == torch.float32:
+            noise = _ULP * self.s.noise(*angles.shape)
+            angled = {name: (value * (1 + noise)).float().double() for name, value in angled.items()}
+        return {"embed_tokens": formula.embed(m, tokens), **angled}
 
 
 class HeadCase(Case):

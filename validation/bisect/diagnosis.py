@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from latentrt.validation.bisect import hypotheses, of_attention, of_pages, of_routing, of_values, of_weights
@@ -82,10 +83,8 @@ def angles(case: EmbedCase, tap: str) -> of_values.Predictions:
     """Other positions, plain frequencies, or no attention factor, in the angles of all layers."""
     if tap == "embed_tokens":
         return
-    m = case.s.emulated()
-
     def predicted(**changed) -> Tensor:
-        return case.at(m, **changed)[tap]
+        return case.at(case.s.emulated(), torch.float32, **changed)[tap]
 
     for k in (1, -1, 2, -2, 3, -3, 4, -4):
         yield of_attention.POSITIONS, f"the angles are those of position {k:+d}", predicted(shift=k)

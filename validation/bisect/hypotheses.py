@@ -33,7 +33,7 @@ Source = Callable[[LayerCase, str], Iterator[tuple[str, str, Tensor]]]
 
 
 def judged(case: LayerCase, tap: str, sources: list[Source], limit: float) -> list[Hypothesis]:
-    """All that `sources` say of a tensor, the best first; of what explains all to the tolerance `limit`, the first said."""
+    """What `sources` say of a tensor, the best first. The first that leaves a tenth of the tolerance `limit` ends the search."""
     right, found = case.judged(tap, case.emulated[0]), case.judged(tap, case.found)
     usual = [case.judged(tap, e) for e in case.emulated[1:]]
     enough = max([limit, *(float((u - right).norm() / (right.norm() + 1e-300)) for u in usual)])
@@ -43,7 +43,9 @@ def judged(case: LayerCase, tap: str, sources: list[Source], limit: float) -> li
         for kind, words, predicted in source(case, tap):
             rest = _size(found, predicted.flatten(1)[-len(found) :])
             small = rest <= 0.1 * enough * float(right.norm())
-            result.append(Hypothesis(kind, words, 0.0 if small and rest < error / 4 else rest / error))
+            result.append(Hypothesis(kind, words, 0.0 if small and rest < FITS * error else rest / error))
+            if not result[-1].left:
+                return [result[-1], *sorted(result[:-1], key=lambda h: h.left)]
     return sorted(result, key=lambda h: h.left)
 
 

@@ -100,7 +100,10 @@ class TorchRunner(Runner):
         model.CopyFrom(part.model)
         model.graph.input.extend(onnx.helper.make_tensor_value_info(n, t, None) for n, t in part.given.items())
         kind = "triton" if self.device.type == "cuda" else "reference"
-        program = torch_graph.StepProgram(model, weights, self.device, kind)
+        try:
+            program = torch_graph.StepProgram(model, weights, self.device, kind)
+        except torch_graph.UnknownOpError as error:
+            raise ValidationError(f"{self.bundle.path}: {part.name} ({self.target.precision}): {error}") from None
         del weights
 
         @torch.inference_mode()

@@ -43,8 +43,7 @@ class Reference:
 
     def __init__(self, checkpoint: Checkpoint):
         self.checkpoint, self.config = checkpoint, checkpoint.config
-        raw = {k: v for k, v in checkpoint.raw.items() if k not in ("quantization_config", "auto_map")}
-        raw |= {"num_key_value_heads": self.config.num_attention_heads}  # 1 means the same in MLA; transformers fails on it
+        raw = auditable(checkpoint)
         self.audit: list[AuditCheck] = audit(self.config, raw)
         if checkpoint.is_plain:
             self.model, self.weights = self._load(raw), "the checkpoint's weights"
@@ -55,7 +54,7 @@ class Reference:
         """from_pretrained, as any user would, and then a comparison of every parameter with the checkpoint's tensors."""
         if raw.get("n_shared_experts") is None:
             raw = raw | {"n_shared_experts": 0}
-        with _quiet_transformers():
+        with quiet_transformers():
             try:
                 model, info = transformers.DeepseekV2ForCausalLM.from_pretrained(
                     self.checkpoint.path, config=transformers.DeepseekV2Config.from_dict(raw), dtype=torch.float32,
@@ -126,13 +125,19 @@ class Reference:
         return hook
 
 
+def auditable(checkpoint: Checkpoint) -> dict:
+    """config.json as transformers takes it: one key and value head means the same in MLA as all, and it fails on one."""
+    raw = {k: v for k, v in checkpoint.raw.items() if k not in ("quantization_config", "auto_map")}
+    return raw | {"num_key_value_heads": checkpoint.config.num_attention_heads}
+
+
 def _rows(value) -> np.ndarray:
     tensor = value[0] if isinstance(value, tuple) else value
     return tensor.detach().float().reshape(-1, tensor.shape[-1]).numpy().copy()
 
 
 @contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Mutes transformers' progress bars and notes."""
     from transformers.utils import logging
 

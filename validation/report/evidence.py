@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+from collections.abc import Mapping
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -15,29 +16,31 @@ _PACKAGES = ("torch", "transformers", "onnx", "onnxruntime", "numpy", "tokenizer
 
 def evidence(findings: Findings, bundle: Bundle, target_name: str, checkpoint_digest: str) -> dict:
     """Everything as plain JSON: verdict, checks with reasons, all numbers, versions, machine, date, digests."""
-    target, first = bundle.manifest.targets[target_name], findings.first_failure
+    first = findings.first_failure
+    verdict = {"verdict": "pass" if findings.passed else "fail", "first_failure": describe(first) if first else None}
     body = {k: v for k, v in vars(findings).items() if k != "series"}
-    return plain(
-        {
-            "verdict": "pass" if findings.passed else "fail",
-            "first_failure": describe(first) if first else None,
-            "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            "machine": machine(),
-            "versions": versions(findings),
-            "bundle": {
-                "path": str(bundle.path.resolve()), "manifest_sha256": bundle.digest, "target": target_name,
-                "backend": f"{target.backend} {target.backend_version}", "precision": target.precision,
-                "options": target.options, "cache_format": target.cache.format, "producer": bundle.manifest.producer,
-            },
-            "checkpoint": {"path": bundle.manifest.checkpoint.path, "sha256": checkpoint_digest},
-        }
-        | body
-    )  # fmt: skip
+    return plain(verdict | subject(bundle, target_name, checkpoint_digest, findings.executed) | body)
 
 
-def versions(findings: Findings) -> dict[str, str]:
-    """Of Python, of the packages that compare, and of those that ran the engine."""
-    return {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES} | findings.executed["packages"]
+def subject(bundle: Bundle, target_name: str, checkpoint_digest: str, executed: Mapping) -> dict:
+    """What was compared with what, where, when, and with which versions."""
+    target = bundle.manifest.targets[target_name]
+    return {
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": machine(),
+        "versions": versions(executed),
+        "bundle": {
+            "path": str(bundle.path.resolve()), "manifest_sha256": bundle.digest, "target": target_name,
+            "backend": f"{target.backend} {target.backend_version}", "precision": target.precision,
+            "options": target.options, "cache_format": target.cache.format, "producer": bundle.manifest.producer,
+        },
+        "checkpoint": {"path": bundle.manifest.checkpoint.path, "sha256": checkpoint_digest},
+    }  # fmt: skip
+
+
+def versions(executed: Mapping) -> dict[str, str]:
+    """Of Python, of the packages that compare, and of those that ran the engine (`Executor.describe`)."""
+    return {"python": platform.python_version()} | {p: _version(p) for p in _PACKAGES} | executed["packages"]
 
 
 def describe(check: Check) -> str:

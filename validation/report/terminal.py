@@ -22,21 +22,21 @@ def summarize(console: Console, content: dict, findings: Findings, files: list[P
         table.add_row(Text(c.stage), Text(c.name), Text(number(c.value)), accepted, Text(*mark))
     console.print(table)
     for note in findings.notes:
-        _line(console, f"note: {note}")
+        line(console, f"note: {note}")
     p = findings.perplexity
     if findings.text.get("is_text") and p:
         count = findings.text["tokens"]
         console.print(f"perplexity on {count} tokens: reference {p['reference']:.3f}, engine {p['engine']:.3f}")
-    _line(console, f"executed: {findings.executed['summary']}")
+    line(console, f"executed: {findings.executed['summary']}")
     if findings.passed:
         judged = content["bundle"]["target"] + ("" if findings.executed["is_engine"] else " (its ONNX graph, not the engine)")
-        _line(console, ("PASS", "bold green"), f"  {judged}, {findings.tolerances}")
+        line(console, ("PASS", "bold green"), f"  {judged}, {findings.tolerances}")
     else:
-        _line(console, ("FAIL", "bold red"), f"  {content['first_failure']}")
+        line(console, ("FAIL", "bold red"), f"  {content['first_failure']}")
     for file in files:
-        _line(console, f"report: {file}")
+        line(console, f"report: {file}")
 
 
-def _line(console: Console, *parts: str | tuple[str, str]) -> None:
+def line(console: Console, *parts: str | tuple[str, str]) -> None:
     """One line of text, or of (text, style): what it holds is never read as markup."""
     console.print(Text.assemble(*parts), highlight=False, soft_wrap=True)
