@@ -77,7 +77,8 @@ class Bisect:
         target, bundle = executor.target, executor.bundle
         self.runner: Runner = runners.runner(executor, len(os.sched_getaffinity(0)))
         self.graph = EngineGraph(self.runner.model, [i.name for i in target.inputs])
-        planned = script.plan(tokens.windows, target.cache.page_size, target.limits.max_batch_tokens)
+        limits = target.limits
+        planned = script.plan(tokens.windows, target.cache.page_size, limits.max_batch_tokens, limits.max_context)
         stored = StoredWeights(bundle, executor.name)
         cache = cache_formats.get(target.cache.format)
         numerics = Numerics(DTYPES[self.graph.activation(0)], stored.format, cache, target.options.get("accuracy") == "fast")
@@ -159,8 +160,7 @@ class Bisect:
 
     def _tensor(self, case: Case, tap: str) -> Defect | None:
         spread, part = case.spread(tap), case.part
-        module = f"{part.name}.{case.known[tap].module}".rstrip(".") if isinstance(case, LayerCase) else case.known[tap].module
-        self.found.looked.append(Looked(part.name, tap, module, part.taps.get(tap, part.cache or ""), spread))
+        self.found.looked.append(Looked(part.name, tap, case.module(case.known[tap].module), part.taps.get(tap, part.cache or ""), spread))
         return None if spread.passes else diagnosis.diagnose(case, tap, spread)
 
 

@@ -88,6 +88,14 @@ class Case(ABC):
         """The weights between the last tensor that is looked at and this one."""
         return tensors.weights_behind(self.known, tap, set(self.found), self.s.inner, self.part.name)
 
+    def weights_before(self, tap: str) -> list[Weight]:
+        """All of the part up to this tensor."""
+        return tensors.weights_behind(self.known, tap, set(), self.s.inner, self.part.name)
+
+    def module(self, name: str) -> str:
+        """The checkpoint's name of a module of this part."""
+        return name
+
 
 class LayerCase(Case):
     """One layer. From the experts on all follow the choice that the engine made, with the weights that are right for it."""
@@ -120,9 +128,12 @@ class LayerCase(Case):
     def emulation(self, seed: int = 0) -> Layer:
         return Layer(self.s.config, self.index, self.s.emulated(seed))
 
+    def module(self, name: str) -> str:
+        return f"{self.part.name}.{name}".rstrip(".")
+
     def judged(self, tap: str, values: Mapping[str, Tensor]) -> Tensor:
         """Of the cache in the end, what was not forgotten."""
-        first = self.s.script.sequences[1].rows.start if tap == tensors.END else 0
+        first = self.s.script.first_row if tap == tensors.END else 0
         return super().judged(tap, values)[first:]
 
     def next_hidden(self) -> Tensor:

@@ -1,6 +1,5 @@
 """From a tensor beyond its tolerance to a defect with a name: stored weights first, then what the tensor's values say."""
 
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -40,13 +39,18 @@ class Defect:
 
 
 def diagnose(case: Case, tap: str, spread: Spread) -> Defect:
-    """Why a tensor is off."""
-    for suspect in of_weights.suspects(case, tap):
-        best = [h for h in suspect.hypotheses if h.fits]
-        words = f"by {suspect.error:.2g}, and no hypothesis fits"
-        return defect(case, tap, spread, best or [Hypothesis(of_weights.OTHER, words, 1.0)], suspect.name)
-    found = hypotheses.judged(case, tap, list(_sources(case, tap)), spread.limit.whole)
-    return defect(case, tap, spread, found if found and found[0].fits else [_none(found), *found])
+    """Why a tensor is off: a stored weight right before it, what its values say, or a stored weight of the part far before it."""
+    suspect = next(of_weights.suspects(case, case.weights_behind(tap)), None)
+    if suspect is None:
+        found = hypotheses.judged(case, tap, _sources(case, tap), spread.limit.whole)
+        if found and found[0].fits:
+            return defect(case, tap, spread, found)
+        suspect = next(of_weights.suspects(case, case.weights_before(tap)), None)
+        if suspect is None:
+            return defect(case, tap, spread, [_none(found), *found])
+    best = [h for h in suspect.hypotheses if h.fits]
+    words = f"by {suspect.error:.2g}, and no hypothesis fits"
+    return defect(case, tap, spread, best or [Hypothesis(of_weights.OTHER, words, 1.0)], suspect.name)
 
 
 def _none(found: list[Hypothesis]) -> Hypothesis:
@@ -56,7 +60,7 @@ def _none(found: list[Hypothesis]) -> Hypothesis:
 
 def defect(case: Case, tap: str, spread: Spread | None, found: list[Hypothesis], weight: str | None = None) -> Defect:
     known, part = case.known[tap], case.part
-    module = f"{part.name}.{known.module}".rstrip(".") if isinstance(case, LayerCase) else known.module
+    module = case.module(found[0].module or known.module)
     others = [h for h in found[1:] if h.left < 1][:_SHOWN]
     return Defect(
         part.name, tap, module, known.what, part.taps.get(tap, part.cache or ""), part.nodes.get(tap, ""), spread, found[0], weight,
@@ -64,19 +68,20 @@ def defect(case: Case, tap: str, spread: Spread | None, found: list[Hypothesis],
     )  # fmt: skip
 
 
-def _sources(case: Case, tap: str) -> Iterator[hypotheses.Source]:
-    """In the order in which they are believed, where several explain all."""
+_OF_LAYERS = {  # in the order in which they are believed, where several explain all; with the module that each speaks of
+    of_pages.written: "", of_attention.rotations: "self_attn.rotary_emb", of_attention.masks: "self_attn",
+    of_attention.scales: "self_attn", of_pages.read: "self_attn", of_attention.halves: "self_attn", of_values.scaled: "",
+    of_values.without_a_term: "", of_values.columns: "", of_values.transposed: "", of_values.saturated_inputs: "",
+    of_values.saturated: "",
+}  # fmt: skip
+
+
+def _sources(case: Case, tap: str) -> dict[hypotheses.Source, str]:
     if isinstance(case, EmbedCase):
-        yield from (angles, of_values.scaled, of_values.columns)
-    elif isinstance(case, LayerCase):
-        if tap == "topk_weights":
-            yield from (of_values.scaled, of_routing.weight_rules)
-            return
-        yield from (of_pages.written, of_attention.rotations, of_attention.masks, of_attention.scales)
-        yield from (of_pages.read, of_attention.halves, of_values.scaled, of_values.without_a_term)
-        yield from (of_values.columns, of_values.transposed, of_values.saturated_inputs, of_values.saturated)
-    else:
-        yield from (of_values.scaled, of_values.columns)
+        return dict.fromkeys((angles, of_values.scaled, of_values.columns), "")
+    if isinstance(case, LayerCase):
+        return dict.fromkeys((of_values.scaled, of_routing.weight_rules), "") if tap == "topk_weights" else _OF_LAYERS
+    return dict.fromkeys((of_values.scaled, of_values.columns), "")
 
 
 def angles(case: EmbedCase, tap: str) -> of_values.Predictions:

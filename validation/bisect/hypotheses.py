@@ -5,7 +5,7 @@ is left, over the error. Hypotheses about some tokens only (decode steps, one se
 all others.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,11 +18,12 @@ FITS = 0.25  # of the error may be left, in Euclidean length: 94 % of its square
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """`left`: the part of the error that it does not explain."""
+    """`left`: the part of the error that it does not explain. module: where it says the cause is, below the layer, if elsewhere."""
 
     kind: str
     words: str
     left: float
+    module: str = ""
 
     @property
     def fits(self) -> bool:
@@ -32,24 +33,24 @@ class Hypothesis:
 Source = Callable[[LayerCase, str], Iterator[tuple[str, str, Tensor]]]
 
 
-def judged(case: LayerCase, tap: str, sources: list[Source], limit: float) -> list[Hypothesis]:
-    """What `sources` say of a tensor, the best first. The first that leaves a tenth of the tolerance `limit` ends the search."""
+def judged(case: LayerCase, tap: str, sources: Mapping[Source, str], limit: float) -> list[Hypothesis]:
+    """What `sources` (with the module that each speaks of) say of a tensor, the best first. The first that leaves a tenth of the tolerance `limit` ends the search."""
     right, found = case.judged(tap, case.emulated[0]), case.judged(tap, case.found)
     usual = [case.judged(tap, e) for e in case.emulated[1:]]
     enough = max([limit, *(float((u - right).norm() / (right.norm() + 1e-300)) for u in usual)])
-    error = max(_size(found, right), 1e-300)
+    error = max(size(found, right), 1e-300)
     result = []
-    for source in sources:
+    for source, module in sources.items():
         for kind, words, predicted in source(case, tap):
-            rest = _size(found, predicted.flatten(1)[-len(found) :])
+            rest = size(found, predicted.flatten(1)[-len(found) :])
             small = rest <= 0.1 * enough * float(right.norm())
-            result.append(Hypothesis(kind, words, 0.0 if small and rest < FITS * error else rest / error))
+            result.append(Hypothesis(kind, words, 0.0 if small and rest < FITS * error else rest / error, module))
             if not result[-1].left:
                 return [result[-1], *sorted(result[:-1], key=lambda h: h.left)]
     return sorted(result, key=lambda h: h.left)
 
 
-def _size(found: Tensor, predicted: Tensor) -> float:
+def size(found: Tensor, predicted: Tensor) -> float:
     """Euclidean length of the difference; where only one of both is a number, it is the size of the largest of all."""
     numbers = torch.isfinite(found), torch.isfinite(predicted)
     both, one = numbers[0] & numbers[1], numbers[0] ^ numbers[1]
@@ -75,12 +76,14 @@ def rows_in_words(case: LayerCase, rows: Tensor) -> str:
     """Which tokens are affected: all, those of decode steps, of some sequences, or how many."""
     if rows.all():
         return ""
-    decoding = torch.zeros(len(rows), dtype=torch.bool)
+    owners = [k for k, s in enumerate(case.s.script.sequences) if rows[s.rows].any()]
+    decoding = torch.zeros_like(rows)
     for step in case.s.script.steps:
         if len(step.rows) == len(step.batch.cached_lengths):
             decoding[torch.from_numpy(step.rows)] = True
+    for k, s in enumerate(case.s.script.sequences):
+        decoding[s.rows] &= k in owners
     if torch.equal(rows, decoding):
         return ", in decode steps only"
-    owners = [k for k, s in enumerate(case.s.script.sequences) if rows[s.rows].any()]
     some = f", in {int(rows.sum())} of {len(rows)} tokens"
     return some + (f" (of sequence {owners[0]})" if len(owners) == 1 else "")

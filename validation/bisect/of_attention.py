@@ -83,11 +83,13 @@ def _known_scale(case: LayerCase, k: float) -> str:
 
 
 def _variant(case: LayerCase, tap: str, kind: str, words: str, rules: Rules) -> Predictions:
-    """The tensor under other rules, where it is affected at all; elsewhere as it should be."""
-    rows = hypotheses.affected(case, tap)
+    """The tensor under other rules, for all tokens, or for those that are affected where others are as they should be."""
     predicted = case.judged(tap, case.emulation().attention(case.rows, rules))
-    right = case.judged(tap, case.emulated[0])
-    yield kind, words + hypotheses.rows_in_words(case, rows), hypotheses.where_affected(rows, predicted, right)
+    yield kind, words, predicted
+    rows = hypotheses.affected(case, tap)
+    if not rows.all():
+        right = case.judged(tap, case.emulated[0])
+        yield kind, words + hypotheses.rows_in_words(case, rows), hypotheses.where_affected(rows, predicted, right)
 
 
 def _attended(case: LayerCase, tap: str, base: dict[str, Tensor], rules: Rules) -> Tensor:

@@ -11,10 +11,11 @@ from latentrt.validation.bisect import hypotheses, tensors
 from latentrt.validation.bisect.case import LayerCase
 from latentrt.validation.bisect.of_attention import ATTENDED, behind
 from latentrt.validation.bisect.of_values import Predictions
-from latentrt.validation.bisect.script import Script
+from latentrt.validation.bisect.script import Script, Sequence
 from latentrt.validation.reference import layer as formula
 
 SWAPPED, STALE, UNWRITTEN = "pages swapped", "stale page", "page not written"
+_EVER, _STEP = 0, 1
 
 
 def written(case: LayerCase, tap: str) -> Predictions:
@@ -29,7 +30,7 @@ def written(case: LayerCase, tap: str) -> Predictions:
     if not torch.isfinite(found[off]).any():
         yield UNWRITTEN, f"what was to be written to page {_pages(script, cells[rows])} is not there{told}", found
         return
-    for kind, words, sources in _other_contents(script, cells[rows]):
+    for kind, words, sources in _other_contents(script, rows, cells[rows]):
         known = sources >= 0
         predicted = whole[first:].clone()
         predicted[rows[known] - first] = whole[sources[known]]
@@ -37,16 +38,22 @@ def written(case: LayerCase, tap: str) -> Predictions:
         yield kind, f"{words}{told}", predicted
 
 
-def _other_contents(script: Script, cells: Tensor) -> Iterator[tuple[str, str, Tensor]]:
-    """(kind, words, for every cell the row of the token that it might hold instead, -1: none)."""
-    size, last = script.page_size, torch.from_numpy(script.held[-1])
-    yield STALE, f"page {_pages(script, cells)} still holds the tokens of an earlier sequence", torch.from_numpy(
-        script.forgotten)[cells]  # fmt: skip
+def _other_contents(script: Script, rows: Tensor, cells: Tensor) -> Iterator[tuple[str, str, Tensor]]:
+    """(kind, words, for every row's cell the row of the token that it may hold instead, -1: none), when its own is due."""
+    size, steps = script.page_size, script.step_of[rows]
+    before = torch.tensor([int(script.before(_owner(script, row))[cell]) for row, cell in zip(rows, cells, strict=True)])
+    yield STALE, f"page {_pages(script, cells)} still holds the tokens of an earlier sequence", before
     for a, b in combinations(range(1, script.num_pages), 2):
-        swapped = torch.where(cells // size == a, cells + (b - a) * size, torch.where(cells // size == b, cells + (a - b) * size, -1))
-        if (swapped >= 0).any():
-            other = torch.where(swapped >= 0, last[swapped.clamp_min(0)], last[cells])
-            yield SWAPPED, f"pages {a} and {b} hold each other's tokens", other
+        moved = torch.where(cells // size == a, cells + (b - a) * size, torch.where(cells // size == b, cells + (a - b) * size, cells))
+        if (moved != cells).any():
+            held = torch.tensor([int(script.held[k][cell]) for k, cell in zip(steps, moved, strict=True)])
+            written = held >= script.first_row  # else the cell still holds what it held before
+            other = torch.where(written, held, before)
+            yield SWAPPED, f"pages {a} and {b} hold each other's tokens", torch.where(moved != cells, other, rows)
+
+
+def _owner(script: Script, row: int) -> Sequence:
+    return next(s for s in script.sequences if s.rows.start <= row < s.rows.stop)
 
 
 def _cells(script: Script) -> np.ndarray:
@@ -58,39 +65,51 @@ def _pages(script: Script, cells: Tensor) -> str:
 
 
 def read(case: LayerCase, tap: str) -> Predictions:
-    """Attention of one sequence through another block table, or over a page as it was earlier."""
+    """Attention of some sequences through another block table, or over a page as it was earlier: the best of each."""
     if tap not in ATTENDED:
         return
     off, right = hypotheses.affected(case, tap), case.judged(tap, case.emulated[0])
-    base = case.emulation().attention(case.rows)
+    found, base = case.judged(tap, case.found), case.emulation().attention(case.rows)
+    predicted, told, kinds = right.clone(), [], []
     for number, sequence in enumerate(case.s.script.sequences):
         own = torch.zeros_like(off)
         own[sequence.rows] = off[sequence.rows]
-        if own.any():
-            told = hypotheses.rows_in_words(case, own)
-            for kind, words, table, before in _other_tables(case.s.script, number):
-                predicted = _over(case, tap, base, number, table, before, own)
-                yield kind, f"{words}, as sequence {number} reads it{told}", hypotheses.where_affected(own, predicted, right)
+        if not own.any():
+            continue
+        tried = []
+        for kind, words, table, page, stale in _other_tables(case.s.script, number):
+            value = _over(case, tap, base, number, table, page, stale, own)
+            tried.append((hypotheses.size(found[own], value[own]), kind, words, value))
+        _, kind, words, value = min(tried, key=lambda t: t[0])
+        predicted[own] = value[own]
+        kinds.append(kind)
+        told.append(f"{words}, as sequence {number} reads it{hypotheses.rows_in_words(case, own)}")
+    if told:
+        yield max(kinds, key=kinds.count), "; ".join(told), predicted
 
 
-def _other_tables(script: Script, number: int) -> Iterator[tuple[str, str, np.ndarray, int]]:
-    """(kind, words, pages of the sequence, the page that is read as before it was written; -1: none)."""
+def _other_tables(script: Script, number: int) -> Iterator[tuple[str, str, np.ndarray, int, int]]:
+    """(kind, words, pages of the sequence, a page that is read as it was before, how long before); see `_over`."""
     own = script.sequences[number].pages
     for page in own:
-        yield STALE, f"page {page} is read as an earlier sequence left it", own, int(page)
+        yield STALE, f"page {page} is read as an earlier sequence left it", own, int(page), _EVER
+        yield STALE, f"page {page} is read as it was a step before", own, int(page), _STEP
     for a, b in combinations(range(len(own)), 2):
         table = own.copy()
         table[[a, b]] = own[[b, a]]
-        yield SWAPPED, f"pages {own[a]} and {own[b]} are swapped", table, -1
+        yield SWAPPED, f"pages {own[a]} and {own[b]} are swapped", table, -1, _EVER
     for a, page in enumerate(own):
         for other in sorted(set(range(1, script.num_pages)) - set(own.tolist())):
             table = own.copy()
             table[a] = other
-            yield SWAPPED, f"page {other} of another sequence is read for page {page}", table, -1
+            yield SWAPPED, f"page {other} of another sequence is read for page {page}", table, -1, _EVER
 
 
-def _over(case: LayerCase, tap: str, base: dict, number: int, table: np.ndarray, before: int, wanted: Tensor) -> Tensor:
-    """The tensor [T, width] where the sequence reads these pages, step by step as they were filled."""
+def _over(
+    case: LayerCase, tap: str, base: dict, number: int, table: np.ndarray, page: int, stale: int, wanted: Tensor
+) -> Tensor:
+    """The tensor [T, width] where the sequence reads these pages, step by step as they are filled. page: which is read as it was
+    before the sequence began (_EVER), or before the step (_STEP); -1: none."""
     script, layer = case.s.script, case.emulation()
     sequence, size, attended = script.sequences[number], script.page_size, base["attended"].clone()
     position = np.arange(len(sequence.tokens))
@@ -100,8 +119,9 @@ def _over(case: LayerCase, tap: str, base: dict, number: int, table: np.ndarray,
         if not len(rows) or not wanted[rows].any():
             continue
         past, held = int(rows[0]) - sequence.rows.start, script.held[k]
-        if before >= 0:
-            held = np.where(np.arange(len(held)) // size == before, script.forgotten, held)
+        if page >= 0:
+            earlier = script.before(sequence) if stale == _EVER or k == 0 else script.held[k - 1]
+            held = np.where(np.arange(len(held)) // size == page, earlier, held)
         source = torch.from_numpy(held[cells[: past + len(rows)]])
         keys = [base[name][source.clamp_min(0)].where(source[:, None] >= 0, torch.nan) for name in ("cached latent", "cached k_pe")]
         queries = base["q_latent"][rows], base["q_pe"][rows]

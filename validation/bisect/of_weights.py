@@ -18,6 +18,7 @@ from latentrt.validation.bisect.of_values import PERMUTED, SATURATED, SCALE, TRA
 from latentrt.validation.bisect.spread import DOUBT
 
 STUCK, SCALES, OTHER = "weight stuck", "transposed scale", "weight differs from the checkpoint's"
+_ALIKE = 1e-3  # relative: scales by regression over codes that are the same
 _SAME = 1e-5  # relative: float32's rounding of decoded values, with room
 _MATRICES = ("linear", "router", "absorbed", "head")
 
@@ -32,9 +33,9 @@ class Suspect:
     hypotheses: list[Hypothesis]
 
 
-def suspects(case: Case, tap: str) -> Iterator[Suspect]:
-    """The weights behind a tensor that are off, in order."""
-    for weight in case.weights_behind(tap):
+def suspects(case: Case, weights: list[Weight]) -> Iterator[Suspect]:
+    """Those of some weights that are off, in order."""
+    for weight in weights:
         found = suspect(case, weight)
         if found:
             yield found
@@ -88,6 +89,7 @@ def _matrix_kinds(case: Case, weight: Weight, found: Tensor, right: Tensor) -> I
     for layer, other in _same_elsewhere(case, weight):
         yield hypothesis(STUCK, f"it holds the values of layer {layer}", other)
     yield from _scale_kinds(case, weight, found, right)
+    yield hypothesis(STUCK, "every row, or block that shares a scale, is one constant", _constants(case, weight, found))
     k = float((found * right).sum() / right.square().sum())
     yield hypothesis(SCALE, f"of the weight: found / expected = {k:.4g}", k * right)
     flat_found, flat = found.flatten(0, -2), right.flatten(0, -2)
@@ -105,6 +107,15 @@ def _matrix_kinds(case: Case, weight: Weight, found: Tensor, right: Tensor) -> I
         if share > 1e-4:
             clipped = torch.minimum(torch.maximum(right, -most), most)
             yield hypothesis(SATURATED, f"{share:.1%} of the weights are cut off at their row's largest", clipped)
+
+
+def _constants(case: Case, weight: Weight, found: Tensor) -> Tensor:
+    """The found weight with its blocks' means in the place of all their elements."""
+    size = case.s.numerics.format.blocks.get(weight.role) or found.shape[-1]
+    turned = found.transpose(-1, -2) if weight.role == "absorbed" else found
+    blocks = _blocks(turned, min(size, turned.shape[-1]))
+    means = blocks.mean(-1, keepdim=True).expand_as(blocks).flatten(-2)[..., : turned.shape[-1]]
+    return means.transpose(-1, -2) if weight.role == "absorbed" else means
 
 
 def _same_elsewhere(case: Case, weight: Weight) -> Iterator[tuple[int, Tensor]]:
@@ -129,22 +140,24 @@ def _scale_kinds(case: Case, weight: Weight, found: Tensor, right: Tensor) -> It
     expected = case.s.numerics.format
     rows = getattr(expected, "rows", expected)
     scale = rows.encode(weight, weight.read(case.s.checkpoint.read).float())[1].reshape(factors.shape)
-    yield _named_scales(factors * scale, scale, rest)
+    yield _named_scales(factors * scale, scale, rest, case.s.stored.interleaved and weight.role == "gate_up")
 
 
-def _named_scales(found: Tensor, scale: Tensor, rest: float) -> Hypothesis:
-    """What scales that are not the expected ones are."""
+def _named_scales(found: Tensor, scale: Tensor, rest: float, interleaved: bool) -> Hypothesis:
+    """What scales that are not the expected ones are. interleaved: gate and up rows take turns where they are stored."""
     *heads, outputs, blocks = scale.shape
+    if interleaved:
+        found, scale = (t.unflatten(-2, (2, -1)).transpose(-3, -2).flatten(-3, -2) for t in (found, scale))
     tables = {f"[{outputs}, {blocks}] of outputs and blocks": (-1, -2)}
     if heads:
         tables[f"[{heads[0]}, {outputs}] of experts or heads and outputs"] = (0, -2)
     for words, axes in tables.items():
         turned = scale.transpose(*axes).reshape(scale.shape)
-        if not torch.equal(turned, scale) and _relative(found, turned) < 0.02:
+        if not torch.equal(turned, scale) and torch.allclose(found, turned, rtol=_ALIKE):
             return Hypothesis(SCALES, f"its scales lie as the transpose of their table {words}", rest)
-    if _relative(found.flatten().sort().values, scale.flatten().sort().values) < 0.02:
+    if torch.allclose(found.flatten().sort().values, scale.flatten().sort().values, rtol=_ALIKE):
         return Hypothesis(PERMUTED, "its scales are in other places", rest)
-    off = int(((found / scale - 1).abs() > 0.02).sum())
+    off = int(((found / scale - 1).abs() > _ALIKE).sum())
     ratio = float((found / scale).flatten()[(found / scale - 1).abs().argmax()])
     return Hypothesis(SCALE, f"{off} of {scale.numel()} scales are others, one is {ratio:.4g} times its own", rest)
 

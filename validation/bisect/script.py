@@ -1,7 +1,7 @@
 """What is replayed: prompts in ragged chunks and decode steps over a paged cache whose pages held something else before.
 
-A first sequence is read and forgotten; the others get its pages among theirs, in random order. So a page that is not written,
-or is read before it is, holds an earlier content that can be told.
+Some sequences are read and forgotten, which fill all pages; others get these pages, in another order. So a page that is not
+written, or is read as it was before, holds an earlier content that can be told.
 """
 
 from dataclasses import dataclass
@@ -36,12 +36,18 @@ class Step:
 
 @dataclass(frozen=True)
 class Script:
-    """`sequences[0]` is the forgotten one. Cells of the cache are counted over all pages: page * page_size + slot."""
+    """The first `gone` sequences are the forgotten ones. Cells of the cache are counted over all pages: page * page_size + slot."""
 
     sequences: tuple[Sequence, ...]
     steps: tuple[Step, ...]
     page_size: int
     num_pages: int
+    gone: int = SEQUENCES
+
+    @property
+    def first_row(self) -> int:
+        """Of the sequences that stay."""
+        return self.sequences[self.gone].rows.start
 
     @property
     def tokens(self) -> np.ndarray:
@@ -62,11 +68,18 @@ class Script:
             states.append(state)
         return states
 
-    @property
-    def forgotten(self) -> np.ndarray:
-        """The same before the sequences that stay."""
-        last = max(k for k, step in enumerate(self.steps) if step.rows[0] < self.sequences[1].rows.start)
-        return self.held[last]
+    def before(self, sequence: Sequence) -> np.ndarray:
+        """The same before a sequence begins; -1 everywhere before the first."""
+        first = next(k for k, step in enumerate(self.steps) if sequence.rows.start in step.rows)
+        return self.held[first - 1] if first else np.full_like(self.held[0], -1)
+
+    @cached_property
+    def step_of(self) -> np.ndarray:
+        """The step that writes each row."""
+        found = np.zeros(len(self.tokens), int)
+        for k, step in enumerate(self.steps):
+            found[step.rows] = k
+        return found
 
     def cells(self, sequence: Sequence) -> np.ndarray:
         """The cells of a sequence's tokens."""
@@ -74,23 +87,22 @@ class Script:
         return sequence.pages[position // self.page_size] * self.page_size + position % self.page_size
 
 
-def plan(windows: list[np.ndarray], page_size: int, max_rows: int) -> Script:
-    """A script over the beginnings of `windows` (of the first alone where there is only one); `max_rows` rows a step."""
-    rng, longest = np.random.default_rng(_SEED), PAGES * page_size - page_size // 3
-    windows = [w[:longest] for w in windows]
-    given = [windows[k % len(windows)] for k in range(SEQUENCES + 1)]
-    given = [w[: max(2, len(w) - k * page_size // 2)] for k, w in enumerate(given)]
-    given[0] = np.ascontiguousarray(given[0][::-1])  # other tokens than those that get its pages
-    sequences, first, pages = [], 0, 1 + rng.permutation(sum(-(-len(w) // page_size) for w in given[1:]))
-    start = 0
-    for number, tokens in enumerate(given):
-        count = -(-len(tokens) // page_size)
-        own = pages[:count] if number == 0 else pages[start : start + count]
-        start += count if number else 0
-        sequences.append(Sequence(tokens, slice(first, first + len(tokens)), own))
-        first += len(tokens)
-    steps = _run(sequences[:1], rng, max_rows, 0) + _run(sequences[1:], rng, max_rows, DECODE_STEPS)
-    return Script(tuple(sequences), tuple(steps), page_size, 1 + len(pages))
+def plan(windows: list[np.ndarray], page_size: int, max_rows: int, max_context: int) -> Script:
+    """A script over the beginnings of `windows`, `max_rows` rows a step. What is forgotten are other tokens of the windows."""
+    rng, longest = np.random.default_rng(_SEED), min(PAGES * page_size - page_size // 3, max_context)
+    given = [windows[k % len(windows)] for k in range(SEQUENCES)]
+    given = [w[:longest][: max(2, min(len(w), longest) - k * page_size // 2)] for k, w in enumerate(given)]
+    counts = [-(-len(w) // page_size) for w in given]
+    ends = np.cumsum(counts)
+    earlier = [np.resize(w[::-1], min(n * page_size, max_context)) for w, n in zip(given, counts, strict=True)]
+    sequences, first = [], 0
+    for kind in (earlier, given):
+        pages = 1 + rng.permutation(ends[-1])
+        for tokens, count, end in zip(kind, counts, ends, strict=True):
+            sequences.append(Sequence(tokens, slice(first, first + len(tokens)), pages[end - count : end]))
+            first += len(tokens)
+    steps = _run(sequences[:SEQUENCES], rng, max_rows, 0) + _run(sequences[SEQUENCES:], rng, max_rows, DECODE_STEPS)
+    return Script(tuple(sequences), tuple(steps), page_size, 1 + int(ends[-1]))
 
 
 def _run(sequences: list[Sequence], rng: np.random.Generator, max_rows: int, decode: int) -> list[Step]:
