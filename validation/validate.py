@@ -67,11 +67,11 @@ def prepare_bisection(
         executor = replace(executor, backend=INTERPRETER)
     executor.check()
     bundle, checkpoint = executor.bundle, _reference(executor.bundle, checkpoint_path)
-    digest = _digest(bundle, checkpoint)
-    if digest != bundle.manifest.checkpoint.digest:
+    digest, known = _digest(bundle, checkpoint), bundle.manifest.checkpoint.digest
+    if digest != known:
         raise ValidationError(
-            f"{checkpoint.path}: its sha256 is {digest[:16]}…, the bundle was built from {bundle.manifest.checkpoint.digest[:16]}…; "
-            f"every weight would differ: give the checkpoint that the bundle was built from ({bundle.manifest.checkpoint.path})"
+            f"{checkpoint.path}: is another checkpoint (sha256 {digest[:16]}…) than the bundle's ({known[:16]}…), so that every "
+            f"weight would differ; give the one that the bundle was built from ({bundle.manifest.checkpoint.path})"
         )
     limits = executor.target.limits
     chosen = tokens.load(checkpoint, text, count, min(limits.max_context, limits.max_batch_tokens))

@@ -3,9 +3,7 @@
 Defects go into the engine's graph, weights or kernels; the reference reads the checkpoint and knows none of them.
 """
 
-import json
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -16,8 +14,6 @@ from onnx import numpy_helper
 from safetensors import safe_open
 
 from latentrt.export.checkpoint import Checkpoint
-from latentrt.plugins import cache_formats
-from latentrt.plugins.cache_formats import fp8 as fp8_cache
 from latentrt.plugins.mla_attention import reference as attention_op
 from latentrt.runtime.backends.torch import fused_ops
 from latentrt.runtime.bundle.reader import Bundle

@@ -47,9 +47,9 @@ class Subject:
     def emulated(self, seed: int = 0) -> Emulated:
         return Emulated(self.inner, self.checkpoint.read, self.numerics, seed)
 
-    def noise(self, *shape: int) -> Tensor:
+    def noise(self, seed: int, *shape: int) -> Tensor:
         """Normally distributed, the same every time."""
-        return torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 class Case(ABC):
@@ -121,8 +121,8 @@ class LayerCase(Case):
     def emulated(self) -> list[Values]:
         result = [self._routed(self.emulation(k).run(self.rows, self.ids)) for k in range(DRAWS)]
         if self.ids is not None:
-            for values in result:
-                values["topk_weights"] = self._rounded(self.exact["topk_weights"])
+            for k, values in enumerate(result):
+                values["topk_weights"] = self._rounded(self.exact["topk_weights"], k)
         return result
 
     def emulation(self, seed: int = 0) -> Layer:
@@ -155,9 +155,9 @@ class LayerCase(Case):
             values["topk_weights"] = self.layer.weights_of(self.found["router_logits"], self.ids)
         return values
 
-    def _rounded(self, weights: Tensor) -> Tensor:
+    def _rounded(self, weights: Tensor, seed: int) -> Tensor:
         """Exponentials, their sum, a quotient, a factor: each is off by a unit in the last place or so."""
-        noise = self.s.noise(*weights.shape) + self.s.noise(len(weights), 1)
+        noise = self.s.noise(seed, *weights.shape) + self.s.noise(DRAWS + seed, len(weights), 1)
         return (weights * (1 + _ULP * noise)).float().double()
 
 
@@ -173,10 +173,12 @@ class EmbedCase(Case):
     @cached_property
     def emulated(self) -> list[Values]:
         """Position times frequency is rounded to float32 once; cosines and sines are off by a unit in the last place."""
-        return [self.at(self.s.emulated(k), torch.float32) for k in range(DRAWS)]
+        return [self.at(self.s.emulated(k), torch.float32, seed=k) for k in range(DRAWS)]
 
-    def at(self, m: Exact, kind: torch.dtype = torch.float64, shift: int = 0, yarn: bool = True, factor: bool = True) -> Values:
-        """kind: of angles; shift: of positions; yarn, factor: False without."""
+    def at(
+        self, m: Exact, kind: torch.dtype = torch.float64, shift: int = 0, yarn: bool = True, factor: bool = True, seed: int = 0
+    ) -> Values:
+        """kind: of angles; shift: of positions; yarn, factor: False without; seed: of float32's noise."""
         c, tokens = self.s.config, torch.from_numpy(self.s.script.tokens)
         positions = torch.from_numpy(self.s.script.positions)[:, None] + shift
         frequencies = torch.from_numpy(formulas.inverse_frequencies(c, yarn)).to(kind)
@@ -184,7 +186,7 @@ class EmbedCase(Case):
         gain = formulas.rotation_factor(c) if factor else 1.0
         angled = {"cos": angles.cos() * gain, "sin": angles.sin() * gain}
         if kind == torch.float32:
-            noise = _ULP * self.s.noise(*angles.shape)
+            noise = _ULP * self.s.noise(seed, *angles.shape)
             angled = {name: (value * (1 + noise)).float().double() for name, value in angled.items()}
         return {"embed_tokens": formula.embed(m, tokens), **angled}
 

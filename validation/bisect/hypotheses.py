@@ -59,12 +59,12 @@ def size(found: Tensor, predicted: Tensor) -> float:
 
 
 def affected(case: LayerCase, tap: str) -> Tensor:
-    """[T] rows that are off by far more than roundings make them."""
-    right, found = case.judged(tap, case.emulated[0]), case.judged(tap, case.found)
-    exact = case.judged(tap, case.exact)
+    """[T] rows that are off by more than roundings make them: by half of what they cost where the other rows are as the
+    emulation has them, by up to four times that where none is."""
+    right, found, exact = (case.judged(tap, values) for values in (case.emulated[0], case.found, case.exact))
     errors, usual = (found - right).norm(dim=1).nan_to_num(torch.inf), (right - exact).norm(dim=1)
-    size = right.norm(dim=1)
-    return errors > 4 * torch.maximum(usual, usual.median() / size.median().clamp_min(1e-300) * size)
+    ratio = errors / torch.maximum(usual, 0.1 * usual.square().mean().sqrt()).clamp_min(1e-300)
+    return ratio > (4 * ratio.median()).clamp(0.5, 4)
 
 
 def where_affected(rows: Tensor, predicted: Tensor, right: Tensor) -> Tensor:

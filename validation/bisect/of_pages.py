@@ -30,26 +30,30 @@ def written(case: LayerCase, tap: str) -> Predictions:
     if not torch.isfinite(found[off]).any():
         yield UNWRITTEN, f"what was to be written to page {_pages(script, cells[rows])} is not there{told}", found
         return
-    for kind, words, sources in _other_contents(script, rows, cells[rows]):
-        known = sources >= 0
-        predicted = whole[first:].clone()
-        predicted[rows[known] - first] = whole[sources[known]]
-        predicted[rows[~known] - first] = torch.nan
-        yield kind, f"{words}{told}", predicted
+    predicted, words, kinds = case.emulated[0][tap].flatten(1)[first:].clone(), [], []
+    for page in (cells[rows] // script.page_size).unique().tolist():
+        own = rows[cells[rows] // script.page_size == page]
+        tried = []
+        for kind, told_of, sources in _other_contents(script, own, cells[own], page):
+            value = whole[sources.clamp_min(0)].where(sources[:, None] >= 0, torch.nan)
+            tried.append((hypotheses.size(found[own - first], value), kind, told_of, value))
+        _, kind, told_of, value = min(tried, key=lambda t: t[0])
+        predicted[own - first] = value
+        words.append(told_of)
+        kinds.append(kind)
+    yield max(kinds, key=kinds.count), f"{'; '.join(words)}{told}", predicted
 
 
-def _other_contents(script: Script, rows: Tensor, cells: Tensor) -> Iterator[tuple[str, str, Tensor]]:
+def _other_contents(script: Script, rows: Tensor, cells: Tensor, page: int) -> Iterator[tuple[str, str, Tensor]]:
     """(kind, words, for every row's cell the row of the token that it may hold instead, -1: none), when its own is due."""
-    size, steps = script.page_size, script.step_of[rows]
     before = torch.tensor([int(script.before(_owner(script, row))[cell]) for row, cell in zip(rows, cells, strict=True)])
-    yield STALE, f"page {_pages(script, cells)} still holds the tokens of an earlier sequence", before
-    for a, b in combinations(range(1, script.num_pages), 2):
-        moved = torch.where(cells // size == a, cells + (b - a) * size, torch.where(cells // size == b, cells + (a - b) * size, cells))
-        if (moved != cells).any():
-            held = torch.tensor([int(script.held[k][cell]) for k, cell in zip(steps, moved, strict=True)])
-            written = held >= script.first_row  # else the cell still holds what it held before
-            other = torch.where(written, held, before)
-            yield SWAPPED, f"pages {a} and {b} hold each other's tokens", torch.where(moved != cells, other, rows)
+    yield STALE, f"page {page} still holds the tokens of an earlier sequence", before
+    for other in range(1, script.num_pages):
+        moved = cells + (other - page) * script.page_size
+        held = torch.tensor([int(script.held[k][cell]) for k, cell in zip(script.step_of[rows.numpy()], moved, strict=True)])
+        words = f"page {page} holds the tokens of page {other}"
+        yield SWAPPED, words, held
+        yield SWAPPED, words, torch.where(held >= script.first_row, held, before)  # since the forgotten sequences only
 
 
 def _owner(script: Script, row: int) -> Sequence:

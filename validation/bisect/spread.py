@@ -16,6 +16,7 @@ from torch import Tensor
 
 DOUBT, MISTAKES = 2.0, 1e-6
 _AXES = ("row", "column")
+_AGREED = 0.5  # of the expected error is the most that agreeing emulations differ by
 _HIGH = 0.95  # the quantile that the deviation is taken from
 
 
@@ -35,13 +36,20 @@ class Spread:
     """A tensor's found error, what the emulation's roundings cost, and how far a right engine can be off.
 
     unexplained: how far the found tensor is from the emulated one, over the expected error: where an engine rounds in the very
-    places of the emulation it is nearly 0, in others up to 1.4, and no verdict depends on it.
+    places of the emulation it is nearly 0, in others up to 1.4. No verdict depends on it, but what is off later is traced back to
+    the first tensor that `strays`. undecided: the same of another emulation, whose sums have other noise.
     """
 
     found: Error
     expected: Error
     limit: Error
     unexplained: float = 0.0
+    undecided: float = 0.0
+
+    @property
+    def strays(self) -> bool:
+        """Whether it is farther from the emulation than all roundings together, where emulations agree."""
+        return self.unexplained > 1 and self.undecided < _AGREED
 
     @property
     def ratio(self) -> float:
@@ -67,7 +75,7 @@ def compare(exact: Tensor, found: Tensor, emulated: list[Tensor]) -> Spread:
         Error(errors["whole"], *(float(errors[a][largest[a]]) for a in _AXES), *(largest[a] for a in _AXES)),
         Error(whole, *(top[a] for a in _AXES)),
         Error(DOUBT * whole, *(DOUBT * limits[a] for a in _AXES)),
-        distance(emulated[0], found) * float(emulated[0].norm()) / max(float((emulated[0] - exact).norm()), 1e-300),
+        *(float((t - emulated[0]).norm() / (emulated[0] - exact).norm().clamp_min(1e-300)) for t in (found, emulated[-1])),
     )
 
 

@@ -1,4 +1,4 @@
-"""What a bisection found, as JSON and on a terminal: every tensor's found error beside the one that rounding is expected to make."""
+"""What a bisection found, as JSON and on a terminal: every tensor's found error beside the one that rounding should make."""
 
 import json
 from pathlib import Path
@@ -71,11 +71,11 @@ def summarize(console: Console, found: Bisection, executor: Executor, files: lis
 
 def _table(found: Bisection) -> Table:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title in ("tensor", "worst in", "found", "expected", "of the limit", ""):
+    for title in ("tensor", "worst in", "found", "expected", "of limit", ""):
         table.add_column(title, justify="left" if title in ("tensor", "worst in", "") else "right", no_wrap=True)
     for looked in _worst(found.looked):
         s = looked.spread
-        mark = ("rounding", "green") if s.passes else (DEFECT, "bold red")
+        mark = ("ok", "green") if s.passes else (DEFECT, "bold red")
         part = looked.part.replace("model.layers.", "layer ")
         table.add_row(Text(looked.tensor), part, number(s.found.whole), number(s.expected.whole), _share(s.ratio), Text(*mark))
     return table
@@ -105,8 +105,8 @@ def _flips(console: Console, flips: list[Flip]) -> None:
 def _defect(console: Console, defect: Defect, is_first: bool) -> None:
     words = "DEFECT, first at" if is_first else "and at"
     line(console, (words, "bold red"), f"  {defect.place}")
-    made = f"{defect.tensor}{f': {defect.what}' if defect.what else ''}; graph: {defect.value or '-'} (node {defect.node or '-'})"
-    line(console, f"  tensor      {made}")
+    what = f"{defect.tensor}, {defect.what}" if defect.what else defect.tensor
+    line(console, f"  tensor      {what}; in the graph {defect.value}" + (f", node {defect.node}" if defect.node else ""))
     if defect.spread:
         s = defect.spread
         line(console, f"  error       found {number(s.found.whole)}, expected {number(s.expected.whole)}, "
