@@ -70,8 +70,8 @@ def prepare_bisection(
     digest, known = _digest(bundle, checkpoint), bundle.manifest.checkpoint.digest
     if digest != known:
         raise ValidationError(
-            f"{checkpoint.path}: is another checkpoint (sha256 {digest[:16]}…) than the bundle's ({known[:16]}…), so that every "
-            f"weight would differ; give the one that the bundle was built from ({bundle.manifest.checkpoint.path})"
+            f"{checkpoint.path}: is another checkpoint (sha256 {digest[:16]}…) than the bundle's ({known[:16]}…), so "
+            f"that every weight would differ; give the one that the bundle was built from ({bundle.manifest.checkpoint.path})"
         )
     limits = executor.target.limits
     chosen = tokens.load(checkpoint, text, count, min(limits.max_context, limits.max_batch_tokens))

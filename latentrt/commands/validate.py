@@ -24,7 +24,7 @@ def validate(
     count: Annotated[int, typer.Option("--tokens", help="How many tokens to compare on.")] = 4096,
     backend: BackendName = None,
     device: Device = "auto",
-    bisect: Annotated[bool, typer.Option("--bisect", help="Replay the engine part by part; name the first wrong tensor.")] = False,
+    bisect: Annotated[bool, typer.Option("--bisect", help="Replay part by part and name the first wrong tensor.")] = False,
 ) -> int:
     """Compares an engine with transformers, stage by stage and layer by layer, and gives a verdict (exit status 0 or 1)."""
     if bisect:

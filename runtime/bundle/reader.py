@@ -73,7 +73,7 @@ class Bundle:
         return self.path / EVIDENCE / f"{self.digest[:16]}.{target}.json"
 
     def evidence_files(self, target: str) -> list[Path]:
-        """What validation recorded: of the target's own runs, and of its graph interpreted by PyTorch, whole and part by part."""
+        """What validation recorded: of the target's own runs, and of its graph run by PyTorch, whole or part by part."""
         kinds = (f"{target}{backend}{way}" for way in ("", BISECTED) for backend in ("", ".torch"))
         return [f for f in map(self.evidence_file, kinds) if f.is_file()]
 

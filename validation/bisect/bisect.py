@@ -160,7 +160,8 @@ class Bisect:
 
     def _tensor(self, case: Case, tap: str) -> Defect | None:
         spread, part = case.spread(tap), case.part
-        self.found.looked.append(Looked(part.name, tap, case.module(case.known[tap].module), part.taps.get(tap, part.cache or ""), spread))
+        value = part.taps.get(tap, part.cache or "")
+        self.found.looked.append(Looked(part.name, tap, case.module(case.known[tap].module), value, spread))
         if spread.passes:
             return None
         first = next((k for k in self.found.looked if k.part == part.name and k.spread.strays), self.found.looked[-1])

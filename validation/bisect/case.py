@@ -1,4 +1,4 @@
-"""One part of an engine on the script's inputs, with its formulas: all that a verdict on a tensor, and a diagnosis, is made of."""
+"""One part of an engine on the script's inputs, with its formulas: what a verdict on a tensor, and a diagnosis, is made of."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping

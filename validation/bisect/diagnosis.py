@@ -39,7 +39,7 @@ class Defect:
 
 
 def diagnose(case: Case, tap: str, spread: Spread) -> Defect:
-    """Why a tensor is off: a stored weight right before it, what its values say, or a stored weight of the part far before it."""
+    """Why a tensor is off: a stored weight right before it, what its values say, or a stored weight farther before it."""
     suspect = next(of_weights.suspects(case, case.weights_behind(tap)), None)
     if suspect is None:
         found = hypotheses.judged(case, tap, _sources(case, tap), spread.limit.whole)
@@ -62,16 +62,14 @@ def defect(case: Case, tap: str, spread: Spread | None, found: list[Hypothesis],
     known, part = case.known[tap], case.part
     module = case.module(found[0].module or known.module)
     others = [h for h in found[1:] if h.left < 1][:_SHOWN]
-    return Defect(
-        part.name, tap, module, known.what, part.taps.get(tap, part.cache or ""), part.nodes.get(tap, ""), spread, found[0], weight,
-        others,
-    )  # fmt: skip
+    graph = part.taps.get(tap, part.cache or ""), part.nodes.get(tap, "")
+    return Defect(part.name, tap, module, known.what, *graph, spread, found[0], weight, others)
 
 
 _OF_LAYERS = {  # in the order in which they are believed, where several explain all; with the module that each speaks of
     of_pages.written: "", of_attention.rotations: "self_attn.rotary_emb", of_attention.masks: "self_attn",
     of_attention.scales: "self_attn", of_pages.read: "self_attn", of_attention.halves: "self_attn", of_values.scaled: "",
-    of_values.without_a_term: "", of_values.columns: "", of_values.transposed: "", of_values.saturated_inputs: "",
+    of_values.without_a_term: "", of_values.transposed: "", of_values.columns: "", of_values.saturated_inputs: "",
     of_values.saturated: "",
 }  # fmt: skip
 

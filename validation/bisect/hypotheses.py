@@ -1,13 +1,13 @@
 """What could have made a wrong tensor what it is: each hypothesis is the tensor that it predicts, and words.
 
-Predictions have the engine's roundings in them, so that the right one leaves little: of int4's 10 % nothing. `fit` measures what
-is left, over the error. Hypotheses about some tokens only (decode steps, one sequence) predict these, and the right values of
-all others.
+Predictions have the engine's roundings in them, so that the right one leaves little: of int4's 10 % nothing. Hypotheses about
+some tokens only (decode steps, one sequence) predict these, and the right values of all others.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -18,7 +18,7 @@ FITS = 0.25  # of the error may be left, in Euclidean length: 94 % of its square
 
 @dataclass(frozen=True)
 class Hypothesis:
-    """`left`: the part of the error that it does not explain. module: where it says the cause is, below the layer, if elsewhere."""
+    """`left`: the part of the error that it does not explain. module: where the cause is, if not where it shows."""
 
     kind: str
     words: str
@@ -34,7 +34,8 @@ Source = Callable[[LayerCase, str], Iterator[tuple[str, str, Tensor]]]
 
 
 def judged(case: LayerCase, tap: str, sources: Mapping[Source, str], limit: float) -> list[Hypothesis]:
-    """What `sources` (with the module that each speaks of) say of a tensor, the best first. The first that leaves a tenth of the tolerance `limit` ends the search."""
+    """What `sources` (with the module that each speaks of) say of a tensor, the best first. The first that leaves a tenth of
+    the tolerance `limit` ends the search."""
     right, found = case.judged(tap, case.emulated[0]), case.judged(tap, case.found)
     usual = [case.judged(tap, e) for e in case.emulated[1:]]
     enough = max([limit, *(float((u - right).norm() / (right.norm() + 1e-300)) for u in usual)])
@@ -79,11 +80,9 @@ def rows_in_words(case: LayerCase, rows: Tensor) -> str:
     owners = [k for k, s in enumerate(case.s.script.sequences) if rows[s.rows].any()]
     decoding = torch.zeros_like(rows)
     for step in case.s.script.steps:
-        if len(step.rows) == len(step.batch.cached_lengths):
-            decoding[torch.from_numpy(step.rows)] = True
-    for k, s in enumerate(case.s.script.sequences):
-        decoding[s.rows] &= k in owners
-    if torch.equal(rows, decoding):
+        alone = np.repeat(np.diff(step.batch.query_starts) == 1, np.diff(step.batch.query_starts))
+        decoding[torch.from_numpy(step.rows[alone])] = True
+    if not (rows & ~decoding).any():
         return ", in decode steps only"
     some = f", in {int(rows.sum())} of {len(rows)} tokens"
     return some + (f" (of sequence {owners[0]})" if len(owners) == 1 else "")

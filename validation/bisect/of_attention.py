@@ -12,6 +12,7 @@ from latentrt.validation.reference import formulas
 from latentrt.validation.reference.layer import Layer, Rules
 
 POSITIONS, ROPE, MASK, HALF = "positions off", "half-split RoPE", "causal mask off", "softmax in half precision"
+_MASKS = {1: "a token sees the next one", -1: "a token does not see itself", 2: "a token sees the next two"}
 _SHIFTS = (1, -1, 2, -2, 3, -3, 4, -4)
 _ROTATED = ("q_pe", "k_pe", "cached k_pe", "attended", "values", "attention")
 ATTENDED = ("attended", "values", "attention")
@@ -38,7 +39,7 @@ def shift(case: LayerCase, k: int) -> Callable[[Tensor, Tensor], tuple[Tensor, T
 
 def masks(case: LayerCase, tap: str) -> Predictions:
     if tap in ATTENDED:
-        for k, words in ((1, "a token sees the next one"), (-1, "a token does not see itself"), (2, "a token sees the next two")):
+        for k, words in _MASKS.items():
             yield from _variant(case, tap, f"{MASK} by {abs(k)}", words, Rules(mask_offset=k))
 
 

@@ -112,8 +112,10 @@ def _other_tables(script: Script, number: int) -> Iterator[tuple[str, str, np.nd
 def _over(
     case: LayerCase, tap: str, base: dict, number: int, table: np.ndarray, page: int, stale: int, wanted: Tensor
 ) -> Tensor:
-    """The tensor [T, width] where the sequence reads these pages, step by step as they are filled. page: which is read as it was
-    before the sequence began (_EVER), or before the step (_STEP); -1: none."""
+    """The tensor [T, width] where the sequence reads these pages, step by step as they are filled.
+
+    page: which is read as it was before the sequence began (_EVER), or before the step (_STEP); -1: none.
+    """
     script, layer = case.s.script, case.emulation()
     sequence, size, attended = script.sequences[number], script.page_size, base["attended"].clone()
     position = np.arange(len(sequence.tokens))
@@ -127,7 +129,8 @@ def _over(
             earlier = script.before(sequence) if stale == _EVER or k == 0 else script.held[k - 1]
             held = np.where(np.arange(len(held)) // size == page, earlier, held)
         source = torch.from_numpy(held[cells[: past + len(rows)]])
-        keys = [base[name][source.clamp_min(0)].where(source[:, None] >= 0, torch.nan) for name in ("cached latent", "cached k_pe")]
+        cached = (base[name][source.clamp_min(0)] for name in ("cached latent", "cached k_pe"))
+        keys = [part.where(source[:, None] >= 0, torch.nan) for part in cached]
         queries = base["q_latent"][rows], base["q_pe"][rows]
         attended[rows] = layer.math.keep(formula.attend(layer.math, *queries, *keys, case.s.config.softmax_scale, past=past))
     return behind(layer, tap, attended)

@@ -68,8 +68,7 @@ def _moves(order: Tensor) -> str:
 
 def transposed(case: LayerCase, tap: str) -> Predictions:
     """Heads and channels of a head have changed places."""
-    right, found = _pair(case, tap)
-    heads = case.s.config.num_attention_heads
+    right, heads = _pair(case, tap)[0], case.s.config.num_attention_heads
     if tap in ("q_latent", "attended", "values", "q_pe", "q_proj", "q_b_proj") and right.shape[1] % heads == 0:
         turned = right.unflatten(1, (heads, -1)).transpose(1, 2).flatten(1)
         yield TRANSPOSED, f"its {heads} heads and their channels have changed places", turned

@@ -59,8 +59,8 @@ def _of_matrix(case: Case, weight: Weight) -> Suspect | None:
 def _off(found: Tensor, rounded: Tensor, exact: Tensor) -> float | None:
     """How far a weight is from the checkpoint's; None where the format's rounding comes to that, of every row as well."""
     allowed = DOUBT * max(_relative(rounded, exact), _SAME)
-    pairs = [(found, rounded, exact)] if exact.dim() < 2 else [(found, rounded, exact), *zip(found, rounded, exact, strict=True)]
-    for f, r, e in pairs:
+    rows = zip(found, rounded, exact, strict=True) if exact.dim() > 1 else ()
+    for f, r, e in ((found, rounded, exact), *rows):
         if _relative(f, e) > max(allowed, DOUBT * _relative(r, e)) and _relative(f, r) > _SAME:
             return _relative(found, exact)
     return None
@@ -197,8 +197,7 @@ def _of_experts(case: Case, weight: Weight) -> Suspect | None:
     places = {e: min(marks, key=lambda o, e=e: float((stored[e] @ mark - marks[o]).norm())) for e in bad}
     if all(places[e] != e for e in bad) and all(_near(stored[e] @ mark, marks[places[e]]) for e in bad):
         moves = ", ".join(f"{e} holds {places[e]}" for e in list(bad)[:4])
-        duplicates = len(set(places.values())) < len(places)
-        kind = STUCK if duplicates else f"experts permuted ({PERMUTED})"
+        kind = f"experts permuted ({PERMUTED})" if set(places.values()) == set(bad) else STUCK
         found = [Hypothesis(kind, f"{len(bad)} of {len(stored)} experts are others: {moves}", 0.0)]
         return Suspect(weight, weight.sources[min(bad)][0], max(bad.values()), found)
     whole = _whole_scales(case, weight, stored)

@@ -154,7 +154,7 @@ class EngineGraph:
         users = [self._users(n) for n in names]
         if not names or not all(users):
             return None
-        node, place = users[-1] if weight.replace(".weight", ".bias") not in names else users[-1]
+        node, place = users[-1]
         output = self._output(node, place)
         after = [n for n in self.model.graph.node if output in n.input]
         wide = len(users) > 1 and node.op_type in ("Mul", "Add") and len(after) == 1 and after[0].op_type == "Cast"

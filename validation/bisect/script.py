@@ -36,7 +36,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Script:
-    """The first `gone` sequences are the forgotten ones. Cells of the cache are counted over all pages: page * page_size + slot."""
+    """The first `gone` sequences are the forgotten ones. Cells are counted over all pages: page * page_size + slot."""
 
     sequences: tuple[Sequence, ...]
     steps: tuple[Step, ...]

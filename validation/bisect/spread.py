@@ -1,10 +1,10 @@
 """How far is a tensor off, and how far may it be? Found errors against those of the engine's roundings, emulated.
 
 Errors are relative and Euclidean: of each row (a token), of each column (a channel, which one wrong scale spoils), and of all.
-Rows and columns far below the usual size count as a tenth of that. Emulated errors are a sample of what a right engine has. Its
-logarithms are taken for normally distributed above their median, so that the largest of n may lie z deviations beyond it, z being
-the quantile that all n of a right engine stay below but for once in a million. Both limits are doubled: an emulation knows which numbers are
-rounded, not how often on the way; four times as many roundings of a size double an error.
+Rows and columns far below the usual size count as a tenth of that. Emulated errors are a sample of what a right engine has.
+Their logarithms are taken for normally distributed above the median, so that the largest of n may lie z deviations beyond it,
+z being the quantile that all n of a right engine stay below but for once in a million. All limits are doubled: an emulation
+knows which numbers are rounded, not how often on the way; four times as many roundings of a size double an error.
 """
 
 from dataclasses import dataclass
@@ -36,8 +36,8 @@ class Spread:
     """A tensor's found error, what the emulation's roundings cost, and how far a right engine can be off.
 
     unexplained: how far the found tensor is from the emulated one, over the expected error: where an engine rounds in the very
-    places of the emulation it is nearly 0, in others up to 1.4. No verdict depends on it, but what is off later is traced back to
-    the first tensor that `strays`. undecided: the same of another emulation, whose sums have other noise.
+    places of the emulation it is nearly 0, in others up to 1.4. No verdict depends on it, but what is off later is traced back
+    to the first tensor that `strays`. undecided: the same of another emulation, whose sums have other noise.
     """
 
     found: Error

@@ -8,7 +8,7 @@ from latentrt.export.models.base import Weight
 
 @dataclass(frozen=True)
 class Tensor:
-    """`module` and `weights` below the part's own name; weights are the graph's. `what`: words where the module makes several."""
+    """`module` and `weights` below the part's own name; weights are the graph's. `what`: words where a module makes several."""
 
     module: str
     weights: tuple[str, ...] = ()
@@ -56,7 +56,9 @@ EMBED = {
 HEAD = {"logits": Tensor("lm_head", ("model.norm.weight", "lm_head.weight"))}
 
 
-def weights_behind(known: Mapping[str, Tensor], tap: str, seen: set[str], weights: Mapping[str, Weight], part: str) -> list[Weight]:
+def weights_behind(
+    known: Mapping[str, Tensor], tap: str, seen: set[str], weights: Mapping[str, Weight], part: str
+) -> list[Weight]:
     """Weights of the graph between the last tensor that was seen and this one."""
     names, found = list(known), []
     for name in names[: names.index(tap) + 1]:

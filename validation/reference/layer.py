@@ -98,7 +98,9 @@ class Layer:
         weight = m.weights[name]
         return m.keep(m.product(x.transpose(0, 1), m.weight(name).transpose(1, 2), weight).transpose(0, 1))
 
-    def attend(self, m: Exact, q_latent: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, rows: Rows, rules: Rules) -> Tensor:
+    def attend(
+        self, m: Exact, q_latent: Tensor, q_pe: Tensor, latent: Tensor, k_pe: Tensor, rows: Rows, rules: Rules
+    ) -> Tensor:
         """Causal attention within every sequence, over cached latents: [T, H, kv_lora_rank]."""
         scale = self.c.softmax_scale if rules.softmax_scale is None else rules.softmax_scale
         return torch.cat([attend(m, q_latent[s], q_pe[s], latent[s], k_pe[s], scale, rules) for s in rows.sequences])
