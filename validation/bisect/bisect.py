@@ -81,7 +81,8 @@ class Bisect:
         planned = script.plan(tokens.windows, target.cache.page_size, limits.max_batch_tokens, limits.max_context)
         stored = StoredWeights(bundle, executor.name)
         cache = cache_formats.get(target.cache.format)
-        numerics = Numerics(DTYPES[self.graph.activation(0)], stored.format, cache, target.options.get("accuracy") == "fast")
+        kind, fast = DTYPES[self.graph.activation(0)], target.options.get("accuracy") == "fast"
+        numerics = Numerics(kind, stored.format, cache, fast, expert_inputs=self.runner.has_kernels)
         plain, inner = ({w.name: w for w in checkpoint.weights(rotated)} for rotated in (False, stored.rotated))
         self.s = Subject(checkpoint, stored, numerics, planned, plain, inner)
         self.found.executed = executor.describe(self.runner)

@@ -32,6 +32,7 @@ class Runner(ABC):
     """Opens parts. `model`: the engine's graph that parts are cut from, without weights."""
 
     model: onnx.ModelProto
+    has_kernels = False  # whether custom ops are kernels for a GPU, which round more than plain torch does
 
     def __init__(self, bundle: Bundle, target: Target):
         self.bundle, self.target = bundle, target
@@ -92,6 +93,7 @@ class TorchRunner(Runner):
     def __init__(self, bundle: Bundle, name: str, target: Target, device: str):
         super().__init__(bundle, target)
         self.device = torch_backend.resolve_device(device)
+        self.has_kernels = self.device.type == "cuda"
         self.model = torch_graph.read(bundle.file(torch_backend.onnx_file(bundle, name, target)))
 
     def open(self, part: Part) -> Call:
@@ -99,7 +101,7 @@ class TorchRunner(Runner):
         model = onnx.ModelProto()
         model.CopyFrom(part.model)
         model.graph.input.extend(onnx.helper.make_tensor_value_info(n, t, None) for n, t in part.given.items())
-        kind = "triton" if self.device.type == "cuda" else "reference"
+        kind = "triton" if self.has_kernels else "reference"
         try:
             program = torch_graph.StepProgram(model, weights, self.device, kind)
         except torch_graph.UnknownOpError as error:

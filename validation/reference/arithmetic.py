@@ -79,12 +79,15 @@ class Exact:
 
 @dataclass(frozen=True)
 class Numerics:
-    """What an engine rounds. `int8_activations`: products with quantized weights round their input to int8 per block."""
+    """What an engine rounds. int8_activations: products with quantized weights round their input to int8 per block.
+    expert_inputs: experts with e4m3 weights round theirs, as kernels do, and plain torch does not.
+    """
 
     activation: torch.dtype  # of values between ops
     format: WeightFormat
     cache: CacheFormat
     int8_activations: bool = False
+    expert_inputs: bool = True
 
 
 class Emulated(Exact):
@@ -121,7 +124,7 @@ class Emulated(Exact):
         if not self.n.format.is_quantized(weight):
             return x
         if self.n.format.quantized == "float8_e4m3fn":
-            return _e4m3(x)
+            return _e4m3(x) if self.n.expert_inputs or weight.role == "linear" else x
         return _int8(x, self.n.format.blocks[weight.role] or x.shape[-1]) if self.n.int8_activations else x
 
     def _noise(self, like: Tensor) -> Tensor:
