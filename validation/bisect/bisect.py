@@ -20,7 +20,7 @@ from latentrt.runtime.backends.torch.ops import DTYPES
 from latentrt.validation.bisect import diagnosis, runners, script
 from latentrt.validation.bisect.case import Case, EmbedCase, HeadCase, LayerCase, Subject
 from latentrt.validation.bisect.diagnosis import Defect
-from latentrt.validation.bisect.parts import ANGLES, EngineGraph
+from latentrt.validation.bisect.parts import ANGLES, EngineGraph, Part
 from latentrt.validation.bisect.replay import replay
 from latentrt.validation.bisect.runners import Runner
 from latentrt.validation.bisect.spread import Spread
@@ -117,16 +117,20 @@ class Bisect:
         self._head(hidden)
 
     def _embed(self) -> tuple[Tensor, Tensor, Tensor]:
-        part = self.graph.embed()
-        self.progress(part.name)
+        part = self._told(self.graph.embed())
         case = EmbedCase(self.s, part, replay(self.runner, part, self.s.script, {}).taps)
         self._judge(case)
         values = case.exact
         return values["embed_tokens"], values["cos"].float(), values["sin"].float()
 
-    def _layer(self, index: int, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        part = self.graph.layer(index)
+    def _told(self, part: Part) -> Part:
+        """Tells of a part that comes, and lets go of what was mapped of the checkpoint for the one before."""
         self.progress(part.name)
+        self.s.checkpoint.release()
+        return part
+
+    def _layer(self, index: int, hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        part = self._told(self.graph.layer(index))
         hidden = self._given(hidden)
         given = {self.graph.hidden_before(index): hidden.float().numpy(), ANGLES[0]: cos.numpy(), ANGLES[1]: sin.numpy()}
         ran = replay(self.runner, part, self.s.script, given)
@@ -136,8 +140,7 @@ class Bisect:
         return case.next_hidden()
 
     def _head(self, hidden: Tensor) -> None:
-        part = self.graph.head()
-        self.progress(part.name)
+        part = self._told(self.graph.head())
         hidden = self._given(hidden)
         given = {self.graph.hidden_before(self.graph.num_layers): hidden.float().numpy()}
         self._judge(HeadCase(self.s, part, hidden, replay(self.runner, part, self.s.script, given).taps))
@@ -152,7 +155,7 @@ class Bisect:
             found = self._routing(case) if tap == "topk_ids" else self._tensor(case, tap)
             if found:
                 self.found.defects.append(found)
-                return
+                break
 
     def _routing(self, case: LayerCase) -> Defect | None:
         found, flips = diagnosis.routing(case)
