@@ -80,6 +80,19 @@ def test_a_right_cache_in_bf16_passes_twice(traced, tiny_checkpoint, tmp_path, c
     passes_twice(path, tiny_checkpoint)
 
 
+@pytest.mark.parametrize("precision", ["bf16-int4", "fp8-int4"])
+def test_right_experts_of_4_bits_pass_twice(traced, stand_ins, tmp_path, precision):
+    with stand_ins():
+        path = traced.build_once(f"example.gpu.{precision}", EXAMPLE, tmp_path / "bundle", "sm89", precision=precision)
+    passes_twice(path, EXAMPLE)
+
+
+def test_what_two_ranks_share_passes_twice(traced, tiny_checkpoint, tmp_path):
+    """In one process."""
+    path = traced.build_once("tiny.ranks", tiny_checkpoint, tmp_path / "bundle", "torch", precision="fp32", ranks=2)
+    passes_twice(path, tiny_checkpoint)
+
+
 def passes_twice(path: Path, checkpoint: Path, target: str | None = None) -> None:
     """The same verdict and errors both times; where formats round, the emulation has the found error to a tenth.
 

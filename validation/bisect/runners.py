@@ -32,6 +32,8 @@ class Runner(ABC):
     """Opens parts. `model`: the engine's graph that parts are cut from, without weights."""
 
     model: onnx.ModelProto
+    gpu: str | None = None  # the GPU that it runs on, for people; None: the CPU
+    ranks = 1
     has_kernels = False  # whether custom ops are kernels for a GPU, which round more than plain torch does
 
     def __init__(self, bundle: Bundle, target: Target):
@@ -88,13 +90,14 @@ class OnnxRuntimeRunner(Runner):
 
 
 class TorchRunner(Runner):
-    """PyTorch interprets the ONNX graph: Triton kernels on a GPU, plain torch on the CPU."""
+    """PyTorch interprets the ONNX graph: Triton kernels on a GPU, plain torch on the CPU. Ranks' experts lie in one process."""
 
     def __init__(self, bundle: Bundle, name: str, target: Target, device: str):
         super().__init__(bundle, target)
         self.device = torch_backend.resolve_device(device)
-        self.has_kernels = self.device.type == "cuda"
-        self.model = torch_graph.read(bundle.file(torch_backend.onnx_file(bundle, name, target)))
+        self.has_kernels, self.gpu = self.device.type == "cuda", torch_backend.gpu_name(self.device)
+        model = torch_graph.read(bundle.file(torch_backend.onnx_file(bundle, name, target)))
+        self.model = torch_graph.without_ranks(model) if target.ranks > 1 else model
 
     def open(self, part: Part) -> Call:
         weights = torch_backend.load_weights(self.bundle, self.target, part.model, self.device)
@@ -131,13 +134,8 @@ class TorchRunner(Runner):
 
 
 def runner(executor: Executor, threads: int) -> Runner:
-    """The runner for what would execute a target. ValidationError where a target's parts cannot be run one by one."""
+    """The runner for what would execute a target; what several ranks share is run by one."""
     bundle, target = executor.bundle, executor.target
-    if target.ranks > 1:
-        raise ValidationError(
-            f"{bundle.path}: target {executor.name} is for {target.ranks} ranks, whose layers need each other; accepted: a "
-            f"target of one rank; build one with latentrt build --ranks 1 --out ANOTHER"
-        )
     if executor.chosen == "onnxruntime":
         return OnnxRuntimeRunner(bundle, target, threads)
     return TorchRunner(bundle, executor.name, target, executor.device if executor.chosen == INTERPRETER else "auto")

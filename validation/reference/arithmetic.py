@@ -124,7 +124,8 @@ class Emulated(Exact):
         if not self.n.format.is_quantized(weight):
             return x
         if self.n.format.quantized == "float8_e4m3fn":
-            return _e4m3(x) if self.n.expert_inputs or weight.role == "linear" else x
+            rounds = weight.role == "linear" or (self.n.expert_inputs and self.n.format.bits_of(weight) == 8)
+            return _e4m3(x) if rounds else x
         return _int8(x, self.n.format.blocks[weight.role] or x.shape[-1]) if self.n.int8_activations else x
 
     def _noise(self, like: Tensor) -> Tensor:

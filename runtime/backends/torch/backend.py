@@ -68,10 +68,7 @@ class TorchBackend(Backend):
 
     @property
     def gpu(self) -> str | None:
-        if self.device.type != "cuda":
-            return None
-        major, minor = torch.cuda.get_device_capability(self.device)
-        return f"{torch.cuda.get_device_name(self.device)} (sm{major}{minor})"
+        return gpu_name(self.device)
 
     @property
     def two_passes(self) -> bool:
@@ -144,6 +141,14 @@ def _pages(target: Target, cache_tokens: int | None, device: torch.device) -> in
     return gpu_pages_for(target, cache_tokens, torch.cuda.mem_get_info(device)[0])
 
 
+def gpu_name(device: torch.device) -> str | None:
+    """For people; None for the CPU."""
+    if device.type != "cuda":
+        return None
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"{torch.cuda.get_device_name(device)} (sm{major}{minor})"
+
+
 def resolve_device(device: str, gpu: int | None = None) -> torch.device:
     """"auto" resolved, and `gpu` taken for the number of a GPU; BundleError if one is asked for and PyTorch sees none."""
     if device == "auto":
@@ -182,7 +187,8 @@ def load_weights(
         if proto.data_location == onnx.TensorProto.EXTERNAL:
             wanted[proto.name] = (torch_graph.DTYPES[proto.data_type], tuple(proto.dims))
     if rank is None:
-        wanted |= {n: (wanted[n][0], (target.ranks * wanted[n][1][0], *wanted[n][1][1:])) for n in target.shared_weights}
+        shared = wanted.keys() & set(target.shared_weights)
+        wanted |= {n: (wanted[n][0], (target.ranks * wanted[n][1][0], *wanted[n][1][1:])) for n in shared}
     found: dict[str, torch.Tensor] = {}
     for ref in bundle.manifest.weight_sets[target.weight_set].files:
         found |= _read_shard(bundle.file(ref), wanted, device, target, rank)
