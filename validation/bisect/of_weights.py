@@ -1,7 +1,7 @@
 """Hypotheses of stored weights: what the bundle has for a weight, decoded, against the checkpoint's through the same format.
 
-A weight that is off by more than its format's rounding is said to be the cause only if it explains the tensor behind it, which
-the caller sees to by asking for weights between the last right tensor and the first wrong one.
+The caller asks for the weights between the last right tensor and the first wrong one, so that one which is off by more than its
+format's rounding is the cause.
 """
 
 from collections.abc import Iterator
@@ -13,14 +13,13 @@ from torch import Tensor
 from latentrt.export.models.base import Weight
 from latentrt.export.quantization import WeightFormat
 from latentrt.validation.bisect.case import Case
-from latentrt.validation.bisect.hypotheses import FITS, Hypothesis
+from latentrt.validation.bisect.hypotheses import Hypothesis
 from latentrt.validation.bisect.of_values import PERMUTED, SATURATED, SCALE, TRANSPOSED
 from latentrt.validation.bisect.spread import DOUBT
 
 STUCK, SCALES, OTHER = "weight stuck", "transposed scale", "weight differs from the checkpoint's"
 _ALIKE = 1e-3  # relative: scales by regression over codes that are the same
 _SAME = 1e-5  # relative: float32's rounding of decoded values, with room
-_MATRICES = ("linear", "router", "absorbed", "head")
 
 
 @dataclass(frozen=True)
@@ -227,6 +226,3 @@ def _whole_scales(case: Case, weight: Weight, stored: Tensor) -> Hypothesis | No
 def _expert_kinds(case: Case, weight: Weight, found: Tensor, right: Tensor, expert: int) -> Iterator[Hypothesis]:
     for kind in _matrix_kinds(case, replace(weight, name="one expert", role="expert"), found, right):
         yield replace(kind, words=f"expert {expert}: {kind.words}")
-
-
-__all__ = ["FITS", "OTHER", "SCALES", "STUCK", "Suspect", "suspects"]
