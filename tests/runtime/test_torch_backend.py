@@ -474,3 +474,10 @@ def test_the_cache_takes_most_of_a_gpus_free_memory(tiny_bundle, monkeypatch):
     assert torch_backend._pages(target, None, torch.device("cuda")) == 1 + 18
     assert torch_backend._pages(target, 64, torch.device("cuda")) == 2
     assert torch_backend._pages(target, None, torch.device("cpu")) == pages_for(target, None)
+
+
+def test_a_graph_with_ops_that_pytorch_lacks_says_what_helps(traced, tiny_checkpoint, tmp_path):
+    """Before its weights are looked for, which lie in another order than the graph's names tell."""
+    bundle = traced.build_once("tiny.int8", tiny_checkpoint, tmp_path / "bundle", "cpu", "int8")
+    with pytest.raises(BundleError, match=r"has no op MatMulNBits.*leave --backend out, or build --target torch"):
+        backends.load(Bundle(bundle), backend="torch", device="cpu")

@@ -52,7 +52,8 @@ class TorchBackend(Backend):
             try:
                 programs = self._programs(bundle, kind, options.rank)
             except torch_graph.UnknownOpError as error:
-                raise BundleError(f"{bundle.path}: target {name} ({target.precision}): {error}") from None
+                found = f"{bundle.path}: target {name} ({target.precision}): {error}"
+                raise BundleError(f"{found}; leave --backend out, or build --target torch or --precision fp32") from None
             if self.device.type == "cuda":
                 _take_memory(programs, target, self.device)
             self.num_pages = _pages(target, options.cache_tokens, self.device)
@@ -93,6 +94,8 @@ class TorchBackend(Backend):
         """A program per form, on the same weights in memory."""
         files = {form: onnx_file(bundle, self.name, self.target, form) for form in self.target.engines}
         models = {form: torch_graph.read(bundle.file(ref)) for form, ref in files.items()}
+        for model in models.values():
+            torch_graph.check_ops(model, custom_ops)  # before the weights, which then may have no such names
         weights, folded = load_weights(bundle, self.target, models[DECODE_FORM], self.device, rank), {}
         return {
             form: torch_graph.StepProgram(model, weights, self.device, custom_ops, folded=folded)

@@ -40,6 +40,18 @@ def without_ranks(model: onnx.ModelProto) -> onnx.ModelProto:
     return model
 
 
+def _table(custom_ops: str) -> dict[str, Callable]:
+    return TABLE | torch_custom_ops.table(custom_ops) | torch_fusion.table() | torch_merging.table()
+
+
+def check_ops(model: onnx.ModelProto, custom_ops: str) -> None:
+    """UnknownOpError for a graph with ops that are not here."""
+    table = _table(custom_ops)
+    unknown = sorted({n.op_type for n in model.graph.node if n.op_type not in table and n.op_type != "Constant"})
+    if unknown:
+        raise UnknownOpError(f"the torch backend has no op {', '.join(unknown)}")
+
+
 class StepProgram:
     """A step graph ready to run on `device`. `weights` holds the graph's weight inputs and external initializers by name.
 
@@ -53,9 +65,9 @@ class StepProgram:
         custom_ops: str, fuse: bool = True, folded: dict[tuple, tuple[torch.Tensor, ...]] | None = None,
     ):  # fmt: skip
         self.device = torch.device(device)
-        self._table = TABLE | torch_custom_ops.table(custom_ops) | torch_fusion.table() | torch_merging.table()
+        self._table = _table(custom_ops)
+        check_ops(model, custom_ops)
         nodes = [_node(n) for n in model.graph.node]
-        self._check(nodes)
         self._host = _constants(model, nodes)
         nodes = [n for n in nodes if n.op_type != "Constant"]
         if fuse:
@@ -83,11 +95,6 @@ class StepProgram:
         for call in self._calls:
             call(values)
         return {name: values[self._slots[name]] for name in self._outputs}
-
-    def _check(self, nodes: list[Node]) -> None:
-        unknown = sorted({n.op_type for n in nodes if n.op_type not in self._table and n.op_type != "Constant"})
-        if unknown:
-            raise UnknownOpError(f"the torch backend has no op {', '.join(unknown)}; it has {', '.join(sorted(self._table))}")
 
     def _slot(self, name: str) -> int:
         return self._slots.setdefault(name, len(self._slots))
