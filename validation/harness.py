@@ -1,7 +1,9 @@
 """lm-evaluation-harness over an engine in this process: no server between task and logits.
 
-`python -m latentrt.validation.harness --model latentrt --model_args bundle=BUNDLE --tasks hellaswag` is `lm_eval` with a model more
-(pip install lm-eval, and what it wants beside). Through a server, its own `local-completions` does it, too.
+    python -m latentrt.validation.harness --model latentrt --model_args bundle=BUNDLE --tasks hellaswag
+
+It is `lm_eval` with a model more (pip install lm-eval, and what it wants beside). Through a server, its own `local-completions`
+does it, too.
 """
 
 from collections.abc import Iterator, Sequence
