@@ -96,7 +96,7 @@ class LatentRt(TemplateLM):
         return [self._judge(tokens, len(r[2]), logits) for tokens, r, logits in zip(whole, requests, rows, strict=True)]
 
     def _rows(self, lists: Sequence[list[int]]) -> Iterator[np.ndarray]:
-        """Logits [tokens, vocab] of each list, in order; one of the engine's blocks may hold several lists, or a part of one."""
+        """Logits [tokens, vocab] of each list, in order; the engine's blocks hold several lists, or parts of one."""
         blocks, left = self.engine.logit_blocks(lists), np.zeros((0, self.engine.vocab_size), np.float32)
         for tokens in lists:
             while len(left) < len(tokens):
