@@ -4,6 +4,8 @@ A communicator belongs to the GPU that is current when it is made; making one re
 """
 
 import ctypes
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 _UNIQUE_ID_BYTES = 128  # NCCL_UNIQUE_ID_BYTES
@@ -25,8 +27,20 @@ def bindings():
 
 def unique_id(nccl=None) -> bytes:
     """What one rank makes and all others are told, so that they find each other."""
-    found = (nccl or bindings()).get_unique_id()
+    with _explained():
+        found = (nccl or bindings()).get_unique_id()
     return ctypes.string_at(int(found.ptr), _UNIQUE_ID_BYTES)
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """What the bindings raise where the library is missing or refuses, as NcclError."""
+    try:
+        yield
+    except NcclError:
+        raise
+    except Exception as error:
+        raise NcclError(f"{' '.join(str(error).split())}; NCCL comes with pip install 'nccl4py[cu13]'") from None
 
 
 @dataclass(frozen=True)
@@ -47,7 +61,9 @@ class Communicator:
     def __init__(self, unique: bytes, rank: int, ranks: int, nccl=None):
         self._nccl = nccl or bindings()
         buffer = ctypes.create_string_buffer(unique, _UNIQUE_ID_BYTES)
-        self.handle = int(self._nccl.comm_init_rank(ranks, self._nccl.UniqueId.from_ptr(ctypes.addressof(buffer)), rank))
+        with _explained():
+            identity = self._nccl.UniqueId.from_ptr(ctypes.addressof(buffer))
+            self.handle = int(self._nccl.comm_init_rank(ranks, identity, rank))
 
     @property
     def capsule(self):
