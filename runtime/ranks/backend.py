@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +11,11 @@ from latentrt.plugins.step_graph import StepBatch
 from latentrt.runtime.backends.base import Backend, BackendOptions, Draws, StepResult
 from latentrt.runtime.bundle.manifest import Target
 from latentrt.runtime.bundle.reader import Bundle
+from latentrt.runtime.errors import EngineLostError
 from latentrt.runtime.ranks.group import RankGroup
 from latentrt.runtime.ranks.lockstep import passes
+
+CLOSE_SECONDS = 10.0  # for ranks to keep what they compiled
 
 
 class RanksBackend(Backend):
@@ -68,6 +72,9 @@ class RanksBackend(Backend):
         raise NotImplementedError("pages are copied with a step, each on its rank")
 
     def close(self) -> None:
+        if self.group.alive:
+            with suppress(EngineLostError):  # it ends all ranks anyway
+                self.group.call_all("close", seconds=CLOSE_SECONDS)
         self.group.close()
 
 

@@ -62,6 +62,10 @@ class Worker:
         self._result = JoinedResult([*kept, (result, last.places)]) if kept else result
         return self._result.can_draw
 
+    def close(self) -> None:
+        """Keeps what was compiled, and gives back what the rank holds."""
+        self._backend.close()
+
     def _pass(self, part: Pass) -> StepResult:
         return self._backend.step_padded(part.batch, part.least, part.decoding)
 
