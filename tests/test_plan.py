@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from latentrt.cli import main
 from latentrt.errors import UserError
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.models import registry
@@ -17,19 +16,10 @@ from latentrt.planning.roofline import USABLE, Deployment
 from latentrt.planning.sizes import Model
 from latentrt.plugins import cache_formats
 from latentrt.runtime.bundle.reader import Bundle
+from tests import planned
 from tests.conftest import EXAMPLE
+from tests.planned import V2
 
-ROPE = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096, "beta_fast": 32, "beta_slow": 1,
-        "mscale": 0.707, "mscale_all_dim": 0.707}  # fmt: skip
-V2 = {
-    "model_type": "deepseek_v2", "architectures": ["DeepseekV2ForCausalLM"], "vocab_size": 102400, "hidden_size": 5120,
-    "intermediate_size": 12288, "moe_intermediate_size": 1536, "num_hidden_layers": 60, "num_attention_heads": 128,
-    "num_key_value_heads": 128, "q_lora_rank": 1536, "kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64,
-    "v_head_dim": 128, "n_routed_experts": 160, "n_shared_experts": 2, "num_experts_per_tok": 6, "first_k_dense_replace": 1,
-    "moe_layer_freq": 1, "topk_method": "group_limited_greedy", "scoring_func": "softmax", "n_group": 8, "topk_group": 3,
-    "norm_topk_prob": False, "routed_scaling_factor": 16.0, "rms_norm_eps": 1e-6, "max_position_embeddings": 163840,
-    "hidden_act": "silu", "rope_theta": 10000, "rope_scaling": ROPE,
-}  # fmt: skip
 LITE = V2 | {
     "hidden_size": 2048, "intermediate_size": 10944, "moe_intermediate_size": 1408, "num_hidden_layers": 27,
     "num_attention_heads": 16, "num_key_value_heads": 16, "q_lora_rank": None, "n_routed_experts": 64,
@@ -46,17 +36,12 @@ def deployment(raw: dict = V2, gpu: str = "H800", count: int = 8, cache: str = "
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = main(["plan", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return planned.run(capsys, "plan", *arguments)
 
 
 @pytest.fixture
 def config(tmp_path):
-    """A config.json and nothing else, as people download it."""
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(V2))
-    return file
+    return planned.config_file(tmp_path)
 
 
 def test_parameters_are_the_published_ones():

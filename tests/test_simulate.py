@@ -10,7 +10,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from benchmarks import loop_time
-from latentrt.cli import main
 from latentrt.errors import UserError
 from latentrt.export.models import registry
 from latentrt.export.quantization import BFloat16, Fp8
@@ -26,7 +25,8 @@ from latentrt.planning.traces import Request
 from latentrt.plugins.step_graph import Limits
 from latentrt.runtime.engine.scheduler import Scheduler
 from latentrt.runtime.ranks.lockstep import passes
-from tests.test_plan import V2
+from tests import planned
+from tests.planned import V2
 
 CONFIG = registry.parse(V2)
 MODEL = Model.of(CONFIG)
@@ -72,16 +72,12 @@ def requests(*lengths: tuple[int, int], every: float = 0.0) -> list[Request]:
 
 
 def run(capsys, *arguments) -> tuple[int, str, str]:
-    code = main(["simulate", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return code, captured.out, captured.err
+    return planned.run(capsys, "simulate", *arguments)
 
 
 @pytest.fixture
 def config(tmp_path):
-    file = tmp_path / "config.json"
-    file.write_text(json.dumps(V2))
-    return file
+    return planned.config_file(tmp_path)
 
 
 # what ranks send each other
