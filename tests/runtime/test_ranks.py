@@ -18,6 +18,8 @@ from latentrt.runtime.errors import EngineLostError, RequestError
 from latentrt.runtime.sampling_params import SamplingParams
 from tests.conftest import EXAMPLE
 
+pytestmark = pytest.mark.slow  # processes, and builds
+
 PROMPTS = ["def main():\n", "import os, sys\n\n\nclass Parser:\n    def __init__(self, text):\n        self.text = text\n", "x"]
 # float32 products of the same numbers, the sum over experts in another order: measured 1e-5 of logits up to 12.6
 CLOSE = {"rtol": 0, "atol": 1e-4}
@@ -98,7 +100,6 @@ def test_every_rank_has_sequences_of_its_own(two):
         assert all(len(rank.running) == 3 for rank in two.loop.schedulers.ranks)
 
 
-@pytest.mark.slow
 def test_four_ranks(traced, tmp_path_factory, one):
     params = SamplingParams(max_new_tokens=16)
     with latentrt.load(bundle_of(traced, tmp_path_factory, 4), device="cpu", threads=4, cache_tokens=1024) as four:

@@ -10,6 +10,7 @@ import latentrt
 from tests.conftest import EXAMPLE
 from tests.runtime.server.serving import serving, until
 
+pytestmark = pytest.mark.slow  # processes, and builds
 
 @pytest.fixture(scope="module")
 def bundle(traced, tmp_path_factory):
