@@ -11,7 +11,8 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from multiprocessing import AuthenticationError
 from multiprocessing.connection import Connection, Listener, wait
@@ -25,6 +26,30 @@ START_SECONDS = 300.0  # until a rank's process has said hello: imports may come
 CALL_SECONDS = 1800.0  # for a step: its kernels may be compiled within it
 _MENDABLE = {error.__name__: error for error in (BundleError, RequestError)}
 _BLAME_SECONDS = 2.0  # after a fault, for the news of who died: the others only say that a connection closed
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """In the main thread Ctrl-C takes effect at the end: between two calls all ranks are at the same place. A second one does
+    not wait."""
+    before = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or before is None:
+        yield
+        return
+    told = []
+
+    def note(number: int, frame) -> None:
+        if told:
+            raise KeyboardInterrupt
+        told.append((number, frame))
+
+    signal.signal(signal.SIGINT, note)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if told and callable(before):
+        before(*told[0])
 
 
 @dataclass(frozen=True)
@@ -99,19 +124,27 @@ class RankGroup:
 
     def call(self, method: str, arguments: Mapping[int, tuple], seconds: float = CALL_SECONDS) -> list:
         """What the method gives on some ranks at once, in the order of `arguments`: rank -> the call's."""
-        with self._lock:
+        with self._lock, _interrupts_wait():
             if self.lost:
                 raise EngineLostError(str(self.lost)) from self.lost
-            faults: dict[int, Fault] = {}
-            for rank, given in arguments.items():
-                try:
-                    self._connections[rank].send((method, given))
-                except OSError:
-                    faults[rank] = GONE
-            answers = self._answers(list(arguments), faults, seconds) if not faults else {}
-            if faults:
-                raise self._lose(faults)
-            return [answers[rank] for rank in arguments]
+            try:
+                return self._called(method, arguments, seconds)
+            except KeyboardInterrupt:  # answers are left in the connections, and ranks perhaps in a collective
+                self.lost = EngineLostError("the ranks were interrupted; load the engine again")
+                self._end()
+                raise
+
+    def _called(self, method: str, arguments: Mapping[int, tuple], seconds: float) -> list:
+        faults: dict[int, Fault] = {}
+        for rank, given in arguments.items():
+            try:
+                self._connections[rank].send((method, given))
+            except OSError:
+                faults[rank] = GONE
+        answers = self._answers(list(arguments), faults, seconds) if not faults else {}
+        if faults:
+            raise self._lose(faults)
+        return [answers[rank] for rank in arguments]
 
     def _answers(self, ranks: list[int], faults: dict[int, "Fault"], seconds: float) -> dict[int, object]:
         """Answers by rank; faults are noted, of one and shortly after of others, so that the dead one is among them."""

@@ -260,3 +260,26 @@ def test_strangers_at_the_door_are_passed_over(two_bundle, one):
     assert connected and first.returncode == other.returncode == 0, errors
     (answer,) = json.loads(told)["results"]
     assert tuple(answer["token_ids"]) == one.generate(PROMPTS[:1], SamplingParams(max_new_tokens=8))[0].token_ids
+
+
+def test_an_interrupt_waits_for_the_ranks(two_bundle, one, monkeypatch):
+    """Else the next step would read the answers of this one, or wait for ranks that never got it. A second one ends all."""
+    expected = one.generate(PROMPTS[:1], SamplingParams(max_new_tokens=8))[0].token_ids
+    with latentrt.load(two_bundle, device="cpu", threads=2, cache_tokens=1024) as engine:
+        group, times = engine.backend.group, 1
+        answers = group._answers
+
+        def interrupted(*arguments):
+            for _ in range(times):
+                os.kill(os.getpid(), signal.SIGINT)
+            return answers(*arguments)
+
+        for times in (1, 2):
+            monkeypatch.setattr(group, "_answers", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                engine.generate(PROMPTS[1:2], SamplingParams(max_new_tokens=4))
+            monkeypatch.setattr(group, "_answers", answers)
+            if times == 1:
+                assert engine.generate(PROMPTS[:1], SamplingParams(max_new_tokens=8))[0].token_ids == expected
+        with pytest.raises(EngineLostError, match="the ranks were interrupted"):
+            engine.generate(PROMPTS[:1])
