@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from latentrt.export.checkpoint import INDEX, Checkpoint, combined_digest
@@ -103,8 +104,6 @@ def _finish(checkpoint: Checkpoint, published: Published, out: Path, plain: list
 
 
 def _names(file: Path) -> list[str]:
-    from safetensors import safe_open
-
     with safe_open(str(file), framework="pt") as opened:
         return list(opened.keys())
 

@@ -72,6 +72,6 @@ def _on_ray(bundle: Path, options: dict, settings, replicas: int, max_replicas: 
     opened = Bundle(bundle)
     _, target = opened.target(options["target"])
     backends.check(opened, options["target"], options["backend"], BackendOptions(device=options["device"]))
-    gpus = 0 if target.compute_capability is None and options["device"] in ("auto", "cpu") else target.ranks
-    copies = ray_serve.Copies(replicas, max_replicas, gpus=gpus if options["device"] != "cpu" else 0)
+    on_gpus = options["device"].startswith("cuda") or (options["device"] == "auto" and target.compute_capability is not None)
+    copies = ray_serve.Copies(replicas, max_replicas, gpus=target.ranks if on_gpus else 0)
     return ray_serve.run(ray_serve.Loading(str(bundle.absolute()), options), settings, copies, host, port)
