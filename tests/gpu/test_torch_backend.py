@@ -11,6 +11,7 @@ SIZES = (1, 2, 4, 8)
 
 
 def make_runner(graph, device: str, capture: bool):
+    from latentrt.runtime.backends.forms import FormChooser
     from latentrt.runtime.backends.torch.graph import StepProgram
     from latentrt.runtime.backends.torch.step import StepRunner
 
@@ -22,7 +23,7 @@ def make_runner(graph, device: str, capture: bool):
         for i in range(c.num_hidden_layers)
     }
     program = StepProgram(proto, weights, device, "triton" if device == "cuda" else "reference")
-    return StepRunner(program, caches, SIZES, capture)
+    return StepRunner({"absorbed": program}, caches, FormChooser(("absorbed",)), sizes=SIZES, capture=capture)
 
 
 def logits_of(runner) -> np.ndarray:
