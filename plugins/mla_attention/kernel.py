@@ -1,7 +1,9 @@
 """Triton kernels of `mla_attention`, and their launcher on torch tensors.
 
-A program of `attend` owns a tile: ROWS query rows of one sequence times BLOCK_H heads, M = ROWS * BLOCK_H pairs, and the
-share of one split of the cached tokens. Which sequence that is it finds in query_starts (plugins/ragged_kernel.py).
+A tile is ROWS query rows of one sequence times BLOCK_H heads, M = ROWS * BLOCK_H pairs. Where tiles fill the GPU, a program of
+`attend` takes one. Where they do not, as in decode, programs of `attend_shares` take equal shares of all tiles' tokens, however
+long the sequences are, and `combine` adds up what they found. Which sequence a tile is of they find in query_starts
+(plugins/ragged_kernel.py): lengths lie in device memory alone, so that a captured launch serves all of them.
 """
 
 import torch
@@ -14,7 +16,7 @@ from latentrt.plugins.cache_formats.kernel import column, folds, width, zero
 from latentrt.plugins.launch.plan import PlanError
 from latentrt.plugins.launch.torch import contiguous, run, target_of, word
 from latentrt.plugins.mla_attention.plan import Attention, plan
-from latentrt.plugins.ragged_kernel import locate, tile_rows
+from latentrt.plugins.ragged_kernel import locate, locate_work, tile_rows, work
 
 
 @triton.jit(do_not_specialize=["tokens", "sequences", "max_pages"])
@@ -110,65 +112,145 @@ def _attend_pages(q, q_pe, position, cache, pages, lo, hi, scale_log2e, M: tl.co
     return acc, best, total
 
 
-@triton.jit(do_not_specialize=["tokens", "sequences", "max_pages"])
-def attend(q_latent, q_pe, cache, block_table, cached_lengths, query_starts, num_tokens, output, lse, scale_log2e,
-           tokens, sequences, max_pages, HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
-           ROPE_PAD: tl.constexpr, PAGE: tl.constexpr, FORMAT: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
-           BLOCK_N: tl.constexpr, UNCHAIN: tl.constexpr, STAGES: tl.constexpr, SEARCH: tl.constexpr):  # fmt: skip
-    """Attention of one tile over one split. Without lse: output [T, HEADS, RANK] in q's dtype, one split.
+@triton.jit
+def _attend_rows(q_latent, q_pe, cache, block_table, sequence, row, stop, shift, head, lo, hi, max_pages, scale_log2e,
+                 HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr, ROPE_PAD: tl.constexpr, PAGE: tl.constexpr,
+                 FORMAT: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, UNCHAIN: tl.constexpr,
+                 STAGES: tl.constexpr):  # fmt: skip
+    """Attention of the tile that begins at `row` and `head` over tokens lo .. hi of its sequence.
 
-    With lse: output [T, HEADS, splits, RANK] float32, lse [T, HEADS, splits] (base 2), -inf where a split has no token.
+    Values [M, RANK] float32, maximum (base 2) and sum [M] of weights. Pairs past `stop` or HEADS are of no use.
     """
     M: tl.constexpr = ROWS * BLOCK_H
-    BLOCKS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
-    tile = tl.program_id(0) // BLOCKS
-    sequence, row, stop, shift, length = tile_rows(
-        tile, query_starts, num_tokens, cached_lengths, tokens, sequences, ROWS, SEARCH
-    )
     pair = tl.arange(0, M)
     t = row + pair // BLOCK_H
-    h = (tl.program_id(0) % BLOCKS) * BLOCK_H + pair % BLOCK_H
+    h = head + pair % BLOCK_H
     real = (t < stop) & (h < HEADS)
     at = t.to(tl.int64) * HEADS + h  # [M]
-    place = at * tl.num_programs(1) + tl.program_id(1)
     d = column(tl.arange(0, RANK), FORMAT)
-    share = tl.cdiv(tl.cdiv(length, BLOCK_N), tl.num_programs(1)) * BLOCK_N
-    lo = tl.program_id(1) * share
-    hi = tl.minimum(lo + share, length)
-    if lo >= hi:
-        if lse is not None:
-            tl.store(lse + place, tl.full([M], float("-inf"), tl.float32), mask=real)
-        else:
-            zero = tl.zeros([M, RANK], output.dtype.element_ty)
-            tl.store(output + place[:, None] * RANK + d[None, :], zero, mask=real[:, None])
-        return
     r = tl.arange(0, ROPE_PAD)
     q = tl.load(q_latent + at[:, None] * RANK + d[None, :], mask=real[:, None], other=0.0)
     pe = tl.load(q_pe + at[:, None] * ROPE + r[None, :], mask=real[:, None] & (r < ROPE)[None, :], other=0.0)
     pages = block_table + sequence.to(tl.int64) * max_pages
     acc, best, total = _attend_pages(q, pe, t + shift, cache, pages, lo, hi, scale_log2e, M, RANK, ROPE,
                                      ROPE_PAD, PAGE, BLOCK_N, FORMAT, UNCHAIN, STAGES)  # fmt: skip
-    divisor = tl.where(total > 0, total, 1.0)
-    values = (acc / divisor[:, None]).to(output.dtype.element_ty)
-    tl.store(output + place[:, None] * RANK + d[None, :], values, mask=real[:, None])
-    if lse is not None:
-        tl.store(lse + place, best + tl.log2(total), mask=real)
+    return acc / tl.where(total > 0, total, 1.0)[:, None], best, total
 
 
-@triton.jit(do_not_specialize=["splits"])
-def combine(partial, lse, attended, splits, RANK: tl.constexpr, BLOCK_D: tl.constexpr, MAX_SPLITS: tl.constexpr):
-    """partial [T * H, splits, RANK] float32, lse [T * H, splits] -> attended [T * H, RANK]; zero if all lse are -inf."""
-    row = tl.program_id(0).to(tl.int64)
+@triton.jit(do_not_specialize=["tokens", "sequences", "max_pages"])
+def attend(q_latent, q_pe, cache, block_table, cached_lengths, query_starts, num_tokens, attended, scale_log2e,
+           tokens, sequences, max_pages, HEADS: tl.constexpr, RANK: tl.constexpr, ROPE: tl.constexpr,
+           ROPE_PAD: tl.constexpr, PAGE: tl.constexpr, FORMAT: tl.constexpr, ROWS: tl.constexpr, BLOCK_H: tl.constexpr,
+           BLOCK_N: tl.constexpr, UNCHAIN: tl.constexpr, STAGES: tl.constexpr, SEARCH: tl.constexpr):  # fmt: skip
+    """Attention of one tile over all its tokens: attended [T, HEADS, RANK]; zero in padding rows."""
+    M: tl.constexpr = ROWS * BLOCK_H
+    BLOCKS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
+    tile = tl.program_id(0) // BLOCKS
+    head = (tl.program_id(0) % BLOCKS) * BLOCK_H
+    sequence, row, stop, shift, length = tile_rows(
+        tile, query_starts, num_tokens, cached_lengths, tokens, sequences, ROWS, SEARCH
+    )
+    pair = tl.arange(0, M)
+    t = row + pair // BLOCK_H
+    h = head + pair % BLOCK_H
+    real = (t < stop) & (h < HEADS)
+    d = column(tl.arange(0, RANK), FORMAT)
+    output = attended + (t.to(tl.int64) * HEADS + h)[:, None] * RANK + d[None, :]
+    if length <= 0:
+        tl.store(output, tl.zeros([M, RANK], attended.dtype.element_ty), mask=real[:, None])
+        return
+    values, _, _ = _attend_rows(q_latent, q_pe, cache, block_table, sequence, row, stop, shift, head, 0, length, max_pages,
+                                scale_log2e, HEADS, RANK, ROPE, ROPE_PAD, PAGE, FORMAT, ROWS, BLOCK_H, BLOCK_N, UNCHAIN,
+                                STAGES)  # fmt: skip
+    tl.store(output, values.to(attended.dtype.element_ty), mask=real[:, None])
+
+
+@triton.jit(do_not_specialize=["sequences", "max_pages", "programs"])
+def attend_shares(q_latent, q_pe, cache, block_table, cached_lengths, query_starts, num_tokens, partial, lse, places,
+                  scale_log2e, sequences, max_pages, programs, HEADS: tl.constexpr, RANK: tl.constexpr,
+                  ROPE: tl.constexpr, ROPE_PAD: tl.constexpr, PAGE: tl.constexpr, FORMAT: tl.constexpr, ROWS: tl.constexpr,
+                  BLOCK_H: tl.constexpr, BLOCK_N: tl.constexpr, UNCHAIN: tl.constexpr, STAGES: tl.constexpr,
+                  SEARCH: tl.constexpr, LEAST: tl.constexpr):  # fmt: skip
+    """All tiles' blocks of tokens lie in a row and are cut into equal shares, one of a program (and block of heads).
+
+    The part of a share that belongs to one tile goes to slot `program + tile`: partial [slots, BLOCKS, M, RANK] float32 and
+    lse [slots, BLOCKS, M] (base 2), -inf where a row sees no token of it. places [T, 2]: a row's place in its tile's first
+    slot, and over how many slots its tile is spread.
+    """
+    M: tl.constexpr = ROWS * BLOCK_H
+    BLOCKS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
+    program = tl.program_id(0) // BLOCKS
+    block_of_heads = tl.program_id(0) % BLOCKS
+    everything = work(query_starts, num_tokens, cached_lengths, sequences, ROWS, BLOCK_N, SEARCH)
+    share = tl.maximum(tl.cdiv(everything, programs), LEAST)
+    at = program * share
+    end = tl.minimum(at + share, everything)
+    while at < end:
+        sequence, first, before, blocks = locate_work(
+            at, query_starts, num_tokens, cached_lengths, sequences, ROWS, BLOCK_N, SEARCH
+        )
+        limit = tl.load(num_tokens)
+        start = tl.minimum(tl.load(query_starts + sequence), limit)
+        stop = tl.minimum(tl.load(query_starts + sequence + 1), limit)
+        shift = tl.load(cached_lengths + sequence) - start
+        tile = (at - before) // blocks  # of its sequence
+        begin = before + tile * blocks
+        row = start + tile * ROWS
+        slot = program + first + tile
+        if (at == begin) & (block_of_heads == 0):
+            r = tl.arange(0, ROWS)
+            place = places + (row + r) * 2
+            tl.store(place, slot * (BLOCKS * M) + r * BLOCK_H, mask=row + r < stop)
+            slots = (begin + blocks - 1) // share - program + 1
+            tl.store(place + 1, tl.zeros([ROWS], tl.int32) + slots, mask=row + r < stop)
+        lo = (at - begin) * BLOCK_N
+        after = tl.minimum(end, begin + blocks)
+        hi = tl.minimum((after - begin) * BLOCK_N, tl.minimum(row + ROWS, stop) + shift)
+        base = (slot * BLOCKS + block_of_heads) * M
+        pair = tl.arange(0, M)
+        if lo < hi:
+            values, best, total = _attend_rows(q_latent, q_pe, cache, block_table, sequence, row, stop, shift,
+                                               block_of_heads * BLOCK_H, lo, hi, max_pages, scale_log2e, HEADS, RANK, ROPE,
+                                               ROPE_PAD, PAGE, FORMAT, ROWS, BLOCK_H, BLOCK_N, UNCHAIN, STAGES)  # fmt: skip
+            d = column(tl.arange(0, RANK), FORMAT)
+            real = (row + pair // BLOCK_H < stop) & (block_of_heads * BLOCK_H + pair % BLOCK_H < HEADS)
+            tl.store(partial + (base + pair).to(tl.int64)[:, None] * RANK + d[None, :], values, mask=real[:, None])
+            tl.store(lse + base + pair, best + tl.log2(total))
+        else:
+            tl.store(lse + base + pair, tl.full([M], float("-inf"), tl.float32))
+        at = after
+
+
+@triton.jit
+def combine(partial, lse, places, num_tokens, attended, HEADS: tl.constexpr, RANK: tl.constexpr, ROWS: tl.constexpr,
+            BLOCK_H: tl.constexpr, BLOCK_D: tl.constexpr, SLOTS: tl.constexpr):  # fmt: skip
+    """What attend_shares left of a row and head -> attended [T, HEADS, RANK], SLOTS at a time; zero in padding rows."""
+    M: tl.constexpr = ROWS * BLOCK_H
+    BLOCKS: tl.constexpr = (HEADS + BLOCK_H - 1) // BLOCK_H
+    t = tl.program_id(0) // HEADS
+    h = tl.program_id(0) % HEADS
     d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
-    s = row * splits + tl.arange(0, MAX_SPLITS)
-    every = tl.load(lse + s, mask=s < (row + 1) * splits, other=float("-inf"))  # [MAX_SPLITS]
-    wrote = every > float("-inf")  # an empty split wrote no partial row
-    best = tl.max(every, 0)
-    weights = tl.exp2(every - tl.where(best == float("-inf"), 0.0, best))
-    values = tl.load(partial + s[:, None] * RANK + d[None, :], mask=wrote[:, None], other=0.0)
-    total = tl.sum(weights, 0)
-    value = tl.sum(weights[:, None] * values, 0) / tl.where(total > 0, total, 1.0)
-    tl.store(attended + row * RANK + d, value.to(attended.dtype.element_ty))
+    exists = t < tl.load(num_tokens)
+    place = tl.load(places + t * 2, mask=exists, other=0) + h // BLOCK_H * M + h % BLOCK_H
+    slots = tl.load(places + t * 2 + 1, mask=exists, other=0)
+    best = float("-inf")
+    total = 0.0
+    value = tl.zeros([BLOCK_D], tl.float32)
+    for begin in range(0, slots, SLOTS):
+        s = begin + tl.arange(0, SLOTS)
+        at = place + s * (BLOCKS * M)
+        every = tl.load(lse + at, mask=s < slots, other=float("-inf"))  # [SLOTS]
+        wrote = every > float("-inf")  # where a row sees nothing, no partial row was written
+        top = tl.maximum(best, tl.max(every, 0))
+        base = tl.where(top == float("-inf"), 0.0, top)
+        factor = tl.exp2(best - base)
+        weights = tl.exp2(every - base)
+        values = tl.load(partial + at.to(tl.int64)[:, None] * RANK + d[None, :], mask=wrote[:, None], other=0.0)
+        total = total * factor + tl.sum(weights, 0)
+        value = value * factor + tl.sum(weights[:, None] * values, 0)
+        best = top
+    value = value / tl.where(total > 0, total, 1.0)
+    tl.store(attended + tl.program_id(0).to(tl.int64) * RANK + d, value.to(attended.dtype.element_ty))
 
 
 def mla_attention_(

@@ -1,4 +1,4 @@
-"""Launch plans of `mla_attention`: append, attend (directly, or split over the cached tokens), combine."""
+"""Launch plans of `mla_attention`: append, then attend; or attend_shares and combine, where tiles do not fill the GPU."""
 
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -6,18 +6,16 @@ from math import e, log2
 
 from latentrt.plugins import cache_formats
 from latentrt.plugins.architecture import Gpu
-from latentrt.plugins.launch.plan import ELEMENTS, KernelSpec, Launch, Plan, bind, cdiv, place, power_of_two, require
+from latentrt.plugins.launch.plan import ELEMENTS, Buffer, KernelSpec, Launch, Plan, bind, cdiv, place, power_of_two, require
 from latentrt.plugins.mla_attention.tiles import FEW, TILES, Tile
 
 DTYPES = ("bfloat16", "float16")
 CACHE_ELEMENTS = ("bf16", "fp16", "i32")
 SEARCH_BLOCK = 128  # sequences looked at together when a program finds its own
 MAX_WIDTH = 576  # elements of a cached token that the tiles leave shared memory for
-COMBINE = {16: 128, 64: 64, 256: 32}  # most splits that a kernel adds up at once, and elements of the rank it does so for
-MAX_SPLITS = max(COMBINE)
-MAX_PROGRAMS = 4  # splitting makes no more programs than this per multiprocessor
-SPLIT_COST = 4  # blocks of cached tokens that take as long as a program's beginning and end
-PARTIALS = 100  # partial tiles that are written and read again in the time of one block
+COMBINE = {16: 128, 64: 64}  # slots that a kernel adds up at once, and elements of the rank it does so for
+LEAST = 2  # blocks of tokens of a share: fewer are not worth a program
+DIRECT = 2  # tiles for every program that the GPU holds, from which on a program takes a tile
 _require = partial(require, "mla_attention")
 
 
@@ -65,38 +63,53 @@ def plan(config: Attention, tokens: int, sequences: int, max_pages: int, target:
         return Plan(())
     size = "few" if power_of_two(config.heads) * cdiv(tokens, max(sequences, 1)) <= FEW else "many"
     tile, block_h, rows = _tile(config, size, target)
-    programs = cdiv(tokens + sequences * (rows - 1), rows) * cdiv(config.heads, block_h)
-    splits = _splits(programs, cdiv(max_pages * config.page_size, _block_n(config, tile)), tile.ctas, target)
+    blocks_of_heads = cdiv(config.heads, block_h)
+    tiles = cdiv(tokens + sequences * (rows - 1), rows)
+    programs = _programs(tile, blocks_of_heads, target)
     numbers = dict(tokens=tokens, sequences=sequences, max_pages=max_pages)
+    attend = dict(scale_log2e=config.softmax_scale * log2(e), sequences=sequences, max_pages=max_pages)
+    names = ("q_latent", "q_pe", "cache", "block_table", "cached_lengths", "query_starts", "num_tokens")
+    attend |= {n: n for n in names}
     launches = [append(config, numbers)]
-    kernel = _attend_kernel(config, size, splits > 1, target)
-    attend = dict(numbers, scale_log2e=config.softmax_scale * log2(e), output="partial" if splits > 1 else "attended")
-    if splits > 1:
-        attend["lse"] = "lse"
-    tensors = ("q_latent", "q_pe", "cache", "block_table", "cached_lengths", "query_starts", "num_tokens")
-    launches.append(bind(kernel, (programs, splits), **attend, **{n: n for n in tensors}))
-    if splits == 1:
+    if tiles >= DIRECT * programs:
+        kernel = _attend_kernel(config, size, target)
+        launches.append(bind(kernel, (tiles * blocks_of_heads,), **attend, tokens=tokens, attended="attended"))
         return Plan(tuple(launches))
-    combine, pairs = _combine_kernel(config, splits), tokens * config.heads
-    grid = (pairs, config.kv_lora_rank // dict(combine.constexprs)["BLOCK_D"])
-    launches.append(bind(combine, grid, partial="partial", lse="lse", attended="attended", splits=splits))
-    workspace = place(("partial", "fp32", (pairs, splits, config.kv_lora_rank)), ("lse", "fp32", (pairs, splits)))
-    return Plan(tuple(launches), workspace)
+    found = dict(partial="partial", lse="lse", places="places")
+    kernel = _shares_kernel(config, size, target)
+    launches.append(bind(kernel, (programs * blocks_of_heads,), **attend, **found, programs=programs))
+    blocks = cdiv(max_pages * config.page_size, _block_n(config, tile))
+    combine = _combine_kernel(config, size, min(programs, cdiv(blocks, LEAST)) + 1, target)
+    grid = (tokens * config.heads, config.kv_lora_rank // dict(combine.constexprs)["BLOCK_D"])
+    launches.append(bind(combine, grid, **found, num_tokens="num_tokens", attended="attended"))
+    slots = programs + min(tiles, tokens)
+    return Plan(tuple(launches), _workspace(config, slots * blocks_of_heads * tile.block_m, tokens))
 
 
 def kernels(config: Attention, target: Gpu) -> tuple[KernelSpec, ...]:
     """Every kernel that a plan of `config` can name, whatever its shapes."""
-    sizes = ("few", "many") if power_of_two(config.heads) <= FEW else ("many",)
-    attend = [_attend_kernel(config, size, split, target) for size in sizes for split in (False, True)]
-    combine = [_combine_kernel(config, splits) for splits in COMBINE]
-    return tuple(dict.fromkeys((append_kernel(config), *attend, *combine)))
+    found = [append_kernel(config)]
+    for size in ("few", "many") if power_of_two(config.heads) <= FEW else ("many",):
+        found += [_attend_kernel(config, size, target), _shares_kernel(config, size, target)]
+        found += [_combine_kernel(config, size, slots, target) for slots in COMBINE]
+    return tuple(dict.fromkeys(found))
 
 
 def workspace_bytes(config: Attention, target: Gpu) -> int:
-    """The most workspace that a plan of `config` needs, whatever its shapes: only split tiles need any."""
-    pairs = MAX_PROGRAMS * target.num_sms * max(t.block_m for t in TILES[target.capability].values())  # times splits
-    buffers = place(("partial", "fp32", (pairs, config.kv_lora_rank)), ("lse", "fp32", (pairs,)))
-    return buffers[-1].offset + buffers[-1].size
+    """The most workspace that a plan of `config` needs, whatever its shapes: only shares need any."""
+    most = 0
+    for size in ("few", "many"):
+        tile, block_h, rows = _tile(config, size, target)
+        blocks_of_heads = cdiv(config.heads, block_h)
+        programs = _programs(tile, blocks_of_heads, target)
+        tiles = DIRECT * programs  # fewer than these
+        buffers = _workspace(config, (programs + tiles) * blocks_of_heads * tile.block_m, tiles * rows)
+        most = max(most, buffers[-1].offset + buffers[-1].size)
+    return most
+
+
+def _workspace(config: Attention, pairs: int, tokens: int) -> tuple[Buffer, ...]:
+    return place(("partial", "fp32", (pairs, config.kv_lora_rank)), ("lse", "fp32", (pairs,)), ("places", "i32", (tokens, 2)))
 
 
 def _tile(config: Attention, size: str, target: Gpu) -> tuple[Tile, int, int]:
@@ -107,23 +120,13 @@ def _tile(config: Attention, size: str, target: Gpu) -> tuple[Tile, int, int]:
     return tile, block_h, tile.block_m // block_h
 
 
+def _programs(tile: Tile, blocks_of_heads: int, target: Gpu) -> int:
+    """How many share the tokens of each block of heads: together what the GPU holds at a time."""
+    return max(1, tile.ctas * target.num_sms // blocks_of_heads)
+
+
 def _block_n(config: Attention, tile: Tile) -> int:
     return min(tile.block_n, config.page_size)
-
-
-def _splits(programs: int, blocks: int, ctas: int, target: Gpu) -> int:
-    """How many programs share one tile's blocks of cached tokens: what would be fastest if all sequences filled their pages.
-
-    `ctas` programs run on a multiprocessor at a time, so time goes in waves. Blocks are divided without rounding up: most
-    sequences are shorter than their pages.
-    """
-    limit = min(MAX_SPLITS, blocks, MAX_PROGRAMS * target.num_sms // programs)
-
-    def duration(splits: int) -> float:
-        waves = cdiv(programs * splits, ctas * target.num_sms)
-        return waves * (blocks / splits + SPLIT_COST) + (programs * splits / PARTIALS if splits > 1 else 0)
-
-    return min(range(1, max(limit, 1) + 1), key=duration)
 
 
 def _dims(config: Attention) -> dict[str, int]:
@@ -150,35 +153,53 @@ def append(config, numbers: dict[str, int]) -> Launch:
     return bind(append_kernel(config), (numbers["tokens"],), **numbers, **{n: n for n in tensors})
 
 
-def _attend_kernel(config: Attention, size: str, split: bool, target: Gpu) -> KernelSpec:
-    tile, block_h, rows = _tile(config, size, target)
+def _attend_kernel(config: Attention, size: str, target: Gpu) -> KernelSpec:
+    _, block_h, rows = _tile(config, size, target)
+    arguments = (*_operands(config), ("attended", f"*{ELEMENTS[config.dtype]}"), ("scale_log2e", "fp32"),
+                 ("tokens", "i32"), ("sequences", "i32"), ("max_pages", "i32"))  # fmt: skip
+    grid = f"(cdiv(tokens + sequences * {rows - 1}, {rows}) * {cdiv(config.heads, block_h)},)"
+    return _product_kernel(config, "attend", arguments, {}, size, grid, target)
+
+
+def _shares_kernel(config: Attention, size: str, target: Gpu) -> KernelSpec:
+    tile, block_h, _ = _tile(config, size, target)
+    arguments = (*_operands(config), ("partial", "*fp32"), ("lse", "*fp32"), ("places", "*i32"), ("scale_log2e", "fp32"),
+                 ("sequences", "i32"), ("max_pages", "i32"), ("programs", "i32"))  # fmt: skip
+    grid = f"(programs * {cdiv(config.heads, block_h)},)"
+    return _product_kernel(config, "attend_shares", arguments, dict(LEAST=LEAST), size, grid, target)
+
+
+def _operands(config: Attention) -> list[tuple[str, str]]:
     q, cache = f"*{ELEMENTS[config.dtype]}", f"*{cache_elements(config.cache_format)}"
-    arguments = (
-        ("q_latent", q), ("q_pe", q), ("cache", cache), ("block_table", "*i32"), ("cached_lengths", "*i32"),
-        ("query_starts", "*i32"), ("num_tokens", "*i32"), ("output", "*fp32" if split else q), ("lse", "*fp32"),
-        ("scale_log2e", "fp32"), ("tokens", "i32"), ("sequences", "i32"), ("max_pages", "i32"),
-    )  # fmt: skip
-    constexprs = _dims(config) | dict(
+    integers = ("block_table", "cached_lengths", "query_starts", "num_tokens")
+    return [("q_latent", q), ("q_pe", q), ("cache", cache), *((name, "*i32") for name in integers)]
+
+
+def _product_kernel(
+    config: Attention, function: str, arguments: tuple, constants: dict[str, int], size: str, grid: str, target: Gpu
+) -> KernelSpec:
+    tile, block_h, rows = _tile(config, size, target)
+    constexprs = _dims(config) | constants | dict(
         HEADS=config.heads, ROWS=rows, BLOCK_H=block_h, BLOCK_N=_block_n(config, tile),
         UNCHAIN=tile.unchain, STAGES=tile.stages, SEARCH=SEARCH_BLOCK,
     )  # fmt: skip
-    if not split:
-        arguments = tuple(a for a in arguments if a[0] != "lse")
-        constexprs["lse"] = None
-    grid = f"(cdiv(tokens + sequences * {rows - 1}, {rows}) * {cdiv(config.heads, block_h)}, splits)"
     return KernelSpec(
-        "mla_attention", "attend", arguments, tuple(constexprs.items()), tile.warps, tile.stages, grid, tile.product,
+        "mla_attention", function, arguments, tuple(constexprs.items()), tile.warps, tile.stages, grid, tile.product,
         tile.spills_because,
     )  # fmt: skip
 
 
-def _combine_kernel(config: Attention, splits: int) -> KernelSpec:
-    """The smallest that takes `splits`."""
-    most = min(n for n in COMBINE if n >= splits)
+def _combine_kernel(config: Attention, size: str, slots: int, target: Gpu) -> KernelSpec:
+    """The one that adds up `slots` at once, or as many as there is a kernel for."""
+    _, block_h, rows = _tile(config, size, target)
+    most = next((n for n in COMBINE if n >= slots), max(COMBINE))
     block_d = min(COMBINE[most], config.kv_lora_rank)
     arguments = (
-        ("partial", "*fp32"), ("lse", "*fp32"), ("attended", f"*{ELEMENTS[config.dtype]}"), ("splits", "i32"),
+        ("partial", "*fp32"), ("lse", "*fp32"), ("places", "*i32"), ("num_tokens", "*i32"),
+        ("attended", f"*{ELEMENTS[config.dtype]}"),
     )  # fmt: skip
-    constexprs = (("RANK", config.kv_lora_rank), ("BLOCK_D", block_d), ("MAX_SPLITS", most))
+    constexprs = dict(
+        HEADS=config.heads, RANK=config.kv_lora_rank, ROWS=rows, BLOCK_H=block_h, BLOCK_D=block_d, SLOTS=most
+    )  # fmt: skip
     grid = f"(tokens * {config.heads}, {config.kv_lora_rank // block_d})"
-    return KernelSpec("mla_attention", "combine", arguments, constexprs, 4, 1, grid)
+    return KernelSpec("mla_attention", "combine", arguments, tuple(constexprs.items()), 4, 1, grid)

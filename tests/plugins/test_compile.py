@@ -48,12 +48,12 @@ def covering_requests():
     for capability in ARCHITECTURES:  # decode and prompt chunks at 16 and 128 heads are tuned one by one
         for model in (V2_LITE, V2):
             config = configs(model, "bfloat16")["mla_attention"]
-            yield attention._attend_kernel(config, "many" if model is V2 else "few", True, Gpu.of(capability)), capability
+            yield attention._shares_kernel(config, "many" if model is V2 else "few", Gpu.of(capability)), capability
     for turn, capability in enumerate(ARCHITECTURES):  # every packed cache on one architecture or two, both tiles on all
         cache = cache_formats.PACKED[turn % 4]
         for model in (V2_LITE, V2):
             config, target = configs(model, "bfloat16", cache), Gpu.of(capability)
-            yield attention._attend_kernel(config["mla_attention"], "many" if model is V2 else "few", True, target), capability
+            yield attention._shares_kernel(config["mla_attention"], "many" if model is V2 else "few", target), capability
         yield attention.append_kernel(config["mla_attention"]), capability
         yield prefill._expand_kernel(config["mla_prefill"], target), capability
 
@@ -96,10 +96,10 @@ def test_int4_weights_are_copied_by_many_bytes_at_once(covering):
 
 
 def attend_kernels(covering):
-    """(metadata, tile) of the attention kernels for split sequences."""
+    """(metadata, tile) of the attention kernels for shares."""
     for metadata in [k.metadata for k in covering]:
         spec, constants = metadata["spec"], dict(metadata["spec"]["constexprs"])
-        if (spec["op"], spec["function"]) == ("mla_attention", "attend") and "lse" not in constants:
+        if (spec["op"], spec["function"]) == ("mla_attention", "attend_shares"):
             pairs, packed = constants["ROWS"] * constants["BLOCK_H"], constants["FORMAT"] in cache_formats.PACKED
             tiles = [t for name, t in TILES[metadata["architecture"]].items() if name.endswith(".packed") == packed]
             (tile,) = (t for t in tiles if t.block_m == pairs)
@@ -144,7 +144,7 @@ def test_example_model_fits_small_gpus():
 
 
 def smallest():
-    return attention._combine_kernel(configs(V2_LITE, "bfloat16")["mla_attention"], splits=2)
+    return attention._combine_kernel(configs(V2_LITE, "bfloat16")["mla_attention"], "few", 2, Gpu.of(89))
 
 
 def test_cache_is_used_and_content_addressed(tmp_path, monkeypatch):
@@ -202,7 +202,7 @@ def test_nothing_is_compiled_in_a_process_that_interprets(tmp_path):
 
 
 def test_a_failing_compilation_says_why(tmp_path):
-    fields = smallest().__dict__ | {"constexprs": (("RANK", 500), ("BLOCK_D", 500), ("MAX_SPLITS", 64))}
+    fields = smallest().__dict__ | {"constexprs": tuple((dict(smallest().constexprs) | dict(RANK=500, BLOCK_D=500)).items())}
     with pytest.raises(RuntimeError, match="power of 2"):
         aot.compile_in_child([(type(smallest())(**fields), 89)], tmp_path)
 

@@ -99,24 +99,26 @@ def test_expert_plans_name_only_known_kernels(capability, weights):
     assert named == set(experts.kernels(config, target))
 
 
-@pytest.mark.parametrize("capability", ARCHITECTURES)
-def test_one_long_sequence_fills_the_gpu(capability):
+@pytest.mark.parametrize(("capability", "heads"), itertools.product(ARCHITECTURES, [16, 128]))
+def test_shares_fill_the_gpu_once(capability, heads):
     target = Gpu.of(capability)
-    attend, combine = attention.plan(attention_config(16), 1, 1, 512, target).launches[1:]  # 32,768 tokens
-    slots = target.num_sms * TILES[capability]["few"].ctas
-    assert min(0.9 * slots, attention.MAX_SPLITS) <= attend.grid[0] * attend.grid[1] <= slots
+    shares, combine = attention.plan(attention_config(heads), 3, 3, 512, target).launches[1:]
+    slots = target.num_sms * TILES[capability]["few" if heads == 16 else "many"].ctas
+    assert shares.kernel.function == "attend_shares" and 0.9 * slots <= shares.grid[0] <= slots
     assert combine.grid[1] * dict(combine.kernel.constexprs)["BLOCK_D"] == 512
 
 
-@pytest.mark.parametrize(("capability", "sequences"), itertools.product([89, 90, 120], [1, 3, 30, 100, 200, 1000]))
-def test_splits_are_worth_their_cost(capability, sequences):
-    """Never more programs than the workspace is for, none without a block, and no split once the GPU is full."""
-    target, ctas = Gpu.of(capability), TILES[capability]["few"].ctas
-    for blocks in (1, 2, 7, 64, 4096):
-        splits = attention._splits(sequences, blocks, ctas, target)
-        assert 1 <= splits <= min(blocks, attention.MAX_SPLITS)
-        assert splits == 1 or sequences * splits <= attention.MAX_PROGRAMS * target.num_sms
-    assert sequences < 1000 or splits == 1
+@pytest.mark.parametrize(("capability", "heads"), itertools.product([89, 90, 120], [6, 16, 128]))
+def test_workspace_suffices_for_all_shares(capability, heads):
+    """And whoever fills the GPU without shares needs none."""
+    target, config, seen = Gpu.of(capability), attention_config(heads), set()
+    most = attention.workspace_bytes(config, target)
+    for tokens in range(1, 3000, 13):
+        for sequences in {1, tokens // 7 + 1, tokens}:
+            plan = attention.plan(config, tokens, sequences, 9, target)
+            assert plan.workspace_bytes <= most
+            seen.add(plan.kernels[1].function)
+    assert seen == {"attend", "attend_shares"}
 
 
 def test_a_single_token_is_not_sorted():

@@ -7,10 +7,10 @@ import torch
 
 from latentrt.plugins import cache_formats
 from latentrt.plugins.architecture import Gpu
-from latentrt.plugins.launch.plan import PlanError
+from latentrt.plugins.launch.plan import PlanError, cdiv
 from latentrt.plugins.mla_attention import kernel
 from latentrt.plugins.mla_attention.kernel import mla_attention_
-from latentrt.plugins.mla_attention.plan import MAX_SPLITS, Attention, _combine_kernel, plan
+from latentrt.plugins.mla_attention.plan import LEAST, Attention, _combine_kernel, plan
 from latentrt.plugins.mla_attention.reference import mla_attention
 
 pytestmark = pytest.mark.slow
@@ -81,7 +81,7 @@ def test_mixed_batch(capability, heads, rank, rope, page_size, dtype):
 
 
 @pytest.mark.parametrize("capability", [86, 90, 120])
-@pytest.mark.parametrize("sms", [1, 400], ids=["direct", "split"])
+@pytest.mark.parametrize("sms", [1, 400], ids=["direct", "shares"])
 def test_decode_steps(capability, sms):
     past = [0, 1, 63, 64, 65, 257]
     check(batch([1] * 6, past, 16, 64, 32, 64, torch.bfloat16), Gpu.of(capability, sms))
@@ -132,34 +132,50 @@ def test_appended_tokens_are_those_that_the_format_encodes(cache_format):
     assert torch.equal(written[finite], expected[finite])
 
 
-@pytest.mark.parametrize("sms", [1, 400], ids=["direct", "split"])
+@pytest.mark.parametrize("sms", [1, 400], ids=["direct", "shares"])
 def test_128_heads(sms):
     check(batch([1, 3], [97, 20], 128, 64, 16, 64, torch.float16, padding=1), Gpu.of(90, sms))
 
 
-def test_more_than_64_splits_most_of_them_empty():
-    arguments, target = batch([1, 1], [1500, 5], 16, 16, 16, 16, torch.float16, padding=0), Gpu.of(90)
-    config = Attention(16, 16, 16, 16, "float16", "float16", SCALE)
-    assert plan(config, 2, *arguments[5].shape, target).launches[-1].arguments[-1] > 64
+def test_more_shares_of_a_sequence_than_are_added_up_at_once():
+    arguments, target = batch([1, 1], [2500, 5], 16, 16, 16, 16, torch.float16, padding=0), Gpu.of(90)
     check(arguments, target)
+    config = Attention(16, 16, 16, 16, "float16", "float16", SCALE)
+    shares, combine = plan(config, 2, *arguments[5].shape, target).launches[1:]
+    assert shares.kernel.function == "attend_shares" and dict(combine.kernel.constexprs)["SLOTS"] == 64
+    blocks, programs = cdiv(2501, 16) + 1, shares.arguments[-1]
+    assert cdiv(2501, 16) / max(cdiv(blocks, programs), LEAST) > 64
 
 
-@pytest.mark.parametrize("splits", [2, 16, 17, 64, 65, MAX_SPLITS])
-def test_combine(splits):
-    """Rows: every split has tokens, some have, one has, none has; partial sums that an empty split did not write are NaN."""
-    generator = torch.Generator().manual_seed(splits)
+@pytest.mark.parametrize("sms", [1, 2, 3, 7, 13, 100])
+def test_shares_of_any_number_of_programs(sms):
+    """Shares that begin and end anywhere in a tile, or hold several: rows whose sequence ends before a share's end."""
+    new, past = [1, 3, 0, 1, 9, 1, 40], [0, 90, 7, 333, 64, 31, 5]
+    check(batch(new, past, 16, 16, 16, 16, torch.float16), Gpu.of(90, sms))
+    check(batch([1] * 7, past, 6, 16, 16, 32, torch.bfloat16), Gpu.of(86, sms))
+
+
+@pytest.mark.parametrize("slots", [1, 2, 16, 17, 64, 65, 264])
+def test_combine(slots):
+    """Rows: every slot has tokens, some have, one has, none has; partial sums that an empty slot did not write are NaN."""
+    generator = torch.Generator().manual_seed(slots)
     config = Attention(4, 64, 16, 16, "bfloat16", "bfloat16", SCALE)
-    constants = dict(_combine_kernel(config, splits).constexprs)
-    lse = torch.randn(4, splits, generator=generator) * 20 - 500
-    lse[1, torch.rand(splits, generator=generator) < 0.7], lse[2, :-1], lse[3] = (-float("inf"),) * 3
-    partial = torch.randn(4, splits, 64, generator=generator)
+    constants = dict(_combine_kernel(config, "few", slots, Gpu.of(90)).constexprs)
+    lse = torch.randn(4, slots, generator=generator) * 20 - 500
+    lse[1, torch.rand(slots, generator=generator) < 0.7], lse[2, :-1], lse[3] = (-float("inf"),) * 3
+    partial = torch.randn(4, slots, 64, generator=generator)
     partial[lse == -float("inf")] = float("nan")
-    attended = torch.full((4, 64), float("nan"), dtype=torch.bfloat16)
-    kernel.combine[(4, 64 // constants["BLOCK_D"])](partial, lse, attended, splits, **constants)
+    pairs = constants["ROWS"] * constants["BLOCK_H"]  # of a slot: four heads of four rows, of which the first is real
+    in_slots = [torch.full((slots, pairs, *x.shape[2:]), float("nan")) for x in (partial, lse)]
+    for whole, x in zip(in_slots, (partial, lse), strict=True):
+        whole[:, :4] = x.transpose(0, 1)
+    places, count = torch.tensor([[0, slots], [-1, -1]], dtype=torch.int32), torch.tensor([1], dtype=torch.int32)
+    attended = torch.full((2, 4, 64), float("nan"), dtype=torch.bfloat16)
+    kernel.combine[(8, 64 // constants["BLOCK_D"])](*in_slots, places, count, attended, **constants)
     weights = (lse.double() * math.log(2)).softmax(1).nan_to_num(0.0)
     expected = torch.einsum("rs,rsd->rd", weights, partial.double().nan_to_num(0.0))
-    assert not attended[3].any()
-    assert (attended.double() - expected).abs().max() <= 2**-8 * expected.abs().max()
+    assert not attended[1].any() and not attended[0, 3].any()
+    assert (attended[0].double() - expected).abs().max() <= 2**-8 * expected.abs().max()
 
 
 def test_shared_pages_are_read_only():
