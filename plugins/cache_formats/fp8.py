@@ -40,7 +40,8 @@ class Fp8(CacheFormat):
 
         rank = latent.shape[-1]
         groups = torch.nn.functional.pad(latent.float(), (0, -rank % GROUP)).unflatten(-1, (-1, GROUP))
-        scale = groups.abs().amax(-1) / LARGEST
+        largest = groups.abs().amax(-1)
+        scale = largest / torch.full_like(largest, LARGEST)  # by a number a GPU would multiply by its reciprocal
         scale = torch.where(scale == 0, 1.0, scale)
         values = (groups / scale[..., None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn).flatten(-2)[..., :rank]
         planes = values.contiguous().view(torch.int32), scale.contiguous().view(torch.int32)

@@ -162,7 +162,7 @@ def _attend_kernel(config: Attention, size: str, target: Gpu) -> KernelSpec:
 
 
 def _shares_kernel(config: Attention, size: str, target: Gpu) -> KernelSpec:
-    tile, block_h, _ = _tile(config, size, target)
+    _, block_h, _ = _tile(config, size, target)
     arguments = (*_operands(config), ("partial", "*fp32"), ("lse", "*fp32"), ("places", "*i32"), ("scale_log2e", "fp32"),
                  ("sequences", "i32"), ("max_pages", "i32"), ("programs", "i32"))  # fmt: skip
     grid = f"(programs * {cdiv(config.heads, block_h)},)"
