@@ -91,12 +91,12 @@ def expert_subjects(capability: int) -> Iterator[Subject]:
         return case("V2-Lite", kind, 1), case("V2-Lite", kind, 16), case("V2", kind, 1)
 
     tile = row["few int4"]
-    yield subject("few int4", tile, *few("int4"), block_n=(32, 64), down_n=(32, 64), warps=(2, 4, 8), stages=(3, 4, 6))
+    yield subject("few int4", tile, *few("int4"), block_n=(32, 64), down_n=(32, 64), warps=(4, 8), stages=(4, 6))
     tile = row["many int4"]
     many = case("V2-Lite", "int4", 4096)
-    yield subject("many int4", tile, many, block_m=(64, 128), block_n=(64, 128), stages=(2, 3, 4), warps=(4, 8), swap=(0, 1))
+    yield subject("many int4", tile, many, block_m=(64, 128), block_n=(64, 128), stages=(2, 3), swap=(0, 1))
     tile = row.get("few float8", row["few"])
-    yield subject("few float8", tile, *few("FP8"), block_n=(32, 64), down_n=(32, 64), warps=(4, 8), stages=(3, 4, 5))
+    yield subject("few float8", tile, *few("FP8"), block_n=(32, 64), down_n=(32, 64), warps=(4, 8), stages=(3, 4))
     tile = row.get("many float8", row["many"])
     many = case("V2-Lite", "FP8", 4096)
     yield subject("many float8", tile, many, block_n=(64, 128), down_n=(128, 256), block_k=(64, 128), stages=(3, 4))
