@@ -155,6 +155,16 @@ def test_float8_products_are_fused(float8_graph, static_float8_graph):
 
 
 @pytest.mark.slow
+def test_rows_of_products_are_quantized_by_what_makes_them(float8_graph):
+    """All but o_proj's, which products head by head make."""
+    from latentrt.runtime.backends.torch import quantizing as torch_quantizing
+
+    proto, _, c = float8_graph
+    products = [n for n in torch_quantizing.quantize(fused_nodes(proto)) if n.op_type == "Float8Linear"]
+    assert sum(len(n.inputs) == 3 for n in products) == c.num_hidden_layers < len(products) / 2
+
+
+@pytest.mark.slow
 def test_what_a_layer_runs(bfloat16_graph):
     """Small products and rotations of attention are groups; nothing is turned or cast outside of one."""
     proto, _, c = bfloat16_graph

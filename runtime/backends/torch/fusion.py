@@ -55,14 +55,24 @@ def table() -> dict[str, Callable[[Node], Callable]]:
     """Like `torch_ops.TABLE`, for what fusing makes."""
     return {
         "Rotate": lambda node: torch_fused_ops.rotate,
-        "SwiGlu": lambda node: torch_fused_ops.swiglu,
-        "SumNorm": lambda node: torch_fused_ops.sum_norm(node.attributes["epsilon"]),
-        "Float8Linear": lambda node: torch_fused_ops.quantizing_linear(**node.attributes),
+        "SwiGlu": lambda node: torch_fused_ops.swiglu(node.attributes.get("rows")),
+        "SumNorm": lambda node: torch_fused_ops.sum_norm(node.attributes["epsilon"], node.attributes.get("rows")),
+        "Float8Linear": _float8_linear,
         "Latent": lambda node: torch_fused_ops.latent(node.attributes["epsilon"]),
         "WideLinear": lambda node: torch_fused_ops.wide_linear,
         "MatMulByHead": lambda node: torch_fused_ops.matmul_by_head,
-        "RMSNormalization": lambda node: torch_fused_ops.rms_norm(node.attributes.get("epsilon", 1e-5)),
+        "RMSNormalization": _rms_norm,
     }
+
+
+def _float8_linear(node: Node) -> Callable:
+    """Of rows and their scales, or of rows that are not quantized yet; see torch_quantizing."""
+    quantized = len(node.inputs) == 4
+    return torch_fused_ops.float8_product() if quantized else torch_fused_ops.quantizing_linear(**node.attributes)
+
+
+def _rms_norm(node: Node) -> Callable:
+    return torch_fused_ops.rms_norm(node.attributes.get("epsilon", 1e-5), node.attributes.get("rows"))
 
 
 def fuse(nodes: list[Node], constants: dict[str, torch.Tensor], outputs: list[str]) -> list[Node]:
