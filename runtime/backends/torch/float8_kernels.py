@@ -20,10 +20,10 @@ _SHARED_ROWS = 64  # of more rows no sum is shared
 
 
 @triton.jit
-def _block(at, column, inside, COLUMNS: tl.constexpr, BLOCK_K: tl.constexpr):
-    """[len(at), BLOCK_K] elements at addresses `at` + column; 0 where not `inside` or past COLUMNS."""
+def _block(at, column, inside, columns, BLOCK_K: tl.constexpr):
+    """[len(at), BLOCK_K] elements at addresses `at` + column; 0 where not `inside` or past `columns`."""
     k = column + tl.arange(0, BLOCK_K)
-    return tl.load(at[:, None] + k[None, :], mask=inside[:, None] & (k < COLUMNS)[None, :], other=0.0)
+    return tl.load(at[:, None] + k[None, :], mask=inside[:, None] & (k < columns)[None, :], other=0.0)
 
 
 @triton.jit
@@ -39,8 +39,8 @@ def _scale(x, static, smallest, COLUMNS: tl.constexpr, PAD: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["static", "smallest"])
-def _one_row(x, row, weight, channel, y, static, smallest, N: tl.constexpr, K: tl.constexpr, PAD: tl.constexpr,
-             BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):  # fmt: skip
+def _one_row(x, row, weight, channel, y, N, static, smallest, K: tl.constexpr, PAD: tl.constexpr, BLOCK_N: tl.constexpr,
+             BLOCK_K: tl.constexpr):  # fmt: skip
     """y [N] = x [K] times weight [N, K] transposed; x is e4m3 with its scale at `row`, or quantized here if None.
 
     Weights are asked for before x is looked at, and two blocks ahead.
@@ -73,38 +73,37 @@ def _one_row(x, row, weight, channel, y, static, smallest, N: tl.constexpr, K: t
 
 
 @triton.jit
-def _last(sums, arrived, acc, tile, tiles, SPLITS: tl.constexpr):
-    """Adds up what SPLITS programs have of one tile, in their order: the whole sum, and whether this is the last to come.
+def _last(sums, arrived, acc, tile, tiles, splits):
+    """Adds up what `splits` programs have of one tile, in their order: the whole sum, and whether this is the last to come.
 
-    sums [SPLITS, tiles, *acc.shape] float32; arrived [tiles] is 0 before and afterwards.
+    sums [splits, tiles, *acc.shape] float32; arrived [tiles] is 0 before and afterwards.
     """
     rows, columns = tl.arange(0, acc.shape[0]), tl.arange(0, acc.shape[1])
     size: tl.constexpr = acc.shape[0] * acc.shape[1]
     at = sums + tile * size + rows[:, None] * acc.shape[1] + columns[None, :]
     tl.store(at + tl.program_id(2) * tiles * size, acc)
     tl.debug_barrier()  # all threads have stored before one of them says so
-    last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == SPLITS - 1
+    last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == splits - 1
     if last:
         acc = tl.zeros_like(acc)
-        for split in tl.static_range(SPLITS):
+        for split in range(splits):
             acc += tl.load(at + split * tiles * size, cache_modifier=".cg")
         tl.store(arrived + tile, 0)
     return acc, last
 
 
 @triton.jit(do_not_specialize=["rows"])
-def _tile(q, row, weight, channel, y, sums, arrived, rows, N: tl.constexpr, K: tl.constexpr, PART: tl.constexpr,
-          BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, SPLITS: tl.constexpr, STAGES: tl.constexpr,
-          SWAP: tl.constexpr):  # fmt: skip
-    """y [rows, N] = q [rows, K], scales `row`, times weight [N, K] transposed; program (n, m, split) adds up PART of K."""
+def _tile(q, row, weight, channel, y, sums, arrived, rows, N, K, part, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr,
+          BLOCK_K: tl.constexpr, STAGES: tl.constexpr, SWAP: tl.constexpr):  # fmt: skip
+    """y [rows, N] = q [rows, K], scales `row`, times weight [N, K] transposed; program (n, m, split) adds up `part` of K."""
     n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     m = tl.program_id(1) * BLOCK_M + tl.arange(0, BLOCK_M)
     real, exists = m < rows, n < N
     x_at = q + m.to(tl.int64) * K
     w_at = weight + n.to(tl.int64) * K
     acc = tl.zeros([BLOCK_N, BLOCK_M] if SWAP else [BLOCK_M, BLOCK_N], tl.float32)
-    first = tl.program_id(2) * PART
-    for k in tl.range(first, tl.minimum(first + PART, K), BLOCK_K, num_stages=STAGES):
+    first = tl.program_id(2) * part
+    for k in tl.range(first, tl.minimum(first + part, K), BLOCK_K, num_stages=STAGES):
         w = _block(w_at, k, exists, K, BLOCK_K)
         x = _block(x_at, k, real, K, BLOCK_K)
         # FP8 sums of BLOCK_K products are float32
@@ -112,9 +111,9 @@ def _tile(q, row, weight, channel, y, sums, arrived, rows, N: tl.constexpr, K: t
             acc = tl.dot(w, tl.trans(x), acc, max_num_imprecise_acc=BLOCK_K)
         else:
             acc = tl.dot(x, tl.trans(w), acc, max_num_imprecise_acc=BLOCK_K)
-    if SPLITS > 1:
+    if sums is not None:
         tile = tl.program_id(1) * tl.num_programs(0) + tl.program_id(0)
-        acc, last = _last(sums, arrived, acc, tile, tl.num_programs(0) * tl.num_programs(1), SPLITS)
+        acc, last = _last(sums, arrived, acc, tile, tl.num_programs(0) * tl.num_programs(1), tl.num_programs(2))
         real = m < tl.where(last, rows, 0)
     if SWAP:
         acc = tl.trans(acc)
@@ -157,9 +156,8 @@ def multiply(
         sums = torch.empty(splits * grid[0] * grid[1] * tile.block_m * tile.block_n, dtype=torch.float32, device=q.device)
         arrived = counters(weight) if arrived is None else arrived
     _tile[(*grid, splits)](
-        q, row, weight, channel, y, sums, arrived if splits > 1 else None, rows, N=n, K=k, PART=part, BLOCK_M=tile.block_m,
-        BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, SPLITS=splits, STAGES=tile.stages, SWAP=bool(tile.swap),
-        num_warps=tile.warps,
+        q, row, weight, channel, y, sums, arrived if splits > 1 else None, rows, n, k, part, BLOCK_M=tile.block_m,
+        BLOCK_N=tile.block_n, BLOCK_K=tile.block_k, STAGES=tile.stages, SWAP=bool(tile.swap), num_warps=tile.warps,
     )  # fmt: skip
     return y
 
@@ -183,7 +181,7 @@ def _row(x, row, weight, channel, static, smallest, tile: RowTile | None) -> tor
     tile = tile or ROW_TILES[target_of(x).capability]
     y = torch.empty((1, n), dtype=torch.bfloat16, device=x.device)
     _one_row[(triton.cdiv(n, tile.block_n),)](
-        x, row, weight, channel, y, static, smallest, N=n, K=k, PAD=power_of_two(k), BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        x, row, weight, channel, y, n, static, smallest, K=k, PAD=power_of_two(k), BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         num_warps=tile.warps,
     )  # fmt: skip
     return y
