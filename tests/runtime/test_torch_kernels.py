@@ -174,6 +174,9 @@ def test_products_take_rows_from_what_made_them():
     assert [other, out, last] == [nodes[3], *nodes[6:]]
 
 
-def test_wide_linear():
-    x, weight = sliced(5, 100), randn(7, 100, seed=1, dtype=torch.float32)
-    assert_close(torch_kernels.wide_linear(x, weight), torch_fused_ops.wide_linear(x, weight), 1e-6)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_wide_linear(dtype):
+    x, weight = sliced(5, 100), randn(7, 100, seed=1, dtype=dtype)
+    expected = (x.double() @ weight.double().t()).float()
+    for product in (torch_kernels.wide_linear, torch_fused_ops.wide_linear):
+        assert_close(product(x, weight), expected, 1e-6)

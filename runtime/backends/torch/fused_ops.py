@@ -95,10 +95,15 @@ def latent(epsilon: float) -> Callable:
 
 
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, in] times weight [out, in] transposed, in float32: the router's product."""
+    """x [T, in] times weight [out, in] transposed, in float32: the router's product.
+
+    Products of bfloat16 are exact in float32; many rows run on tensor cores, nothing is cast before.
+    """
     kernels = _kernels(x)
     if kernels and x.shape[0] <= FEW and x.stride(-1) == 1 and weight.is_contiguous():
         return kernels.wide_linear(x, weight)
+    if kernels and x.dtype == weight.dtype == torch.bfloat16 and release(torch.__version__) >= (2, 8):
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
     return F.linear(x.float(), weight.float())
 
 

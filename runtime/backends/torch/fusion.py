@@ -232,14 +232,16 @@ def _attention_ops() -> frozenset[str]:
 
 
 def _wide_linears(nodes: list[Node], graph: _Graph) -> list[Node]:
-    """Products in float32 of rows that are cast for them: a router's."""
+    """Products in float32 of rows that are cast for them: a router's. A weight that is cast too is taken as it is stored."""
     result = []
     for node in nodes:
         found: dict[str, str] = {}
         matched = node.op_type == "Gemm" and len(node.inputs) == 2 and graph.match(node.outputs[0], WIDE_LINEAR, found)
         plain = PLAIN_GEMM | {"transB": 0} | node.attributes == PLAIN_GEMM
         if matched and plain and graph.makers[node.inputs[0]].attributes["to"] == FLOAT:
-            node = Node("WideLinear", node.name, (found["x"], found["weight"]), node.outputs)
+            cast = graph.only_maker(found["weight"], "Cast")
+            weight = cast.inputs[0] if cast else found["weight"]
+            node = Node("WideLinear", node.name, (found["x"], weight), node.outputs)
         result.append(node)
     return result
 
