@@ -4,7 +4,8 @@
 
 Every candidate is compiled first, in processes side by side, and compared with float32. Times are of CUDA graphs over weights
 that are not in the L2. A line per product and number of rows: the best candidate, its microseconds and GB/s of weights; those
-of the block sizes in use, and of torch._scaled_mm. At the end, the candidates whose sum over a model's products is least.
+of the block sizes in use, and of torch._scaled_mm. Then products head by head and the router's, beside a library's
+(`few_rows.py`). At the end, the candidates whose sum over a model's products is least.
 --dry-run tries the script itself on a CPU, tiny, in Triton's interpreter.
 """
 
@@ -23,6 +24,7 @@ ROWS = (1, 16, 64, 32, 8, 2, 4)  # what time is left for comes last
 LIMIT = 8e-3  # relative error: rounded to bfloat16, sums in another order
 ROUNDS = 5
 SMALLEST = 1e-10
+LATER = 5.0  # seconds more that other products may take
 SCALED_MM, QUANTIZED = "_scaled_mm", "quantize, then "
 BEST = 4  # candidates at 16 rows that are tried at fewer
 
@@ -149,11 +151,13 @@ class Case:
         return timed(self.run, over, self.sets, ROUNDS)
 
 
-def used(capability: int, rows: int) -> object:
+def used(capability: int, rows: int, product: Product) -> object:
     """The block sizes in use."""
-    from latentrt.runtime.backends.torch.float8_tiles import ROW_TILES, tile_of
+    from latentrt.runtime.backends.torch import float8_tiles as tiles
 
-    return ROW_TILES[capability] if rows == 1 else tile_of(capability, rows)
+    if rows > 1:
+        return tiles.tile_of(capability, rows)
+    return (tiles.QUANTIZING_ROW_TILES if product.quantizes else tiles.ROW_TILES)[capability]
 
 
 def compile_one(job: tuple[Product, int, object]) -> None:
@@ -176,8 +180,8 @@ def compile_all(rows: list[int], wide_mma: bool, gpu, jobs: int) -> None:
     """Every kernel once: of one row they differ by k, tiles by whether their sum is shared."""
     work = {}
     for count in rows:
-        tiles = {*candidates(count, wide_mma, False).values(), used(gpu.capability, count)}
-        for product, tile in ((p, t) for p in PRODUCTS for t in tiles):
+        tiles = candidates(count, wide_mma, False).values()
+        for product, tile in ((p, t) for p in PRODUCTS for t in (*tiles, used(gpu.capability, count, p))):
             work.setdefault(_kernel(product, count, tile, gpu.num_sms), (product, count, tile))
     with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
         list(pool.map(compile_one, work.values()))
@@ -201,6 +205,7 @@ def main(arguments: list[str] | None = None) -> int:
     sys.path.insert(0, str(ROOT))
     import torch
 
+    from benchmarks.gpu import few_rows
     from benchmarks.gpu.run import Run
     from latentrt.plugins.launch.torch import target_of
 
@@ -221,9 +226,12 @@ def main(arguments: list[str] | None = None) -> int:
                 print(f"not measured, {options.seconds} s are spent: {product.model} {product.name}, {rows} rows")
                 continue
             tiles = _tried(found.get((product, 16)), candidates(rows, wide_mma, run.dry), rows)
-            now = used(gpu.capability, rows)
+            now = used(gpu.capability, rows, product)
             seconds = found[product, rows] = Case(run, product, rows).measure(tiles | {_name(now): now})
             print(_line(product, rows, seconds, _name(now)), flush=True)
+    for rows in sorted(options.rows):
+        if time.monotonic() - started <= options.seconds + LATER:
+            print("\n".join(few_rows.measure(run, rows)), flush=True)
     for line in _sums(found):
         print(line)
     print(f"{time.monotonic() - started:.0f} s")
@@ -252,7 +260,7 @@ def _line(product: Product, rows: int, seconds: dict[str, float], now: str) -> s
     if not own:
         return f"{product.model:8}{product.name:11}{rows:3} rows  nothing ran"
     best = min(own, key=own.get)
-    current = min((s for name, s in own.items() if name.removeprefix(QUANTIZED) == now), default=float("nan"))
+    current = own.get(now, own.get(QUANTIZED + now, float("nan")))
     rate, others = product.k * product.n / own[best] / 1e9, (current, seconds.get(SCALED_MM, float("nan")))
     times = f"{own[best] * 1e6:7.2f} us {rate:5.0f} GB/s, now {others[0] * 1e6:7.2f} us, {SCALED_MM} {others[1] * 1e6:7.2f} us"
     return f"{product.model:8}{product.name:11}{rows:3} rows {times}  {best}"

@@ -10,6 +10,7 @@ os.environ["TRITON_INTERPRET"] = "1"  # before Triton is imported
 
 from latentrt.runtime.backends.torch import float8_kernels as torch_float8_kernels
 from latentrt.runtime.backends.torch import fused_ops as torch_fused_ops
+from latentrt.runtime.backends.torch import head_kernels as torch_head_kernels
 from latentrt.runtime.backends.torch import kernels as torch_kernels
 from latentrt.runtime.backends.torch import quantizing as torch_quantizing
 from latentrt.runtime.backends.torch.float8_tiles import RowTile, Tile, tile_of
@@ -172,6 +173,17 @@ def test_products_take_rows_from_what_made_them():
     assert gate.inputs == ("x.q", "x.row", "w1", "c1") and up.inputs == ("x.q", "x.row", "w2", "c2")
     assert swiglu.outputs == ("y", "y.q", "y.row") and down.inputs == ("y.q", "y.row", "w4", "c4")
     assert [other, out, last] == [nodes[3], *nodes[6:]]
+
+
+@pytest.mark.parametrize(("inputs", "outputs"), [(16, 40), (24, 512), (300, 20)])
+@pytest.mark.parametrize("rows", [1, 3])
+def test_products_head_by_head(rows, inputs, outputs):
+    """Of a part of every head's row; what lies beside it is NaN."""
+    wide = torch.full((rows, 3, inputs + 8), float("nan"), dtype=torch.bfloat16)
+    wide[..., :inputs] = randn(rows, 3, inputs)
+    x, weight = wide[..., :inputs], randn(3, inputs, outputs, seed=1)
+    expected = torch.einsum("thi,hio->tho", x.double(), weight.double()).bfloat16()
+    assert_close(torch_head_kernels.matmul_by_head(x, weight), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)

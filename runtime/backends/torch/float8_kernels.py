@@ -12,7 +12,14 @@ import triton.language as tl
 from latentrt.plugins.launch import interpreter
 from latentrt.plugins.launch.plan import power_of_two
 from latentrt.plugins.launch.torch import target_of
-from latentrt.runtime.backends.torch.float8_tiles import OWN_ROWS, ROW_TILES, RowTile, Tile, tile_of
+from latentrt.runtime.backends.torch.float8_tiles import (
+    OWN_ROWS,
+    QUANTIZING_ROW_TILES,
+    ROW_TILES,
+    RowTile,
+    Tile,
+    tile_of,
+)
 
 __all__ = ["OWN_ROWS", "counters", "linear", "multiply", "parts"]
 _LEAST = 16  # block_m and block_n are this at least
@@ -178,7 +185,7 @@ def parts(k: int, tile: Tile, tiles: int, num_sms: int) -> tuple[int, int]:
 def _row(x, row, weight, channel, static, smallest, tile: RowTile | None) -> torch.Tensor:
     interpreter.repair()
     n, k = weight.shape
-    tile = tile or ROW_TILES[target_of(x).capability]
+    tile = tile or (QUANTIZING_ROW_TILES if row is None else ROW_TILES)[target_of(x).capability]
     y = torch.empty((1, n), dtype=torch.bfloat16, device=x.device)
     _one_row[(triton.cdiv(n, tile.block_n),)](
         x, row, weight, channel, y, n, static, smallest, K=k, PAD=power_of_two(k), BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,

@@ -1,9 +1,10 @@
 """Block sizes of the FP8 linears, one row per architecture that has FP8. `benchmarks/gpu/tune_linear.py` measures others.
 
-One row is multiplied without tensor cores: programs of block_n channels, block_k weights of each at a time. More rows are
-tiles: block_m rows times block_n channels, block_k of the sum at a time. swap 1 puts the weights' rows on the M axis of the
-tensor cores, which is 64 wide at least on Hopper and data-centre Blackwell. Where there are fewer tiles than `programs` for
-every multiprocessor, several programs share the sum of a tile.
+One row is multiplied without tensor cores: programs of block_n channels, block_k weights of each at a time. A row that is
+quantized on the way goes from warp to warp once a block, which is longer then. More rows are tiles: block_m rows times block_n
+channels, block_k of the sum at a time. swap 1 puts the weights' rows on the M axis of the tensor cores, which is 64 wide at
+least on Hopper and data-centre Blackwell. Where there are fewer tiles than `programs` for every multiprocessor, several
+programs share the sum of a tile.
 """
 
 from dataclasses import dataclass
@@ -27,10 +28,11 @@ class Tile:
     swap: int
 
 
-_ROW = RowTile(4, 512, 4)
+_ARCHITECTURES = (89, 90, 100, 103, 120, 121)
 _SMALL = {16: Tile(16, 32, 256, 2, 4, 3, 0), 64: Tile(64, 64, 128, 1, 4, 3, 0), None: Tile(128, 128, 128, 0, 8, 3, 0)}
 _LARGE = _SMALL | {16: Tile(16, 64, 128, 2, 4, 5, 1), 64: Tile(64, 64, 128, 1, 4, 4, 1)}
-ROW_TILES = dict.fromkeys((89, 90, 100, 103, 120, 121), _ROW)
+ROW_TILES = dict.fromkeys(_ARCHITECTURES, RowTile(4, 512, 4))
+QUANTIZING_ROW_TILES = dict.fromkeys(_ARCHITECTURES, RowTile(4, 2048, 4))
 TILES: dict[int, dict[int | None, Tile]] = {  # by the largest number of rows; None: any number
     89: _SMALL,
     90: _LARGE,

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 Tensor = torch.Tensor
 FLOAT8_MAX = 448.0
 FEW = 16  # rows that a product of a decode step has
+FEW_BY_HEAD = 4  # rows whose products head by head are not a library's
 
 
 def release(version: str) -> tuple[int, int]:
@@ -111,6 +112,10 @@ def matmul_by_head(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, H, in] times weight [H, in, out] -> [T, H, out]; on a GPU written there, not turned afterwards."""
     if x.device.type != "cuda":
         return torch.matmul(x.transpose(0, 1), weight).transpose(0, 1)
+    if 0 < x.shape[0] <= FEW_BY_HEAD and x.stride(-1) == 1 and weight.is_contiguous():
+        from latentrt.runtime.backends.torch import head_kernels as torch_head_kernels
+
+        return torch_head_kernels.matmul_by_head(x, weight)
     y = torch.empty((*x.shape[:2], weight.shape[2]), dtype=x.dtype, device=x.device)
     torch.bmm(x.transpose(0, 1), weight, out=y.transpose(0, 1))
     return y
