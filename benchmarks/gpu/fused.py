@@ -64,13 +64,17 @@ def _products(run: Run, x: torch.Tensor) -> None:
     from latentrt.runtime.backends.torch import fused_ops as ops
     from latentrt.runtime.backends.torch import kernels
 
-    weight = run.randn(160, x.shape[1], dtype=torch.float32)
-    for rows in (1, 5):
-        expected = x[:rows].double() @ weight.double().t()
-        run.check(f"wide linear, {rows} rows", relative_error(kernels.wide_linear(x[:rows], weight), expected), 1e-5)
+    for dtype in (torch.float32, torch.bfloat16):
+        weight = run.randn(160, x.shape[1], dtype=dtype)
+        for rows in (1, 5, x.shape[0]):
+            product = kernels.wide_linear if rows <= ops.FEW else ops.wide_linear
+            error = relative_error(product(x[:rows], weight), x[:rows].double() @ weight.double().t())
+            run.check(f"wide linear of {dtype}, {rows} rows", error, 1e-5)
     wide, by_head = x.unflatten(1, (-1, 32)), run.randn(x.shape[1] // 32, 32, 64)
     expected = torch.einsum("thi,hio->tho", wide.double(), by_head.double())
-    run.check("matmul by head", relative_error(ops.matmul_by_head(wide, by_head), expected), LIMIT)
+    for rows in (1, ops.FEW_BY_HEAD, x.shape[0]):
+        error = relative_error(ops.matmul_by_head(wide[:rows], by_head), expected[:rows])
+        run.check(f"matmul by head, {rows} rows", error, LIMIT)
 
 
 def _float8(run: Run, x: torch.Tensor) -> None:

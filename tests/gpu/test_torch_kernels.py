@@ -58,5 +58,6 @@ def test_around_attention(tokens):
 
 
 @pytest.mark.parametrize("tokens", [1, 16, 300])
-def test_router_product(tokens):
-    assert_close(*both(torch_fused_ops.wide_linear, randn(tokens, 2048), randn(64, 2048).float()), 1e-5)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_router_product(tokens, dtype):
+    assert_close(*both(torch_fused_ops.wide_linear, randn(tokens, 2048), randn(64, 2048).to(dtype)), 1e-5)

@@ -63,7 +63,7 @@ def test_fused_ops_take_slices():
     """Inputs of fused ops are parts of wider products."""
     wide = torch.randn(5, 40)
     expected = torch.nn.functional.silu(wide[:, :8]) * wide[:, 8:16]
-    assert torch.allclose(torch_fused_ops.swiglu(wide[:, :8], wide[:, 8:16]), expected)
+    assert torch.allclose(torch_fused_ops.swiglu()(wide[:, :8], wide[:, 8:16]), expected)
     total, normed = torch_fused_ops.sum_norm(1e-6)(torch.ones(8), wide[:, :8], wide[:, 8:16], wide[:, 16:24])
     assert torch.allclose(total, wide[:, :8] + wide[:, 8:16] + wide[:, 16:24], atol=1e-6)
     assert torch.allclose(normed.square().mean(-1), torch.ones(5), atol=1e-4)

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 Tensor = torch.Tensor
 FLOAT8_MAX = 448.0
 FEW = 16  # rows that a product of a decode step has
+FEW_BY_HEAD = 4  # rows whose products head by head are not a library's
 
 
 def release(version: str) -> tuple[int, int]:
@@ -36,37 +37,47 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2).to(x.dtype)
 
 
-def swiglu(gate: Tensor, up: Tensor) -> Tensor:
-    """silu(gate) * up, [T, columns] each."""
-    kernels = _kernels(gate)
-    if kernels and gate.dim() == 2 and gate.stride(1) == up.stride(1) == 1:
-        return kernels.swiglu(gate, up)
-    return (F.silu(gate.float()) * up.float()).to(gate.dtype)
+def swiglu(rows: dict | None = None) -> Callable:
+    """(gate, up) -> silu(gate) * up, [T, columns] each. rows: what `quantize_rows` makes of it with these scales, beside it."""
+
+    def call(gate: Tensor, up: Tensor) -> Tensor | tuple[Tensor, ...]:
+        kernels = _kernels(gate)
+        if kernels and gate.dim() == 2 and gate.stride(1) == up.stride(1) == 1:
+            return kernels.swiglu(gate, up) if rows is None else kernels.swiglu_rows(gate, up, **rows)
+        return _with_rows((F.silu(gate.float()) * up.float()).to(gate.dtype), rows)
+
+    return call
 
 
-def sum_norm(epsilon: float) -> Callable:
-    """(weight, a, b[, c]) -> a + b [+ c] and its RMS norm times weight, [T, columns] each."""
+def sum_norm(epsilon: float, rows: dict | None = None) -> Callable:
+    """(weight, a, b[, c]) -> a + b [+ c] and its RMS norm times weight, [T, columns] each; and its rows, see `swiglu`."""
 
-    def call(weight: Tensor, *terms: Tensor) -> tuple[Tensor, Tensor]:
+    def call(weight: Tensor, *terms: Tensor) -> tuple[Tensor, ...]:
         kernels = _kernels(weight)
         if kernels and all(t.dim() == 2 and t.stride(1) == 1 for t in terms):
-            return kernels.sum_norm(weight, terms, epsilon)
+            return kernels.sum_norm(weight, terms, epsilon, rows)
         total = sum(t.float() for t in terms).to(terms[0].dtype)
-        return total, F.rms_norm(total, (total.shape[-1],), weight, epsilon)
+        normed = _with_rows(F.rms_norm(total, (total.shape[-1],), weight, epsilon), rows)
+        return (total, *normed) if rows else (total, normed)
 
     return call
 
 
-def rms_norm(epsilon: float) -> Callable:
-    """(x, weight) -> the RMS norm of x's rows, times weight."""
+def rms_norm(epsilon: float, rows: dict | None = None) -> Callable:
+    """(x, weight) -> the RMS norm of x's rows, times weight; and its rows, see `swiglu`."""
 
-    def call(x: Tensor, weight: Tensor) -> Tensor:
+    def call(x: Tensor, weight: Tensor) -> Tensor | tuple[Tensor, ...]:
         kernels = _kernels(x)
         if kernels and x.dim() == 2 and x.stride(1) == 1:
-            return kernels.sum_norm(weight, (x,), epsilon)[1]
-        return F.rms_norm(x, (x.shape[-1],), weight, epsilon)
+            normed = kernels.sum_norm(weight, (x,), epsilon, rows)[1:]
+            return normed if rows else normed[0]
+        return _with_rows(F.rms_norm(x, (x.shape[-1],), weight, epsilon), rows)
 
     return call
+
+
+def _with_rows(x: Tensor, rows: dict | None) -> Tensor | tuple[Tensor, ...]:
+    return x if rows is None else (x, *quantize_rows(x, rows.get("smallest"), rows.get("static")))
 
 
 def latent(epsilon: float) -> Callable:
@@ -85,10 +96,15 @@ def latent(epsilon: float) -> Callable:
 
 
 def wide_linear(x: Tensor, weight: Tensor) -> Tensor:
-    """x [T, in] times weight [out, in] transposed, in float32: the router's product."""
+    """x [T, in] times weight [out, in] transposed, in float32: the router's product.
+
+    Products of bfloat16 are exact in float32; many rows run on tensor cores, nothing is cast before.
+    """
     kernels = _kernels(x)
     if kernels and x.shape[0] <= FEW and x.stride(-1) == 1 and weight.is_contiguous():
         return kernels.wide_linear(x, weight)
+    if kernels and x.dtype == weight.dtype == torch.bfloat16 and release(torch.__version__) >= (2, 8):
+        return torch.mm(x, weight.t(), out_dtype=torch.float32)
     return F.linear(x.float(), weight.float())
 
 
@@ -96,6 +112,10 @@ def matmul_by_head(x: Tensor, weight: Tensor) -> Tensor:
     """x [T, H, in] times weight [H, in, out] -> [T, H, out]; on a GPU written there, not turned afterwards."""
     if x.device.type != "cuda":
         return torch.matmul(x.transpose(0, 1), weight).transpose(0, 1)
+    if 0 < x.shape[0] <= FEW_BY_HEAD and x.stride(-1) == 1 and weight.is_contiguous():
+        from latentrt.runtime.backends.torch import head_kernels as torch_head_kernels
+
+        return torch_head_kernels.matmul_by_head(x, weight)
     y = torch.empty((*x.shape[:2], weight.shape[2]), dtype=x.dtype, device=x.device)
     torch.bmm(x.transpose(0, 1), weight, out=y.transpose(0, 1))
     return y
@@ -132,27 +152,44 @@ def _has_row_scaled_products(device: torch.device) -> bool:
     return True
 
 
-def float8_linear(q: Tensor, row: Tensor, weight: Tensor, channel: Tensor) -> Tensor:
-    """q [T, in] e4m3, row [T, 1], weight [out, in] e4m3, channel [out] -> [T, out] bfloat16. Sums are float32."""
+def float8_linear(q: Tensor, row: Tensor, weight: Tensor, channel: Tensor, arrived: Tensor | None = None) -> Tensor:
+    """q [T, in] e4m3, row [T, 1], weight [out, in] e4m3, channel [out] -> [T, out] bfloat16. Sums are float32.
+
+    arrived: see torch_float8_kernels.multiply.
+    """
     if q.device.type != "cuda":
         return (F.linear(q.float(), weight.float()) * row * channel).to(torch.bfloat16)
-    aligned = q.shape[1] % 16 == 0 and weight.shape[0] % 16 == 0
-    if aligned and q.shape[0] and _has_row_scaled_products(q.device):
-        return torch._scaled_mm(q, weight.t(), scale_a=row, scale_b=channel[None, :], out_dtype=torch.bfloat16)
     from latentrt.runtime.backends.torch import float8_kernels as torch_float8_kernels
 
-    return torch_float8_kernels.multiply(q, row, weight, channel)
+    aligned = q.shape[1] % 16 == 0 and weight.shape[0] % 16 == 0
+    if q.shape[0] > torch_float8_kernels.OWN_ROWS and aligned and _has_row_scaled_products(q.device):
+        return torch._scaled_mm(q, weight.t(), scale_a=row, scale_b=channel[None, :], out_dtype=torch.bfloat16)
+    return torch_float8_kernels.multiply(q, row, weight, channel, arrived)
+
+
+def float8_product() -> Callable:
+    """(q, row, weight, channel) -> `float8_linear` of one weight, for a node of a graph: its programs count each other."""
+    counters: dict[torch.device, Tensor] = {}
+
+    def call(q: Tensor, row: Tensor, weight: Tensor, channel: Tensor) -> Tensor:
+        if q.device.type == "cuda" and q.device not in counters:
+            from latentrt.runtime.backends.torch import float8_kernels as torch_float8_kernels
+
+            counters[q.device] = torch_float8_kernels.counters(weight)
+        return float8_linear(q, row, weight, channel, counters.get(q.device))
+
+    return call
 
 
 def quantizing_linear(smallest: float | None = None, static: float | None = None) -> Callable:
     """(x [T, in], weight [out, in] e4m3, channel [out]) -> `float8_linear` of x as `quantize_rows` makes it."""
+    product = float8_product()
 
     def call(x: Tensor, weight: Tensor, channel: Tensor) -> Tensor:
-        if x.device.type == "cuda" and x.stride(-1) == 1:
-            from latentrt.runtime.backends.torch import float8_kernels as kernels
+        if x.device.type == "cuda" and x.shape[0] == 1 and x.stride(-1) == 1:
+            from latentrt.runtime.backends.torch import float8_kernels as torch_float8_kernels
 
-            if x.shape[0] <= FEW:
-                return kernels.linear(x, weight, channel, smallest, static)
-        return float8_linear(*quantize_rows(x, smallest, static), weight, channel)
+            return torch_float8_kernels.linear(x, weight, channel, smallest, static)
+        return product(*quantize_rows(x, smallest, static), weight, channel)
 
     return call

@@ -55,14 +55,24 @@ def table() -> dict[str, Callable[[Node], Callable]]:
     """Like `torch_ops.TABLE`, for what fusing makes."""
     return {
         "Rotate": lambda node: torch_fused_ops.rotate,
-        "SwiGlu": lambda node: torch_fused_ops.swiglu,
-        "SumNorm": lambda node: torch_fused_ops.sum_norm(node.attributes["epsilon"]),
-        "Float8Linear": lambda node: torch_fused_ops.quantizing_linear(**node.attributes),
+        "SwiGlu": lambda node: torch_fused_ops.swiglu(node.attributes.get("rows")),
+        "SumNorm": lambda node: torch_fused_ops.sum_norm(node.attributes["epsilon"], node.attributes.get("rows")),
+        "Float8Linear": _float8_linear,
         "Latent": lambda node: torch_fused_ops.latent(node.attributes["epsilon"]),
         "WideLinear": lambda node: torch_fused_ops.wide_linear,
         "MatMulByHead": lambda node: torch_fused_ops.matmul_by_head,
-        "RMSNormalization": lambda node: torch_fused_ops.rms_norm(node.attributes.get("epsilon", 1e-5)),
+        "RMSNormalization": _rms_norm,
     }
+
+
+def _float8_linear(node: Node) -> Callable:
+    """Of rows and their scales, or of rows that are not quantized yet; see torch_quantizing."""
+    quantized = len(node.inputs) == 4
+    return torch_fused_ops.float8_product() if quantized else torch_fused_ops.quantizing_linear(**node.attributes)
+
+
+def _rms_norm(node: Node) -> Callable:
+    return torch_fused_ops.rms_norm(node.attributes.get("epsilon", 1e-5), node.attributes.get("rows"))
 
 
 def fuse(nodes: list[Node], constants: dict[str, torch.Tensor], outputs: list[str]) -> list[Node]:
@@ -222,14 +232,16 @@ def _attention_ops() -> frozenset[str]:
 
 
 def _wide_linears(nodes: list[Node], graph: _Graph) -> list[Node]:
-    """Products in float32 of rows that are cast for them: a router's."""
+    """Products in float32 of rows that are cast for them: a router's. A weight that is cast too is taken as it is stored."""
     result = []
     for node in nodes:
         found: dict[str, str] = {}
         matched = node.op_type == "Gemm" and len(node.inputs) == 2 and graph.match(node.outputs[0], WIDE_LINEAR, found)
         plain = PLAIN_GEMM | {"transB": 0} | node.attributes == PLAIN_GEMM
         if matched and plain and graph.makers[node.inputs[0]].attributes["to"] == FLOAT:
-            node = Node("WideLinear", node.name, (found["x"], found["weight"]), node.outputs)
+            cast = graph.only_maker(found["weight"], "Cast")
+            weight = cast.inputs[0] if cast else found["weight"]
+            node = Node("WideLinear", node.name, (found["x"], weight), node.outputs)
         result.append(node)
     return result
 

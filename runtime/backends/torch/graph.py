@@ -15,6 +15,7 @@ from onnx import numpy_helper
 from latentrt.runtime.backends.torch import custom_ops as torch_custom_ops
 from latentrt.runtime.backends.torch import fusion as torch_fusion
 from latentrt.runtime.backends.torch import merging as torch_merging
+from latentrt.runtime.backends.torch import quantizing as torch_quantizing
 from latentrt.runtime.backends.torch.ops import DTYPES, HOST_ARGUMENTS, TABLE, Node
 
 COLLECTIVES = ("AllGather", "ReduceScatter", "DistCollective")
@@ -72,7 +73,7 @@ class StepProgram:
         nodes = [n for n in nodes if n.op_type != "Constant"]
         if fuse:
             nodes = torch_fusion.fuse(nodes, self._host, [o.name for o in model.graph.output])
-            nodes = torch_merging.merge(nodes, weights)
+            nodes = torch_quantizing.quantize(torch_merging.merge(nodes, weights))
         self.op_counts = Counter(n.op_type for n in nodes)  # fused groups among them
         self._known: dict[str, torch.Tensor] = dict(weights)
         self._weights, self._folded = frozenset(weights), {} if folded is None else folded

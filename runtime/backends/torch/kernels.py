@@ -75,9 +75,34 @@ def _swiglu(gate, up, y, columns, gate_row, up_row, SIZE: tl.constexpr):
     tl.store(y + row * columns + c, (g / (1.0 + tl.exp(-g)) * u).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit(do_not_specialize=["epsilon"])
-def _sum_norm(a, b, c, weight, total, y, a_row, b_row, c_row, epsilon, COLUMNS: tl.constexpr, PAD: tl.constexpr):
-    """Row program_id: total = a [+ b [+ c]], rounded; y = total / rms(total) * weight. Without b there is no total."""
+@triton.jit
+def _put_quantized(x, q, scales, row, i, inside, static, smallest, COLUMNS: tl.constexpr):
+    """x [PAD] float32, 0 outside -> q = x / scale in e4m3; scale is `static`, or max(|x|) / 448."""
+    scale = static if static is not None else tl.maximum(tl.max(tl.abs(x), 0), smallest) / 448.0
+    tl.store(scales + row, scale)
+    tl.store(q + row * COLUMNS + i, (x / scale).to(tl.float8e4nv), mask=inside)
+
+
+@triton.jit(do_not_specialize=["static", "smallest"])
+def _swiglu_rows(gate, up, y, q, scales, gate_row, up_row, static, smallest, COLUMNS: tl.constexpr, PAD: tl.constexpr):
+    """Row program_id of `_swiglu`, and the same quantized."""
+    row = tl.program_id(0).to(tl.int64)
+    i = tl.arange(0, PAD)
+    inside = i < COLUMNS
+    g = tl.load(gate + row * gate_row + i, mask=inside, other=0.0).to(tl.float32)
+    u = tl.load(up + row * up_row + i, mask=inside, other=0.0).to(tl.float32)
+    value = (g / (1.0 + tl.exp(-g)) * u).to(y.dtype.element_ty)
+    tl.store(y + row * COLUMNS + i, value, mask=inside)
+    _put_quantized(value.to(tl.float32), q, scales, row, i, inside, static, smallest, COLUMNS)
+
+
+@triton.jit(do_not_specialize=["epsilon", "static", "smallest"])
+def _sum_norm(a, b, c, weight, total, y, q, scales, a_row, b_row, c_row, epsilon, static, smallest, COLUMNS: tl.constexpr,
+              PAD: tl.constexpr):  # fmt: skip
+    """Row program_id: total = a [+ b [+ c]], rounded; y = total / rms(total) * weight. Without b there is no total.
+
+    With q, y is quantized too.
+    """
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, PAD)
     inside = i < COLUMNS
@@ -89,32 +114,41 @@ def _sum_norm(a, b, c, weight, total, y, a_row, b_row, c_row, epsilon, COLUMNS: 
         x = x.to(total.dtype.element_ty)
         tl.store(total + row * COLUMNS + i, x, mask=inside)
         x = x.to(tl.float32)
-    tl.store(y + row * COLUMNS + i, _normed(x, weight, i, inside, epsilon, COLUMNS).to(y.dtype.element_ty), mask=inside)
+    normed = _normed(x, weight, i, inside, epsilon, COLUMNS).to(y.dtype.element_ty)
+    tl.store(y + row * COLUMNS + i, normed, mask=inside)
+    if q is not None:
+        _put_quantized(normed.to(tl.float32), q, scales, row, i, inside, static, smallest, COLUMNS)
 
 
 @triton.jit(do_not_specialize=["static", "smallest"])
 def _quantize_rows(x, q, scales, x_row, static, smallest, COLUMNS: tl.constexpr, PAD: tl.constexpr):
-    """Row program_id: q = x / scale in e4m3; scale is `static`, or max(|x|) / 448."""
+    """Row program_id, quantized."""
     row = tl.program_id(0).to(tl.int64)
     i = tl.arange(0, PAD)
     inside = i < COLUMNS
     value = tl.load(x + row * x_row + i, mask=inside, other=0.0).to(tl.float32)
-    scale = static if static is not None else tl.maximum(tl.max(tl.abs(value), 0), smallest) / 448.0
-    tl.store(scales + row, scale)
-    tl.store(q + row * COLUMNS + i, (value / scale).to(tl.float8e4nv), mask=inside)
+    _put_quantized(value, q, scales, row, i, inside, static, smallest, COLUMNS)
 
 
 def quantize_rows(x: torch.Tensor, smallest: float | None, static: float | None = None) -> tuple[torch.Tensor, torch.Tensor]:
     """See torch_fused_ops.quantize_rows."""
     interpreter.repair()
-    rows, columns = x.shape
-    q = torch.empty((rows, columns), dtype=torch.float8_e4m3fn, device=x.device)
-    scales = torch.empty((rows, 1), dtype=torch.float32, device=x.device)
+    (rows, columns), (q, scales) = x.shape, _quantized_like(x)
     if rows:
-        pad = power_of_two(columns)
-        warps = 8 if pad > 2048 else 4
-        _quantize_rows[(rows,)](x, q, scales, x.stride(0), static, smallest, COLUMNS=columns, PAD=pad, num_warps=warps)
+        _quantize_rows[(rows,)](x, q, scales, x.stride(0), static, smallest, **_row_sizes(columns))
     return q, scales
+
+
+def _quantized_like(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Where x [T, columns] goes as e4m3, and its scales [T, 1]."""
+    q = torch.empty(x.shape, dtype=torch.float8_e4m3fn, device=x.device)
+    return q, torch.empty((x.shape[0], 1), dtype=torch.float32, device=x.device)
+
+
+def _row_sizes(columns: int) -> dict[str, int]:
+    """Of a program that has a row."""
+    pad = power_of_two(columns)
+    return dict(COLUMNS=columns, PAD=pad, num_warps=4 if pad <= 2048 else 8 if pad <= 8192 else 16)
 
 
 def rotate(x: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -167,17 +201,34 @@ def swiglu(gate: torch.Tensor, up: torch.Tensor) -> torch.Tensor:
     return y
 
 
-def sum_norm(weight: torch.Tensor, terms: tuple[torch.Tensor, ...], epsilon: float) -> tuple[torch.Tensor, torch.Tensor]:
+def swiglu_rows(
+    gate: torch.Tensor, up: torch.Tensor, smallest: float | None = None, static: float | None = None
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """See torch_fused_ops.swiglu."""
+    interpreter.repair()
+    rows, columns = gate.shape
+    y = torch.empty((rows, columns), dtype=gate.dtype, device=gate.device)
+    q, scales = _quantized_like(y)
+    if y.numel():
+        sizes = _row_sizes(columns)
+        _swiglu_rows[(rows,)](gate, up, y, q, scales, gate.stride(0), up.stride(0), static, smallest, **sizes)
+    return y, q, scales
+
+
+def sum_norm(
+    weight: torch.Tensor, terms: tuple[torch.Tensor, ...], epsilon: float, rows: dict | None = None
+) -> tuple[torch.Tensor, ...]:
     """See torch_fused_ops.sum_norm; of one term there is no sum to write, and it is returned as it is."""
     interpreter.repair()
     first, columns = terms[0], terms[0].shape[1]
     y = torch.empty(first.shape, dtype=first.dtype, device=first.device)
     total = torch.empty_like(y) if len(terms) > 1 else None
+    q, scales = (None, None) if rows is None else _quantized_like(y)
     a, b, c = (*terms, None, None)[:3]
     if y.numel():
-        strides = [t.stride(0) if t is not None else 0 for t in (a, b, c)]
-        pad = power_of_two(columns)
+        strides, scaled = [t.stride(0) if t is not None else 0 for t in (a, b, c)], rows or {}
         _sum_norm[(first.shape[0],)](
-            a, b, c, weight, total, y, *strides, epsilon, COLUMNS=columns, PAD=pad, num_warps=8 if pad > 2048 else 4
-        )
-    return first if total is None else total, y
+            a, b, c, weight, total, y, q, scales, *strides, epsilon, scaled.get("static"), scaled.get("smallest"),
+            **_row_sizes(columns),
+        )  # fmt: skip
+    return (first if total is None else total, y, *((q, scales) if rows is not None else ()))
