@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "tiny-deepseek-v2"
 # median relative error of a row of logits, five layers
 LIMITS = {"bf16": 0.05, "fp8": 0.15, "bf16-int4": 0.1, "fp8-int4": 0.15}
+TOLD = 12  # last rows of a prompt that get logits where it comes again: with more it would not be captured
 LENGTHS, DRY_LENGTHS = (97, 5, 64, 130), (9, 6)
 
 
@@ -62,7 +63,8 @@ def precisions(run: Run) -> list[str]:
 
 
 def check(run: Run) -> None:
-    """Prefill, decode steps (captured on a GPU) and their mixture, teacher-forced, at every position, in both forms."""
+    """Prefill, decode steps (captured on a GPU) and their mixture, teacher-forced, at every position, in both forms; and
+    prompts that come again, which are captured too."""
     from latentrt.export.checkpoint import Checkpoint
     from latentrt.export.lowering.tensorrt.lowering import weight_format
     from latentrt.export.models.deepseek_v2.weights import weights
@@ -80,14 +82,15 @@ def check(run: Run) -> None:
         pages = 2 + sum(-(-len(t) // 64) for t in texts)
         models = graphs(checkpoint.config, precision)
         for capture in (False, True) if run.device.type == "cuda" else (False,):
-            label = f"torch backend {precision}{', decode captured' if capture else ''}"
+            label = f"torch backend {precision}{', captured' if capture else ''}"
             if run.late(label):
                 continue
             steps = runner(run, models, stored, checkpoint.config, pages, capture=capture)
             for form in FORMS:
                 _check_form(run, f"{label}, {form}", steps, form, checkpoint.config, precision, texts, name, expected)
             if capture:
-                run.check(f"{label}: CUDA graphs", float(bool(steps.uncaptured)), 0, steps.uncaptured[:300])
+                why = steps.uncaptured or steps.uncaptured_prompts
+                run.check(f"{label}: CUDA graphs", float(bool(why)), 0, why[:300])
 
 
 def _check_form(run: Run, label: str, steps, form: str, config, precision: str, texts, name: str, expected) -> None:
@@ -95,6 +98,8 @@ def _check_form(run: Run, label: str, steps, form: str, config, precision: str, 
     check_groups(run, label, steps.programs[form], config, precision)
     try:
         compare(run, f"{label}, against {name}", teacher_forced(steps.step, texts), expected, LIMITS[precision])
+        found, ends = repeated(steps, texts), [e[-TOLD:] for e in expected]
+        compare(run, f"{label}, prompts that come again, against {name}", found, ends, LIMITS[precision])
     except Exception as error:  # capturing may fail where running does not
         run.check(f"{label} runs", float("nan"), 0, f"{type(error).__name__}: {error}"[:300])
 
@@ -164,12 +169,7 @@ def teacher_forced(step, texts: list[list[int]]) -> list[np.ndarray]:
     """Logits at every position: half of each text as a prompt, then token by token, then the rest in one mixed step."""
     from latentrt.runtime.backends.base import SequenceRows, pack
 
-    done, found = [0] * len(texts), [[] for _ in texts]
-    table = np.zeros((len(texts), max(-(-len(t) // 64) for t in texts)), np.int32)
-    page = iter(np.random.default_rng(1).permutation(np.arange(1, 1 + sum(-(-len(t) // 64) for t in texts))))
-    for row, tokens in zip(table, texts, strict=True):
-        for k in range(-(-len(tokens) // 64)):
-            row[k] = next(page)
+    done, found, table = [0] * len(texts), [[] for _ in texts], _pages(texts)
     halves = [len(t) // 2 for t in texts]
     for counts in (halves, *[[1] * len(texts)] * 2, [len(t) - h - 2 for t, h in zip(texts, halves, strict=True)]):
         rows = [SequenceRows(t[d : d + n], d, range(n)) for t, d, n in zip(texts, done, counts, strict=True)]
@@ -178,6 +178,28 @@ def teacher_forced(step, texts: list[list[int]]) -> list[np.ndarray]:
             found[i].append(logits[start : start + n])
             start, done[i] = start + n, done[i] + n
     return [np.concatenate(parts) for parts in found]
+
+
+def repeated(steps, texts: list[list[int]]) -> list[np.ndarray]:
+    """Logits of the last rows of all texts as prompts of one step, which is run thrice: eagerly, captured, replayed."""
+    from latentrt.runtime.backends.base import SequenceRows, pack
+
+    rows = [SequenceRows(t, 0, range(max(0, len(t) - TOLD), len(t))) for t in texts]
+    batch = pack(rows, _pages(texts))
+    logits = [steps.step(batch).logits() for _ in range(3)][-1]
+    if steps.capture and steps.captured(batch) is None:
+        raise RuntimeError(f"prompts that come again are not captured: {steps.uncaptured_prompts}")
+    return np.split(logits, np.cumsum([len(r.logits) for r in rows])[:-1])
+
+
+def _pages(texts: list[list[int]]) -> np.ndarray:
+    """A block table with shuffled pages for all texts."""
+    table = np.zeros((len(texts), max(-(-len(t) // 64) for t in texts)), np.int32)
+    page = iter(np.random.default_rng(1).permutation(np.arange(1, 1 + sum(-(-len(t) // 64) for t in texts))))
+    for row, tokens in zip(table, texts, strict=True):
+        for k in range(-(-len(tokens) // 64)):
+            row[k] = next(page)
+    return table
 
 
 def compare(run: Run, name: str, found: list[np.ndarray], expected: list[np.ndarray], limit: float) -> None:

@@ -87,14 +87,13 @@ def _bytes(tensors) -> int:
 def _measure_one(run: Run, steps, config, weights: dict, precision: str, size: int) -> None:
     """Device time of a captured step, and a whole step with its logits on the host."""
     from latentrt.runtime.backends.base import SequenceRows, pack
-    from latentrt.runtime.backends.padding import decode_shape
 
     context = 64 if run.dry else CONTEXT
     table = np.arange(1, 1 + size * (context // 64 + 1)).reshape(size, -1)
     batch = pack([SequenceRows([7 + i], context, [0]) for i in range(size)], table)
     logits = steps.step(batch).logits()
     run.check(f"V2-Lite {precision}, batch {size}: logits that are not numbers", float((~np.isfinite(logits)).sum()), 0)
-    captured = steps.captured(decode_shape(batch, steps.sizes, steps.max_pages)) if steps.capture else None
+    captured = steps.captured(batch) if steps.capture else None
     if steps.capture:
         run.check(f"V2-Lite {precision}, batch {size}: CUDA graph", float(not captured), 0, steps.uncaptured[:300])
     step = captured.graph.replay if captured else lambda: steps.step(batch).logits()
@@ -112,26 +111,48 @@ def _measure_one(run: Run, steps, config, weights: dict, precision: str, size: i
 
 
 def _measure_prefill(run: Run, steps, config, precision: str, past: int) -> None:
-    """One chunk of a prompt in both forms, in turn, not captured: launches from Python are part of the time.
+    """One chunk of a prompt in both forms: time of its graph, and whole steps with logits on the host, with and without it.
 
-    `chosen` marks the form that runtime/backends/forms.py takes.
+    Launches from Python are part of an eager step's time. `chosen` marks the form that runtime/backends/forms.py takes.
     """
     from latentrt.runtime.backends.base import SequenceRows, pack
+    from latentrt.runtime.backends.torch.step import StepRunner
 
     rows = 16 if run.dry else 2048
     pages = np.arange(1, 1 + -(-(past + rows) // 64))[None]
     batch = pack([SequenceRows(range(rows), past, [rows - 1])], pages)
-    chosen = example.chooser(config).form(batch)
-    seconds: dict[str, list[float]] = {form: [] for form in FORMS}
-    for _ in range(1 if run.dry else 6):
-        for form, found in seconds.items():
-            steps.chooser = example.chooser(config, form)
-            start = time.perf_counter()
-            steps.step(batch).logits()
-            found.append(time.perf_counter() - start)
-    for form, found in seconds.items():
-        rate = rows / float(np.median(found[len(found) > 1 :]))  # the first one compiles
-        run.measure(f"V2-Lite {precision}, chunk of {rows} after {past}, {form}", tokens_per_s=rate, chosen=form == chosen)
+    choice = steps.chooser
+    chosen = choice.form(batch)
+    for form in FORMS:
+        label = f"V2-Lite {precision}, chunk of {rows} after {past}, {form}"
+        if run.late(label):
+            continue
+        steps.chooser = example.chooser(config, form)
+        eager = StepRunner(steps.programs, steps.caches, steps.chooser, capture=False)
+        expected = eager.step(batch).logits()
+        found = [steps.step(batch).logits() for _ in range(3)][-1]  # eager, captured, replayed
+        captured = steps.captured(batch) if steps.capture else None
+        if steps.capture:
+            run.check(f"{label}: CUDA graph", float(not captured), 0, steps.uncaptured_prompts[:300])
+            error = float(np.linalg.norm(found - expected) / np.linalg.norm(expected))
+            run.check(f"{label}: captured against eager", error, 0.05)
+        values: dict = {}
+        if captured:
+            seconds = timed(run, {"chunk": captured.graph.replay}, capture=False)["chunk"]
+            values = dict(tokens_per_s=rows / seconds, step_ms=seconds * 1e3,
+                          with_logits_tokens_per_s=rows / _wall(run, steps, batch))  # fmt: skip
+        run.measure(label, **values, eager_tokens_per_s=rows / _wall(run, eager, batch), chosen=form == chosen)
+    steps.chooser = choice
+
+
+def _wall(run: Run, steps, batch) -> float:
+    """Median seconds of a step whose logits go to the host."""
+    found = []
+    for _ in range(1 if run.dry else 7):
+        start = time.perf_counter()
+        steps.step(batch).logits()
+        found.append(time.perf_counter() - start)
+    return float(np.median(found))
 
 
 def touched(config, weights: dict, tokens: int) -> float:

@@ -26,7 +26,7 @@ class BackendOptions:
 
     cache_tokens: tokens in the latent cache; None: what 1 GiB holds, 8 full contexts at most, on a GPU nine tenths of its
     free memory. threads: 0 for all cores. device: "auto", "cpu", "cuda" or "cuda:1". prefill: "auto" or a form of
-    plugins/step_graph.py, for steps that are not of one token a sequence. capture: decode steps as CUDA graphs.
+    plugins/step_graph.py, for steps that are not of one token a sequence. capture: steps as CUDA graphs.
     custom_ops: "auto", "triton" or "reference", a matter of backend torch. mapped, a matter of backend onnxruntime: weights
     stay in the bundle's files instead of being copied into the layout that its kernels like best. Little memory, slow steps.
     kernels, another: "auto" takes our own, whose weights are always mapped, where they can be compiled; "native" insists on

@@ -1,4 +1,4 @@
-"""Which form of attention runs a step that no captured graph takes, by counting operations.
+"""Which form of attention runs a step that is not of one token a sequence, by counting operations.
 
 All forms give the same numbers from the same cache. Absorbed attends in the latent space, where a pair of a new row and a
 cached token takes 2 kv_lora_rank + qk_rope_head_dim multiplications a head; expanded takes qk_nope_head_dim +

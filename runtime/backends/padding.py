@@ -10,6 +10,12 @@ from latentrt.runtime.errors import RequestError
 
 SIZES = (1, 2, 4, 8, 16, 32, 48, 64, 96, 128, 160, 192, 224, 256)  # sequences of captured decode steps
 GRAPHS = 64  # captured steps that are kept, of the shapes last used
+PROMPT_GRAPHS = 32  # the same for steps that hold prompts: each keeps its logits in memory
+PROMPT_LOGIT_ROWS = 64  # of such steps at most; V2's logits of one row take 0.4 MB
+PROMPT_PAGES = 8  # width of such steps' block tables at least: few shapes of short prompts
+# Rows of captured steps that hold prompts. Padding costs as much as other rows: above 192 it is less than a quarter. Fewer rows
+# cost little more than reading the weights.
+PROMPT_ROWS = (16, 32, 64, 128, 192, 256, 320, 416, 512, 640, 832, 1024, 1280, 1664, 2048, 2560, 3328, 4096)
 ALIGNMENT = 64  # int32 elements: TensorRT wants inputs at multiples of 256 bytes, kernels at multiples of 16
 
 
@@ -60,8 +66,31 @@ def decode_shape(
         return None
     shape = grown
     size = next(s for s in sorted(sizes) if s >= shape.rows)
-    width = max(shape.max_pages, min(1 << (shape.max_pages - 1).bit_length(), max_pages))
-    return StepShape(size, size, size, width)
+    return StepShape(size, size, size, _width(shape.max_pages, max_pages))
+
+
+def prompt_shape(batch: StepBatch, max_pages: int = 1 << 30) -> StepShape | None:
+    """The shape that a captured graph gives to a step that holds prompts, or None where it is too large to be captured.
+
+    Rows grow to the next of PROMPT_ROWS, all else to powers of two: sequences, logit rows (as many as sequences at least, since
+    the last chunk of a prompt has one and the others none), and the block table's width, at most `max_pages`.
+    """
+    shape = StepShape.of(batch)
+    rows = next((n for n in PROMPT_ROWS if n >= shape.rows), None)
+    sequences = _power_of_two(shape.sequences)
+    logit_rows = max(sequences, _power_of_two(shape.logit_rows))
+    if rows is None or logit_rows > PROMPT_LOGIT_ROWS:
+        return None
+    return StepShape(rows, sequences, logit_rows, _width(shape.max_pages, max_pages, PROMPT_PAGES))
+
+
+def _power_of_two(n: int) -> int:
+    return 1 << max(n - 1, 0).bit_length()
+
+
+def _width(pages: int, most: int, least: int = 1) -> int:
+    """A block table's width for `pages`: a power of two, at most `most` unless `pages` is more."""
+    return max(pages, min(_power_of_two(max(pages, least)), most))
 
 
 def prefill_shape(batch: StepBatch, limits: StepShape, least: StepShape = SMALLEST) -> StepShape:
@@ -75,7 +104,7 @@ def prefill_shape(batch: StepBatch, limits: StepShape, least: StepShape = SMALLE
         size, largest = getattr(shape, name), getattr(limits, name)
         if size > largest:
             raise RequestError(f"a step has {size} {name}, the engine was built for {largest}")
-        found.append(min(largest, max(smallest, 1 << max(size - 1, 0).bit_length())))
+        found.append(min(largest, max(smallest, _power_of_two(size))))
     return StepShape(*found)
 
 

@@ -54,6 +54,18 @@ def test_captured_steps_equal_eager_ones(bfloat16_graph, eager):  # noqa: F811
     assert runner._graphs, "decode steps were captured"
 
 
+def test_captured_prompts_equal_eager_ones(bfloat16_graph):  # noqa: F811
+    from latentrt.runtime.backends.base import SequenceRows, pack
+
+    prompts, pages = sequences(320), _pages()
+    batch = pack([SequenceRows(p, 0, [len(p) - 1]) for p in prompts], pages.table)
+    eager = make_runner(bfloat16_graph, "cuda", False).step(batch).logits()
+    runner = make_runner(bfloat16_graph, "cuda", True)
+    for count in range(4):  # a sequence of one token is a pass of its own
+        found = runner.step(batch).logits()
+        assert np.median(errors(found, eager)) <= 0.02 and len(runner._prompts) == bool(count)
+
+
 def test_equals_the_cpu(bfloat16_graph, eager):  # noqa: F811
     expected = logits_of(make_runner(bfloat16_graph, "cpu", False))
     assert np.median(errors(eager, expected)) <= 0.03

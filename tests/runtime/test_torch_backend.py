@@ -12,7 +12,6 @@ import torch
 
 from latentrt.plugins.step_graph import StepBatch
 from latentrt.runtime import backends
-from latentrt.runtime.backends import padding
 from latentrt.runtime.backends.base import SequenceRows, pack, pages_for
 from latentrt.runtime.backends.forms import FormChooser
 from latentrt.runtime.backends.torch import backend as torch_backend
@@ -65,28 +64,6 @@ def test_chunks_change_nothing(pair):
     whole = ragged.run(step_of(pair[1]), tokens, [], pages)
     for a, b in zip(whole, ragged.run(step_of(pair[1]), tokens, SCHEDULE, pages), strict=True):
         assert np.abs(a - b).max() <= 1e-5 * np.abs(a).max()
-
-
-def test_padded_decode_step_equals_plain(pair):
-    """What a captured CUDA graph is given: fixed shapes, padding rows, empty sequences."""
-    backend = pair[1]
-    for cache in backend.caches:
-        cache.zero_()
-    table = np.array([[1, 2], [3, 0], [4, 5]])
-    backend.step(pack([SequenceRows(range(n), 0, []) for n in (70, 3, 65)], table))
-    batch = pack([SequenceRows([t], n, [0]) for t, n in ((9, 70), (8, 3), (7, 65))], table)
-    kept = [c.clone() for c in backend.caches]
-    plain = backend.step(batch).logits()
-    for cache, old in zip(backend.caches, kept, strict=True):
-        cache.copy_(old)
-    shape = padding.decode_shape(batch)
-    assert shape == padding.StepShape(4, 4, 4, 2)
-    offsets, length = shape.offsets()
-    buffer = np.full(length, -7, np.int32)
-    padding.fill(batch, shape, buffer)
-    sizes = shape.sizes()
-    padded = StepBatch(**{n: buffer[o : o + int(np.prod(sizes[n]))].reshape(sizes[n]) for n, o in offsets.items()})
-    assert np.abs(backend.step(padded).logits()[:3] - plain).max() <= 1e-5 * np.abs(plain).max()
 
 
 @pytest.fixture(scope="module")
@@ -197,109 +174,6 @@ def test_products_of_one_input_are_merged(bfloat16_graph, float8_graph):
     assert torch.equal(torch_merging.stack(weight, weight)[4:].view(torch.uint8), weight.view(torch.uint8))
 
 
-class FakeGraph:
-    """A CUDA graph that calls again what was captured."""
-
-    current = None
-
-    def replay(self):
-        for name, value in self.again().items():
-            self.outputs[name].copy_(value)
-
-
-@pytest.mark.slow
-def test_captured_steps_without_a_gpu(bfloat16_graph, monkeypatch):
-    """The way of a captured step (buffers, padding, replay, one graph a shape) with torch.cuda's calls stood in for."""
-    from contextlib import contextmanager, nullcontext
-    from types import SimpleNamespace
-
-    from latentrt.runtime.backends.torch import step as torch_step
-
-    proto, weights, c = bfloat16_graph
-    program = StepProgram(proto, weights, "cpu", "reference")
-    plain_run = program.run
-
-    @contextmanager
-    def graph(graph, pool):
-        FakeGraph.current = graph
-        yield
-        FakeGraph.current = None
-
-    def run(inputs):
-        outputs = plain_run(inputs)
-        if FakeGraph.current:
-            FakeGraph.current.outputs, FakeGraph.current.again = outputs, lambda: plain_run(inputs)
-        return outputs
-
-    stream = SimpleNamespace(wait_stream=lambda other: None)
-    fake = SimpleNamespace(
-        CUDAGraph=FakeGraph, graph=graph, Stream=lambda device: stream, current_stream=lambda device: stream,
-        stream=lambda s: nullcontext(), graph_pool_handle=lambda: None,
-        Event=lambda: SimpleNamespace(record=lambda: None, synchronize=lambda: None),
-    )  # fmt: skip
-    monkeypatch.setattr(program, "run", run)
-    width, logits = c.kv_lora_rank + c.qk_rope_head_dim, []
-    for capture in (False, True):
-        caches = {f"latent_cache.{i}": torch.zeros(12, 64, width, dtype=torch.bfloat16) for i in range(c.num_hidden_layers)}
-        runner = single(program, caches, sizes=(1, 2, 4, 8))
-        if capture:
-            monkeypatch.setattr(torch_step.torch, "cuda", fake)
-            runner.capture = True
-        decode = [[1] * len(LENGTHS)] * 2
-        tokens = [[*s, 1, 2] for s in sequences(320)]
-        schedule, pages = [[n - 2 for n in map(len, tokens)], *decode], ragged.Pages([len(t) for t in tokens], 64)
-        # on a GPU the copy is made by the way to the host
-        found = ragged.run(lambda i, r=runner: r.step(StepBatch(**i)).logits().copy(), tokens, schedule, pages)
-        logits.append(np.concatenate(found))
-    # the first step held prompts and a sequence of one token: that was a pass of its own
-    assert list(runner._graphs) == [padding.StepShape(1, 1, 1, 1), padding.StepShape(8, 8, 8, 4)]
-    assert np.abs(logits[0] - logits[1]).max() <= 0.02 * np.abs(logits[0]).max()
-
-
-@pytest.mark.slow
-def test_of_captured_shapes_the_last_used_are_kept(bfloat16_graph, monkeypatch):
-    from latentrt.runtime.backends.torch import step as torch_step
-
-    proto, weights, _ = bfloat16_graph
-    runner = single(StepProgram(proto, weights, "cpu", "reference"), {})
-    monkeypatch.setattr(torch_step, "GRAPHS", 2)
-    monkeypatch.setattr(torch_step, "CapturedStep", lambda program, caches, shape, pool: shape)
-    monkeypatch.setattr(torch_step.torch.cuda, "current_stream", lambda device: None)
-    a, b, c = (padding.StepShape(n, n, n, 1) for n in (1, 2, 4))
-    for shape in (a, b, a, c):
-        assert runner.captured(shape) == shape
-    assert list(runner._graphs) == [a, c]
-
-
-@pytest.mark.slow
-def test_a_shape_that_cannot_be_captured(bfloat16_graph, monkeypatch, capsys):
-    """It runs eagerly, as all shapes after it do, and says so once."""
-    from contextlib import nullcontext
-    from types import SimpleNamespace
-
-    from latentrt.runtime.backends.torch import step as torch_step
-
-    proto, weights, c = bfloat16_graph
-    width = c.kv_lora_rank + c.qk_rope_head_dim
-    caches = {f"latent_cache.{i}": torch.zeros(3, 64, width, dtype=torch.bfloat16) for i in range(c.num_hidden_layers)}
-    runner, tried = single(StepProgram(proto, weights, "cpu", "reference"), caches), []
-
-    def captured_step(*arguments):
-        tried.append(arguments)
-        raise RuntimeError("operation not permitted when stream is capturing")
-
-    cuda = SimpleNamespace(stream=lambda s: nullcontext(), current_stream=lambda device: None)
-    monkeypatch.setattr(torch_step.torch, "cuda", cuda)
-    monkeypatch.setattr(torch_step, "CapturedStep", captured_step)
-    batches = [pack([SequenceRows([3], 0, [0])] * n, np.array([[1]] * n)) for n in (1, 2)]
-    expected = [runner.step(b).logits() for b in batches]
-    runner.capture = True
-    for batch, logits in zip(batches, expected, strict=True):
-        assert np.array_equal(runner.step(batch).logits(), logits)
-    assert len(tried) == 1 and "not permitted" in runner.uncaptured
-    assert capsys.readouterr().err.count("without CUDA graphs") == 1
-
-
 @pytest.mark.slow
 def test_bundle_of_a_gpu_target(bfloat16_graph, float32_logits, tmp_path):
     """A plan's bundle keeps the ONNX graph beside it, with weights as inputs; torch runs that."""
@@ -383,7 +257,7 @@ def test_a_step_runs_on_its_own_gpu_whatever_is_current(monkeypatch):
     monkeypatch.setattr(torch_step.torch.cuda, "device", gpu.device)
     runner = StepRunner({"absorbed": program}, {}, FormChooser(("absorbed",)), capture=False)
     on_gpu = SimpleNamespace(device=program.device, __getitem__=None)
-    monkeypatch.setattr(runner, "_logits", lambda batch, capture, least: gpu.check(torch.zeros(1, 4)))
+    monkeypatch.setattr(runner, "_logits", lambda batch, capture: gpu.check(torch.zeros(1, 4)))
     result = runner.step(pack([SequenceRows([3], 0, [0])], np.array([[1]])))
     assert gpu.stack == [0], "and the thread has its own back"
     result._on_device = on_gpu

@@ -1,8 +1,8 @@
-"""Runs a step program on a device: caches, and on a GPU decode steps as CUDA graphs, one per padded shape."""
+"""Runs a step program on a device: caches, and on a GPU steps as CUDA graphs, one per padded shape."""
 
-import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -10,12 +10,22 @@ import torch
 from latentrt.plugins.step_graph import DECODE_FORM, LOGITS, StepBatch
 from latentrt.runtime.backends.base import Draws, StepResult
 from latentrt.runtime.backends.forms import FormChooser
-from latentrt.runtime.backends.padding import GRAPHS, SIZES, SMALLEST, StepShape, decode_shape, fill
+from latentrt.runtime.backends.padding import (
+    GRAPHS,
+    PROMPT_GRAPHS,
+    SIZES,
+    SMALLEST,
+    StepShape,
+    decode_shape,
+    fill,
+    prompt_shape,
+)
 from latentrt.runtime.backends.passes import JoinedResult, split
+from latentrt.runtime.backends.torch.captured import WARM_UP, CapturedStep, Graphs, buffers, views
 from latentrt.runtime.backends.torch.graph import StepProgram
 from latentrt.runtime.errors import EngineLostError, StepMemoryError
 
-_WARM_UP = 3  # runs before a capture: kernels compile, libraries choose their algorithms
+Found = TypeVar("Found")
 
 
 def current(device: torch.device) -> AbstractContextManager:
@@ -26,11 +36,14 @@ def current(device: torch.device) -> AbstractContextManager:
 class StepRunner:
     """Programs by form, with their latent caches [num_pages, page_size, width], one per layer, by their input names.
 
-    On a GPU, steps that decode one token a sequence are captured once per padded shape (`sizes`, widths of the block
-    table in powers of two) and replayed; all others run eagerly, in the form that `chooser` says. A step of both kinds
-    runs in two passes. Of captured shapes the last used are kept. `capture=False` runs everything eagerly, in one pass, and so
-    does every shape after one that cannot be captured: `uncaptured` says why. lockstep: that is an error, since other ranks
-    would go on and capture theirs.
+    On a GPU, steps are captured as CUDA graphs, one per padded shape, and replayed; of captured shapes the last used are kept.
+    Those that decode one token a sequence (`sizes`, widths of the block table in powers of two) are captured at first sight.
+    Others take the form that `chooser` says, and are captured when their shape comes again: `padding.prompt_shape`. A step of
+    both kinds runs in two passes.
+
+    `capture=False` runs everything eagerly, in one pass. Eager is also what no graph takes, and every shape after one that
+    cannot be captured: `uncaptured` and `uncaptured_prompts` say why. lockstep: that is an error, since other ranks would go on
+    and capture theirs, and only steps that decode are captured.
     """
 
     def __init__(
@@ -41,9 +54,18 @@ class StepRunner:
         self.program = self.programs[DECODE_FORM]
         self.sizes, self.max_pages, self.lockstep = sizes, max_pages, lockstep
         self.capture = capture and self.program.device.type == "cuda"
-        self.uncaptured = ""
-        self._graphs: dict[StepShape, CapturedStep] = {}
-        self._pool = torch.cuda.graph_pool_handle() if self.capture else None
+        self._graphs, self._prompts = Graphs("decode steps", GRAPHS), Graphs("prompts", PROMPT_GRAPHS, asked=2)
+        self._pool = torch.cuda.graph_pool_handle() if self.capture else None  # every replay may write to all of it
+
+    @property
+    def uncaptured(self) -> str:
+        """Why steps that decode are not captured (any more)."""
+        return self._graphs.failure
+
+    @property
+    def uncaptured_prompts(self) -> str:
+        """Why steps that hold prompts are not."""
+        return self._prompts.failure
 
     @torch.inference_mode()
     def step(self, batch: StepBatch) -> StepResult:
@@ -51,48 +73,73 @@ class StepRunner:
         with current(self.program.device), _gpu_faults():
             parts = split(batch, next(iter(self.caches.values())).shape[1]) if self.capture else None
             if parts is None:
-                return self._pass(batch, self.capture)
-            # prompts are not captured, which might fill the same memory: one result stays while the other is made
+                return DeviceResult(self._logits(batch, self.capture))
             (prompts, theirs), (decoding, its) = parts
-            return JoinedResult([(self._pass(prompts, False), theirs), (self._pass(decoding, True), its)])
+            first = self._logits(prompts, True, keep=True)
+            return JoinedResult([(DeviceResult(first), theirs), (DeviceResult(self._logits(decoding, True)), its)])
 
     @torch.inference_mode()
     def step_padded(self, batch: StepBatch, least: StepShape, decoding: bool) -> StepResult:
         """See Backend.step_padded."""
         with current(self.program.device), _gpu_faults():
-            return self._pass(batch, self.capture and decoding, least)
+            return DeviceResult(self._logits(batch, self.capture and decoding, least))
 
-    def _pass(self, batch: StepBatch, capture: bool, least: StepShape = SMALLEST) -> "DeviceResult":
-        return DeviceResult(self._logits(batch, capture, least)[: len(batch.logit_rows)])
+    def _logits(self, batch: StepBatch, capture: bool, least: StepShape = SMALLEST, keep: bool = False) -> torch.Tensor:
+        """Logits [N, vocab_size]. keep: what replays later must not overwrite them."""
+        captured = self.captured(batch, least) if capture else None
+        if captured is None:
+            return self._eager(batch, StepShape.of(batch).at_least(least))[: len(batch.logit_rows)]
+        logits = captured.replay(batch)[: len(batch.logit_rows)]
+        return logits.clone() if keep else logits
 
-    def _logits(self, batch: StepBatch, capture: bool, least: StepShape) -> torch.Tensor:
-        shape = decode_shape(batch, self.sizes, self.max_pages, least) if capture else None
-        captured = self.captured(shape) if shape is not None else None
-        return captured.replay(batch) if captured else self._eager(batch, StepShape.of(batch).at_least(least))[LOGITS]
+    def captured(self, batch: StepBatch, least: StepShape = SMALLEST) -> CapturedStep | None:
+        """The CUDA graph that takes `batch`, captured now if it is time; None if there is none."""
+        shape = decode_shape(batch, self.sizes, self.max_pages, least)
+        if shape is not None:
+            return self._captured(self._graphs, shape, DECODE_FORM, WARM_UP)
+        shape = None if self.lockstep else prompt_shape(batch, self.max_pages)
+        if shape is None:
+            return None
+        return self._captured(self._prompts, shape, self.chooser.form(batch, shape), 1)
 
-    def captured(self, shape: StepShape) -> "CapturedStep | None":
-        """The CUDA graph of a shape, captured when first asked for; None if it cannot be, which is said once."""
-        if shape in self._graphs:
-            self._graphs[shape] = self._graphs.pop(shape)  # the last is the last used
-        elif not self.uncaptured:
-            device = self.program.device
-            try:
-                if len(self._graphs) >= GRAPHS:
-                    del self._graphs[next(iter(self._graphs))]
-                with torch.cuda.stream(torch.cuda.current_stream(device)):  # a capture that fails leaves its own current
-                    self._graphs[shape] = CapturedStep(self.program, self.caches, shape, self._pool)
-            except RuntimeError as error:
-                if self.lockstep:
-                    raise
-                self.uncaptured = str(error)
-                print(f"decode steps run without CUDA graphs, which costs time: {error}", file=sys.stderr)
-        return self._graphs.get(shape)
+    def _captured(self, graphs: Graphs, shape: StepShape, form: str, warm_up: int) -> CapturedStep | None:
+        program = self.programs[form]
 
-    def _eager(self, batch: StepBatch, shape: StepShape) -> dict[str, torch.Tensor]:
-        host, device = _buffers(shape, self.program.device)
+        def get() -> CapturedStep | None:
+            with torch.cuda.stream(torch.cuda.current_stream(program.device)):  # a capture that fails leaves its own current
+                return graphs.get(shape, form, lambda: CapturedStep(program, self.caches, shape, self._pool, warm_up))
+
+        try:
+            return get() if graphs is self._prompts else self._with_memory(get)
+        except RuntimeError as error:
+            if self.lockstep:
+                raise
+            graphs.fail(str(error))
+        return None
+
+    def _eager(self, batch: StepBatch, shape: StepShape) -> torch.Tensor:
+        return self._with_memory(lambda: self._run(batch, shape))
+
+    def _with_memory(self, call: Callable[[], Found]) -> Found:
+        """What `call` returns; where it finds too little memory it is called again, without the graphs of prompts."""
+        try:
+            return call()
+        except torch.OutOfMemoryError as error:
+            if not len(self._prompts):
+                raise
+            why = str(error).splitlines()[0]
+        # the pool gives memory back when no graph is left; those of steps that decode are captured again
+        self._graphs.clear()
+        self._prompts.clear()
+        self._prompts.fail(f"their memory was needed ({why})")
+        self._pool = torch.cuda.graph_pool_handle()
+        return call()
+
+    def _run(self, batch: StepBatch, shape: StepShape) -> torch.Tensor:
+        host, device = buffers(shape, self.program.device)
         fill(batch, shape, host.numpy())
         device.copy_(host)
-        return self.programs[self.chooser.form(batch)].run(_views(device, shape) | self.caches)
+        return self.programs[self.chooser.form(batch)].run(views(device, shape) | self.caches)[LOGITS]
 
 
 class DeviceResult(StepResult):
@@ -141,35 +188,6 @@ def _gpu_faults() -> Iterator[None]:
         raise EngineLostError(f"the GPU failed ({str(error).splitlines()[0]}); load the engine again") from error
 
 
-class CapturedStep:
-    """One shape's CUDA graph: its inputs lie in one buffer, filled by one copy from pinned host memory."""
-
-    def __init__(self, program: StepProgram, caches: Mapping[str, torch.Tensor], shape: StepShape, pool):
-        self.shape = shape
-        self._host, self._device = _buffers(shape, program.device)
-        self._copied = torch.cuda.Event()
-        inputs = _views(self._device, shape) | dict(caches)
-        stream = torch.cuda.Stream(program.device)
-        stream.wait_stream(torch.cuda.current_stream(program.device))
-        with torch.inference_mode(), torch.cuda.stream(stream):
-            self._device.zero_()  # num_tokens 0: nothing but padding, nothing is written
-            for _ in range(_WARM_UP):
-                program.run(inputs)
-        torch.cuda.current_stream(program.device).wait_stream(stream)
-        self.graph = torch.cuda.CUDAGraph()
-        with torch.inference_mode(), torch.cuda.graph(self.graph, pool=pool):
-            self._logits = program.run(inputs)[LOGITS]
-
-    def replay(self, batch: StepBatch) -> torch.Tensor:
-        """Logits [N of the shape, vocab_size] on the device, valid until the next replay of any graph of the runner."""
-        self._copied.synchronize()  # the host buffer may still be read by the copy before
-        fill(batch, self.shape, self._host.numpy())
-        self._device.copy_(self._host, non_blocking=True)
-        self._copied.record()
-        self.graph.replay()
-        return self._logits
-
-
 def _to_host(logits: torch.Tensor) -> np.ndarray:
     """The logits in host memory: pinned for a GPU, of which PyTorch keeps what is freed for the next step."""
     if logits.device.type != "cuda":
@@ -178,15 +196,3 @@ def _to_host(logits: torch.Tensor) -> np.ndarray:
     host.copy_(logits, non_blocking=True)
     torch.cuda.current_stream(logits.device).synchronize()
     return host.numpy()
-
-
-def _buffers(shape: StepShape, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
-    """Host (pinned for a GPU) and device memory for all inputs of a step."""
-    length = shape.offsets()[1]
-    host = torch.zeros(length, dtype=torch.int32, pin_memory=device.type == "cuda")
-    return host, torch.zeros(length, dtype=torch.int32, device=device)
-
-
-def _views(buffer: torch.Tensor, shape: StepShape) -> dict[str, torch.Tensor]:
-    offsets, _ = shape.offsets()
-    return {name: buffer[offsets[name] :][: int(np.prod(size))].view(size) for name, size in shape.sizes().items()}
