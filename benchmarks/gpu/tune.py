@@ -232,7 +232,8 @@ class Tuner:
             words = " ".join(f"{k}={v}" for k, v in fields.items())
             times = " ".join(f"{c}: {row['times'].get(c, float('nan')):.1f}" for c in cases)
             mark = "*" if row is rows[0] else " "
-            print(f" {mark} {cost(row):.3f} | {times} | {words} held={row.get('ctas', '')} regs={row['registers']} stack={row['stack']} {row['why']}")
+            resources = f"held={row.get('ctas', '')} regs={row['registers']} stack={row['stack']}"
+            print(f" {mark} {cost(row):.3f} | {times} | {words} {resources} {row['why']}")
 
 
 def _compiled(spec, capability: int, folder: Path) -> CompiledKernel | str:
