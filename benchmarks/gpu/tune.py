@@ -1,6 +1,7 @@
 """Times block sizes that a GPU's row of tiles.py could hold: `python -m benchmarks.gpu.tune attention experts [--match TEXT]`.
 
-Candidates are compiled ahead of time, in parallel, then timed on the cases that each tile serves, as gpu-check times them. A
+Candidates come from the cache of kernels or are compiled, in parallel, then timed on the cases that each tile serves, as
+gpu-check times them. A
 table per tile: microseconds of every case, registers and stack, the best by the sum of ratios first; `*` is today's. Without a
 GPU (--compile 90) it compiles and tells the resources.
 """
@@ -22,7 +23,7 @@ import torch
 from benchmarks.gpu import ahead, attention, experts
 from benchmarks.gpu.run import Run, timed
 from latentrt.plugins.architecture import Gpu, get
-from latentrt.plugins.launch.compile import CompiledKernel, compile_kernel, load
+from latentrt.plugins.launch.compile import CompiledKernel, compile_kernel
 from latentrt.plugins.launch.cuda import CudaLauncher
 from latentrt.plugins.mla_attention import plan as attention_plan
 from latentrt.plugins.mla_attention.tiles import TILES as ATTENTION
@@ -238,7 +239,7 @@ class Tuner:
 
 def _compiled(spec, capability: int, folder: Path) -> CompiledKernel | str:
     try:
-        return load(spec, capability, folder) or compile_kernel(spec, capability, folder)
+        return ahead.find(spec, capability) or compile_kernel(spec, capability, folder)
     except Exception as error:  # a candidate that does not fit
         return str(error).strip().splitlines()[-1][-80:]
 
