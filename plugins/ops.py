@@ -13,6 +13,7 @@ NAMES = ("mla_attention", "mla_prefill", "moe_route", "moe_experts")
 COLLECTIVES = ("all_gather", "reduce_scatter")  # which join ranks: no kernels of ours
 
 
+@cache  # a launch asks for it
 def part(op: str, name: str) -> ModuleType:
     """plugins/<op>/<name>.py: op (the contract), reference, kernel, plan, ort, trt."""
     return import_module(f"latentrt.plugins.{op}.{name}")

@@ -181,12 +181,12 @@ def teacher_forced(step, texts: list[list[int]]) -> list[np.ndarray]:
 
 
 def repeated(steps, texts: list[list[int]]) -> list[np.ndarray]:
-    """Logits of the last rows of all texts as prompts of one step, which is run thrice: eagerly, captured, replayed."""
+    """Logits of the last rows of all texts as prompts of one step, run until it is captured and replayed."""
     from latentrt.runtime.backends.base import SequenceRows, pack
 
     rows = [SequenceRows(t, 0, range(max(0, len(t) - TOLD), len(t))) for t in texts]
     batch = pack(rows, _pages(texts))
-    logits = [steps.step(batch).logits() for _ in range(3)][-1]
+    logits = [steps.step(batch).logits() for _ in range(3 if steps.capture else 1)][-1]
     if steps.capture and steps.captured(batch) is None:
         raise RuntimeError(f"prompts that come again are not captured: {steps.uncaptured_prompts}")
     return np.split(logits, np.cumsum([len(r.logits) for r in rows])[:-1])

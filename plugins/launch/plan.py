@@ -6,6 +6,7 @@ the torch launcher and the TensorRT plugins replay it. Nothing here imports torc
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import TYPE_CHECKING
 
@@ -68,6 +69,14 @@ class Launch:
     def values(self, addresses: Mapping[str, int]) -> tuple[int | float, ...]:
         """The arguments as numbers, names replaced by device addresses, in the order of `kernel.arguments`."""
         return tuple(addresses[a] if isinstance(a, str) else a for a in self.arguments)
+
+    @cached_property
+    def keywords(self) -> tuple[dict[str, int | float | str | None], tuple[tuple[str, str], ...]]:
+        """The arguments of a launch by keywords: what the plan fixes, constants and options included, and what is a tensor."""
+        pairs = [(name, a) for (name, _), a in zip(self.kernel.arguments, self.arguments, strict=True)]
+        options = dict(num_warps=self.kernel.num_warps, num_stages=self.kernel.num_stages)
+        fixed = {name: a for name, a in pairs if not isinstance(a, str)} | dict(self.kernel.constexprs) | options
+        return fixed, tuple((name, a) for name, a in pairs if isinstance(a, str))
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,7 @@
 """Replays a launch plan on torch tensors: through Triton's JIT on a GPU, in its interpreter on the CPU."""
 
 from collections.abc import Mapping
+from functools import cache
 
 import torch
 
@@ -20,15 +21,24 @@ def word(tensor: torch.Tensor) -> str:
 
 def contiguous(tensors: Mapping[str, torch.Tensor | None]) -> dict[str, torch.Tensor]:
     """The tensors that are present, contiguous and 16-byte aligned, copied where they are not."""
-    present = {k: v.contiguous() for k, v in tensors.items() if v is not None}
-    return {k: v.clone() if v.data_ptr() % POINTER_ALIGNMENT else v for k, v in present.items()}
+    found = {}
+    for name, tensor in tensors.items():
+        if tensor is not None:
+            tensor = tensor.contiguous()
+            found[name] = tensor.clone() if tensor.data_ptr() % POINTER_ALIGNMENT else tensor
+    return found
 
 
 def target_of(tensor: torch.Tensor) -> Gpu:
     """The GPU that holds `tensor`; for a CPU tensor the architecture that the interpreter imitates."""
-    if tensor.device.type != "cuda":
+    return _gpu(tensor.device)
+
+
+@cache
+def _gpu(device: torch.device) -> Gpu:
+    if device.type != "cuda":
         return Gpu.of(INTERPRETED)
-    properties = torch.cuda.get_device_properties(tensor.device)
+    properties = torch.cuda.get_device_properties(device)
     return Gpu.of(properties.major * 10 + properties.minor, properties.multi_processor_count)
 
 
@@ -44,8 +54,6 @@ def run(plan: Plan, tensors: Mapping[str, torch.Tensor]) -> None:
         if device.type == "cpu":
             tensors[buffer.name].view(torch.uint8).fill_(0xFF)  # NaN, -1: the workspace holds nothing of use
     for launch in plan.launches:
-        spec = launch.kernel
-        function = getattr(ops.part(spec.op, "kernel"), spec.function)
-        names = [name for name, _ in spec.arguments]
-        values = {n: tensors[a] if isinstance(a, str) else a for n, a in zip(names, launch.arguments, strict=True)}
-        function[launch.grid](**values, **dict(spec.constexprs), num_warps=spec.num_warps, num_stages=spec.num_stages)
+        fixed, named = launch.keywords
+        function = getattr(ops.part(launch.kernel.op, "kernel"), launch.kernel.function)
+        function[launch.grid](**fixed, **{name: tensors[tensor] for name, tensor in named})

@@ -236,6 +236,7 @@ def test_without_capture_or_in_lockstep_prompts_stay_eager(gpu):
 def test_prompts_that_cannot_be_captured(gpu, capsys):
     """They run eagerly from then on, which is said once; what decodes is captured all the same."""
     runner, gpu.refused = echoing(gpu), 0
+    pool = runner._pool
     for new in (300, 300, 300, 600, 600):
         batch = batch_of((new, 0))
         assert np.array_equal(runner.step(batch).logits(), answer(batch, 1))
@@ -243,6 +244,7 @@ def test_prompts_that_cannot_be_captured(gpu, capsys):
     assert capsys.readouterr().err.count("prompts run without CUDA graphs") == 1
     gpu.refused = None
     runner.step(batch_of((1, 5)))
+    assert runner._pool is not pool, "PyTorch refuses a pool that no graph holds any more"
     assert len(runner._graphs) == 1 and not len(runner._prompts)
 
 

@@ -115,6 +115,7 @@ class StepRunner:
             if self.lockstep:
                 raise
             graphs.fail(str(error))
+        self._pool = torch.cuda.graph_pool_handle()  # PyTorch takes no pool again that a failed capture has left
         return None
 
     def _eager(self, batch: StepBatch, shape: StepShape) -> torch.Tensor:
