@@ -61,3 +61,26 @@ def test_around_attention(tokens):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_router_product(tokens, dtype):
     assert_close(*both(torch_fused_ops.wide_linear, randn(tokens, 2048), randn(64, 2048).to(dtype)), 1e-5)
+
+
+@pytest.mark.parametrize("inputs", [2048, 2816])
+@pytest.mark.parametrize("rows", [1, 2, 16, 40, 64])
+def test_programs_that_share_a_sum(rows, inputs, float8):
+    """The same bits however often it runs, whichever program comes last, and counters that are zero again."""
+    from latentrt.runtime.backends.torch import float8_kernels as torch_float8_kernels
+
+    q, row = (t.cuda() for t in torch_fused_ops.quantize_rows(randn(rows, inputs), SMALLEST))
+    weight, channel = torch.randn(640, inputs, device="cuda").to(torch.float8_e4m3fn), torch.rand(640, device="cuda")
+    arrived = torch_float8_kernels.counters(weight)
+    found = [torch_float8_kernels.multiply(q, row, weight, channel, arrived) for _ in range(100)]
+    expected = q.double() @ weight.double().t() * row.double() * channel.double()
+    assert (found[0].double() - expected).norm() <= 8e-3 * expected.norm()
+    assert all(torch.equal(found[0], other) for other in found) and not arrived.any()
+
+
+@pytest.mark.parametrize("scales", [dict(smallest=SMALLEST), dict(static=0.01)], ids=["dynamic", "static"])
+@pytest.mark.parametrize("tokens", [1, 16, 300])
+def test_rows_quantized_where_they_are_made(tokens, scales, float8):
+    gate, up = randn(tokens, 2 * 2816).split(2816, 1)
+    assert_close(*both(torch_fused_ops.swiglu(scales), gate, up), 2e-2)
+    assert_close(*both(torch_fused_ops.sum_norm(1e-6, scales), randn(2816), gate, up), 2e-2)
