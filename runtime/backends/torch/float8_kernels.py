@@ -93,7 +93,7 @@ def _last(sums, arrived, acc, tile, tiles, splits):
     last = tl.atomic_add(arrived + tile, 1, sem="acq_rel") == splits - 1
     if last:
         acc = tl.zeros_like(acc)
-        for split in range(splits):
+        for split in tl.range(0, splits):
             acc += tl.load(at + split * tiles * size, cache_modifier=".cg")
         tl.store(arrived + tile, 0)
     return acc, last
