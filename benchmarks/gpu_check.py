@@ -29,6 +29,7 @@ OURS = ("build", "benchmarks", "examples", "export", "plugins", "runtime", "vali
 SECTIONS = {
     "ceilings": ("run:ceilings", 20, 5),
     "attention": ("attention:check", 120, 60),
+    "narrow": ("narrow:check", 110, 0),
     "routing": ("experts:check_route", 30, 10),
     "experts": ("experts:check_experts", 90, 50),
     "fused": ("fused:check", 30, 10),

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import torch
 
-from benchmarks.gpu.run import BF16_FLOPS, HBM, Run, relative_error, timed
+from benchmarks.gpu.run import BF16_FLOPS, Run, relative_error, timed
 from latentrt.plugins import cache_formats
 from latentrt.plugins.mla_attention.kernel import mla_attention_
 from latentrt.plugins.mla_attention.reference import mla_attention
@@ -138,8 +138,8 @@ def measure_packed(run: Run) -> None:
                     seconds = timed(run, {"latentrt": step}, len(sets))["latentrt"]
                     read = b * length * layout.bytes_per_token(rank, rope)
                     run.measure(
-                        label, us=seconds * 1e6, GBps=read / seconds / 1e9, of_roofline=read / HBM / seconds, kernels=jit(),
-                        sets=len(sets),
+                        label, us=seconds * 1e6, GBps=read / seconds / 1e9, of_roofline=read / run.bandwidth / seconds,
+                        kernels=jit(), sets=len(sets),
                     )  # fmt: skip
 
 
@@ -150,7 +150,7 @@ def _measure_one(run: Run, ahead, label: str, cache: torch.Tensor, heads: int, s
     tokens, width, rank = sequences * length, cache.shape[2], sets[0][0].shape[2]
     read = tokens * 2 * width + sequences * heads * 2 * (rank + width)
     operations = 2 * tokens * heads * (rank + width)
-    seconds, memory = found["latentrt"], read / HBM
+    seconds, memory = found["latentrt"], read / run.bandwidth
     bound = max(memory, operations / BF16_FLOPS)
     others = {f"{name}_us": s * 1e6 for name, s in found.items() if name != "latentrt"}
     run.measure(

@@ -5,7 +5,7 @@ from collections.abc import Callable
 import torch
 import torch.nn.functional as F
 
-from benchmarks.gpu.run import BF16_FLOPS, HBM, Run, relative_error, timed
+from benchmarks.gpu.run import BF16_FLOPS, Run, relative_error, timed
 from latentrt.plugins.moe_experts.kernel import moe_experts
 from latentrt.plugins.moe_experts.reference import moe_experts as moe_experts_reference
 from latentrt.plugins.moe_route.kernel import moe_route
@@ -196,7 +196,7 @@ def _measure_one(run: Run, ahead, label: str, sets: list[tuple], parts: tuple) -
     others = {f"{n}_us": s * 1e6 for n, s in found.items() if n != "latentrt"}
     run.measure(
         label, us=seconds * 1e6, GBps=read / seconds / 1e9, TFLOPS=operations / seconds / 1e12, experts=chosen,
-        of_roofline=max(read / HBM, operations / peak) / seconds, of_copy=read / seconds / run.ceilings["copy"],
+        of_roofline=max(read / run.bandwidth, operations / peak) / seconds, of_copy=read / seconds / run.ceilings["copy"],
         kernels=kernels, sets=len(sets), **others,
         **{f"{n}_ratio": s / seconds for n, s in found.items() if n != "latentrt"},
     )  # fmt: skip

@@ -7,7 +7,7 @@ import numpy as np
 import torch
 
 from benchmarks.gpu import model as example
-from benchmarks.gpu.run import HBM, Run, timed
+from benchmarks.gpu.run import Run, timed
 from latentrt.plugins.step_graph import DECODE_FORM, FORMS
 
 CONTEXT, PREFIX = 1024, 30720  # tokens in the cache: of a decoding sequence, and before a later chunk
@@ -105,7 +105,7 @@ def _measure_one(run: Run, steps, config, weights: dict, precision: str, size: i
     read = touched(config, weights, size) + size * context * config.num_hidden_layers * 2 * 576
     run.measure(
         f"V2-Lite {precision}, batch {size}, context {context}", tokens_per_s=size / seconds, step_ms=seconds * 1e3,
-        with_logits_tokens_per_s=size / wall, of_bandwidth=read / HBM / seconds,
+        with_logits_tokens_per_s=size / wall, of_bandwidth=read / run.bandwidth / seconds,
         of_copy=read / seconds / run.ceilings["copy"], read_GB=read / 1e9,
     )  # fmt: skip
 

@@ -11,7 +11,7 @@ import torch
 
 from benchmarks.gpu.state import State
 
-HBM, BF16_FLOPS = 4.8e12, 990e12  # H200: bytes/s and FLOP/s of its datasheet, for the roofline
+BF16_FLOPS = 990e12  # FLOP/s of an H100's or H200's datasheet, for the roofline
 WARM_UP, ROUNDS = 3, 15
 SLEEP = 2_000_000  # cycles, about 1 ms, in which the host launches what is timed
 SHORTEST, MOST_CALLS = 5e-4, 20  # seconds that a captured graph should take; calls put into it for that, at most
@@ -82,6 +82,14 @@ class Run:
     def randn(self, *shape: int, dtype: torch.dtype = torch.bfloat16, scale: float = 1.0) -> torch.Tensor:
         """Normal values made on the device in `dtype`, without a wider copy."""
         return torch.empty(shape, dtype=dtype, device=self.device).normal_(0, scale)
+
+    @property
+    def bandwidth(self) -> float:
+        """Bytes/s of this GPU's memory, by its clock and width: 3.35e12 of an H100, 4.8e12 of an H200. NaN without a GPU."""
+        if self.device.type != "cuda":
+            return math.nan
+        properties = torch.cuda.get_device_properties(self.device)
+        return 2 * properties.memory_clock_rate * 1e3 * properties.memory_bus_width / 8
 
     def free_bytes(self) -> int:
         """Memory of the device that nothing uses."""
@@ -185,5 +193,5 @@ def ceilings(run: Run) -> None:
     run.state.ceilings = {"copy": 2 * source.nbytes / found["copy"], "matmul": 2 * n**3 / found["matmul"]}
     run.measure(
         "ceilings", copy_GBps=run.ceilings["copy"] / 1e9, matmul_TFLOPS=run.ceilings["matmul"] / 1e12,
-        copy_of_datasheet=run.ceilings["copy"] / HBM,
+        copy_of_datasheet=run.ceilings["copy"] / run.bandwidth,
     )  # fmt: skip

@@ -108,3 +108,13 @@ def test_what_a_target_lacks_is_refused():
         forms.chooser("target sm86", WITHOUT, V2, "expanded")
     with pytest.raises(RequestError, match="prefill is 'naive', accepted: auto, absorbed, expanded"):
         BackendOptions(prefill="naive")
+
+
+def test_heads_that_faulted_on_a_gpu_are_not_expanded_there():
+    """Those of the family are; and whoever asks for a form gets it."""
+    chosen = forms.chooser("target sm90", WITH, V2)
+    assert forms.run_on_a_gpu(chosen) is chosen
+    narrow = V2 | dict(kv_lora_rank=64, qk_nope_head_dim=32, v_head_dim=32)
+    assert forms.run_on_a_gpu(forms.chooser("target sm90", WITH, narrow)) == FormChooser(("absorbed",))
+    asked = forms.chooser("target sm90", WITH, narrow, "expanded")
+    assert forms.run_on_a_gpu(asked) is asked

@@ -21,7 +21,7 @@ from latentrt.runtime.backends.base import (
     pack,
     pages_for,
 )
-from latentrt.runtime.backends.forms import FormChooser, chooser
+from latentrt.runtime.backends.forms import FormChooser, chooser, run_on_a_gpu
 from latentrt.runtime.backends.padding import StepShape
 from latentrt.runtime.backends.torch import graph as torch_graph
 from latentrt.runtime.backends.torch.step import StepRunner, current
@@ -41,6 +41,7 @@ class TorchBackend(Backend):
         self.name, self.target = name, target
         choose = chooser(f"{bundle.path}: target {name}", target, bundle.manifest.config, options.prefill)
         self.device = resolve_device(options.device, options.gpu)
+        choose = run_on_a_gpu(choose) if self.device.type == "cuda" else choose
         if options.threads:
             torch.set_num_threads(options.threads)
         kind = options.custom_ops
@@ -50,7 +51,7 @@ class TorchBackend(Backend):
             if kind == "triton":
                 _check_gpu(f"{bundle.path}: target {name}", target, self.device)
             try:
-                programs = self._programs(bundle, kind, options.rank)
+                programs = self._programs(bundle, kind, options.rank, choose.forms)
             except torch_graph.UnknownOpError as error:
                 found = f"{bundle.path}: target {name} ({target.precision}): {error}"
                 raise BundleError(f"{found}; leave --backend out, or build --target torch or --precision fp32") from None
@@ -90,9 +91,12 @@ class TorchBackend(Backend):
     def close(self) -> None:
         self.runner, self.caches = None, []
 
-    def _programs(self, bundle: Bundle, custom_ops: str, rank: int) -> dict[str, torch_graph.StepProgram]:
-        """A program per form, on the same weights in memory."""
-        files = {form: onnx_file(bundle, self.name, self.target, form) for form in self.target.engines}
+    def _programs(
+        self, bundle: Bundle, custom_ops: str, rank: int, forms: Sequence[str]
+    ) -> dict[str, torch_graph.StepProgram]:
+        """A program for decode and for each of `forms`, on the same weights in memory."""
+        wanted = [form for form in self.target.engines if form == DECODE_FORM or form in forms]
+        files = {form: onnx_file(bundle, self.name, self.target, form) for form in wanted}
         models = {form: torch_graph.read(bundle.file(ref)) for form, ref in files.items()}
         for model in models.values():
             torch_graph.check_ops(model, custom_ops)  # before the weights, which then may have no such names
