@@ -68,7 +68,7 @@ def attention_subjects(capability: int) -> Iterator[Subject]:
         blocks = variants(row["few.packed"], block_n=(16, 32, 64), warps=(4, 8), stages=(1, 2))
         yield Subject(ATTENTION[capability], "few.packed", blocks, cases)
         cases = {f"128h 16x4K {form}": decode(128, 16, 4096, form)}
-        blocks = variants(row["many.packed"], block_n=(32, 64), stages=(1, 2), unchain=(0, 1))
+        blocks = variants(row["many.packed"], block_n=(32, 64), warps=(8, 16), stages=(1, 2), unchain=(0, 1))
         blocks += variants(_half(row["many.packed"]), block_n=(16, 32), warps=(4, 8))
         yield Subject(ATTENTION[capability], "many.packed", blocks, cases)
 

@@ -16,18 +16,18 @@ def _share(default: float, unit: str, source: str):
 
 @dataclass(frozen=True)
 class Assumptions:
-    """See `table` for what each means. None was measured on a GPU by this project."""
+    """See `table` for what each means. docs/many-gpus.md holds them against one H100."""
 
-    hbm: float = _share(0.8, "of the memory's bandwidth, where weights are read", "guess; copies reach about 0.9")
-    cache_hbm: float = _share(0.7, "of the same, where a latent cache is read", "guess; FlashMLA's README: 0.9 on H800")
+    hbm: float = _share(0.8, "of the memory's bandwidth, where weights are read", "guess; on an H100 experts reached 0.88, small products far less")
+    cache_hbm: float = _share(0.7, "of the same, where a latent cache is read", "guess; on an H100 0.5 to 0.88; FlashMLA's README: 0.9 on H800")
     bf16: float = _share(0.6, "of the bf16 rate, in products with weights", "guess")
-    fp8: float = _share(0.5, "of the FP8 rate", "guess; DeepGEMM's README: 0.61 to 0.68 on H800")
-    attention: float = _share(0.5, "of the bf16 rate, in attention", "guess; FlashMLA's README: 0.67 on H800")
+    fp8: float = _share(0.5, "of the FP8 rate", "on an H100 0.42 to 0.52; DeepGEMM's README: 0.61 to 0.68 on H800")
+    attention: float = _share(0.5, "of the bf16 rate, in attention", "guess; on an H100 0.26, prompts 0.38 to 0.46; FlashMLA's README: 0.67 on H800")
     link: float = _share(0.75, "of the link's rate in one direction, which is half of both", "guess")
     latency_us: float = _number(12.0, "us of a collective that moves nothing", "guess for NCCL on NVLink")
     overlap: float = _number(0.0, "of the collectives' time, hidden behind kernels", "the step graph hides none", 0.0, 1.0)
     kernels: float = _number(20.0, "kernels a layer", "counted on V2-Lite's FP8 step, docs/results.md")
-    graph_us: float = _number(1.0, "us between two kernels of a captured step", "guess")
+    graph_us: float = _number(1.0, "us between two kernels of a captured step", "guess; V2-Lite's steps on an H100 fit 2.2")
     launch_us: float = _number(4.0, "us between two kernels, else", "guess")
     host_ms: float = _number(0.5, "ms of the host a step: messages to ranks, inputs", "guess")
     host_us: float = _number(15.0, "us of the host a step and sequence: scheduler, sampling, events",
