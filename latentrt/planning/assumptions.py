@@ -18,11 +18,11 @@ def _share(default: float, unit: str, source: str):
 class Assumptions:
     """See `table` for what each means. docs/many-gpus.md holds them against one H100."""
 
-    hbm: float = _share(0.8, "of the memory's bandwidth, where weights are read", "guess; an H100: experts 0.88, small products less")
+    hbm: float = _share(0.8, "of the memory's bandwidth, where weights are read", "guess; an H100: 0.88 in experts")
     cache_hbm: float = _share(0.7, "of the same, where a latent cache is read", "guess; an H100: 0.5 to 0.88; FlashMLA: 0.9")
     bf16: float = _share(0.6, "of the bf16 rate, in products with weights", "guess")
     fp8: float = _share(0.5, "of the FP8 rate", "on an H100 0.42 to 0.52; DeepGEMM's README: 0.61 to 0.68 on H800")
-    attention: float = _share(0.5, "of the bf16 rate, in attention", "guess; an H100: 0.26, prompts 0.38 to 0.46; FlashMLA: 0.67")
+    attention: float = _share(0.5, "of the bf16 rate, in attention", "guess; an H100: 0.26, prompts 0.38; FlashMLA: 0.67")
     link: float = _share(0.75, "of the link's rate in one direction, which is half of both", "guess")
     latency_us: float = _number(12.0, "us of a collective that moves nothing", "guess for NCCL on NVLink")
     overlap: float = _number(0.0, "of the collectives' time, hidden behind kernels", "the step graph hides none", 0.0, 1.0)
