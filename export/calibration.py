@@ -1,15 +1,18 @@
 """Static scales of FP8 activations: one constant per linear, from the largest |input| over sample tokens.
 
 The torch model runs over the checkpoint in float32, layer by layer: one layer's weights are loaded, all sample tokens go
-through it, and only their hidden states stay. What is scaled is what `fp8_graph` quantizes of linears; the experts inside
-moe_experts keep one scale per token whatever was calibrated. Values beyond the largest one seen saturate at run time.
+through it, and only their hidden states stay. What is scaled is what `fp8_graph` quantizes of linears; the experts inside our
+moe_experts keep one scale per token whatever was calibrated, those of a published checkpoint (`experts`) get constants as well.
+Values beyond the largest one seen saturate at run time.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.layerwise import one_sequence, run_layer, threads_for
@@ -21,9 +24,12 @@ from latentrt.plugins.step_graph import ABSORBED, layer_prefix
 
 
 def activation_scales(
-    checkpoint: Checkpoint, samples: Samples, progress: Callable[[float], None] = lambda layers: None
+    checkpoint: Checkpoint, samples: Samples, progress: Callable[[float], None] = lambda layers: None, experts: bool = False
 ) -> dict[str, float]:
-    """Weight name of every linear -> scale of its input: largest |x| / 448. `progress` gets 1 per finished layer."""
+    """Weight name of every linear -> scale of its input: largest |x| / 448. `progress` gets 1 per finished layer.
+
+    experts: of the routed experts' weights too, one scale for all experts of a layer, as engines that fuse them need.
+    """
     config, scales = checkpoint.config, {}
     weights = registry.of(config).weights(config)
     with torch.no_grad(), threads_for(config):
@@ -32,7 +38,7 @@ def activation_scales(
             prefix = layer_prefix(number)
             members = [w for w in weights if w.name.startswith(prefix)]
             layer = _load_layer(config, number, members, checkpoint.read)
-            with _largest_inputs(layer, prefix, members) as largest:
+            with _largest_inputs(layer, prefix, members) as largest, _ExpertInputs(members, largest if experts else {}):
                 states = [(ids, run_layer(layer, ids, hidden, angles, config), angles) for ids, hidden, angles in states]
             del layer  # before the next one is loaded
             checkpoint.release()
@@ -90,3 +96,26 @@ def _largest_inputs(layer: nn.Module, prefix: str, weights: list[Weight]) -> Ite
     finally:
         for handle in handles:
             handle.remove()
+
+
+class _ExpertInputs(TorchDispatchMode):
+    """Adds weight name of the layer's stacked experts -> largest |input| to `largest`, of all experts together."""
+
+    def __init__(self, weights: list[Weight], largest: dict[str, float]):
+        super().__init__()
+        self._largest, self._names = largest, {w.role: w.name for w in weights if w.role in ("gate_up", "down")}
+        largest |= dict.fromkeys(self._names.values(), 0.0)
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        if self._names and function is torch.ops.latentrt.moe_experts.default:
+            rows, ids, _, gate_up = arguments[:4]
+            for expert in ids.unique().tolist():
+                mine = rows[(ids == expert).any(1)]
+                gate, up = (mine @ gate_up[expert].t()).chunk(2, 1)
+                self._note("gate_up", mine)
+                self._note("down", F.silu(gate) * up)
+        return function(*arguments, **(options or {}))
+
+    def _note(self, role: str, inputs: Tensor) -> None:
+        name = self._names[role]
+        self._largest[name] = max(self._largest[name], float(inputs.abs().max()))

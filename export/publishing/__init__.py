@@ -11,6 +11,7 @@ if TYPE_CHECKING:
 FORMATS = {  # name -> (module, class)
     "fp8-block": ("fp8", "Fp8Blocks"),
     "modelopt-fp8": ("modelopt", "Fp8Channels"),
+    "modelopt-fp8-tensor": ("modelopt", "Fp8Tensors"),
     "modelopt-fp8-block": ("modelopt", "Fp8WeightBlocks"),
     "modelopt-nvfp4": ("modelopt", "Nvfp4Weights"),
 }

@@ -12,6 +12,7 @@ class Published(ABC):
 
     name: ClassVar[str]
     storage: ClassVar[str]  # for people
+    calibrated: ClassVar[bool] = False  # whether a module's input has a constant scale, stored beside its weight as input_scale
 
     @abstractmethod
     def encode(self, weight: Tensor) -> dict[str, Tensor]:

@@ -1,7 +1,7 @@
 """Checkpoints in the form of NVIDIA's ModelOpt, which TensorRT-LLM, vLLM and SGLang read.
 
-Both layouts of the configuration are written: hf_quant_config.json, and the flat one in config.json. There is no calibration:
-activations are scaled where the model runs, or stay as they are.
+Both layouts of the configuration are written: hf_quant_config.json, and the flat one in config.json. Activations are scaled
+where the model runs, or stay as they are; modelopt-fp8-tensor stores the scales of calibration.
 """
 
 from collections.abc import Sequence
@@ -47,6 +47,17 @@ class Fp8Channels(_ModelOpt):
     def encode(self, weight: Tensor) -> dict[str, Tensor]:
         values, scales = Fp8().encode(Weight("", tuple(weight.shape), "linear", ()), weight)
         return {"weight": values, "weight_scale": scales}
+
+
+class Fp8Tensors(_ModelOpt):
+    """ModelOpt's plain FP8: a scale per tensor, and one for its input, from sample tokens."""
+
+    name, storage, algorithm = "modelopt-fp8-tensor", "FP8, a scale per tensor and per input", "FP8"
+    calibrated = True
+
+    def encode(self, weight: Tensor) -> dict[str, Tensor]:
+        scale = weight.abs().max().clamp_min(SMALLEST_ABSMAX) / LARGEST
+        return {"weight": (weight / scale).to(torch.float8_e4m3fn), "weight_scale": scale}
 
 
 class Fp8WeightBlocks(_ModelOpt):

@@ -10,13 +10,16 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
+from latentrt.export.calibration import activation_scales
 from latentrt.export.checkpoint import INDEX, Checkpoint, combined_digest
 from latentrt.export.errors import BuildError
 from latentrt.export.models.base import Weight
 from latentrt.export.publishing.base import Published
 from latentrt.export.recipe import Recipe
+from latentrt.export.samples import Samples
 
 MARKER = ".export.json"  # of a folder that is being written: what it is made of
+INPUT_SCALES = ".input_scales.json"  # what calibration found, in such a folder
 _QUANTIZED = ("linear", "gate_up", "down")  # roles; embedding, norms, router, kv_b_proj and head stay bfloat16
 
 
@@ -33,21 +36,33 @@ def plan(checkpoint: Checkpoint, published: Published, recipe: Recipe | None = N
     return quantized, list(plain)
 
 
+def check(published: Published, calibration: object | None) -> None:
+    """BuildError unless sample tokens are given where the format needs them, and only there."""
+    if published.calibrated and calibration is None:
+        raise BuildError(f"format {published.name} scales inputs by constants: give sample tokens, --calibration TEXT")
+    if calibration is not None and not published.calibrated:
+        raise BuildError(f"format {published.name} has no scales of inputs; leave --calibration out")
+
+
 def write(
     checkpoint: Checkpoint, published: Published, out: Path, recipe: Recipe | None = None,
-    progress: Callable[[int], None] = lambda tensors: None,
+    progress: Callable[[int], None] = lambda tensors: None, samples: Samples | None = None,
 ) -> int:  # fmt: skip
     """Writes the checkpoint in a format to the folder `out`; returns the number of stored tensors.
 
-    `progress` is told how many tensors of the original are done. BuildError if `out` holds something else.
+    `progress` is told how many tensors of the original are done; calibration counts as one a layer. BuildError if `out` holds
+    something else, or `samples` do not fit the format.
     """
+    check(published, samples)
     quantized, plain = plan(checkpoint, published, recipe)
-    _claim(out, {"format": published.name, "plain": plain, "checkpoint": combined_digest(checkpoint.file_digests())})
+    identity = {"format": published.name, "plain": plain, "checkpoint": combined_digest(checkpoint.file_digests())}
+    _claim(out, identity | ({"calibration": samples.digest} if samples else {}))
+    inputs = _input_scales(checkpoint, out, samples, progress) if samples else {}
     weight_map: dict[str, str] = {}
     for part, names in _parts(checkpoint.weights()).items():
         file = f"model-{part}.safetensors"
         if not (out / file).exists():
-            stored = {k: v for name in names for k, v in _stored(checkpoint, published, name, quantized[name]).items()}
+            stored = {k: v for name in names for k, v in _stored(checkpoint, published, name, quantized[name], inputs).items()}
             save_file(stored, out / f"{file}.new", metadata={"format": "pt"})
             os.replace(out / f"{file}.new", out / file)
             checkpoint.release()
@@ -57,11 +72,28 @@ def write(
     return len(weight_map)
 
 
-def _stored(checkpoint: Checkpoint, published: Published, name: str, quantized: bool) -> dict[str, torch.Tensor]:
+def _stored(
+    checkpoint: Checkpoint, published: Published, name: str, quantized: bool, inputs: dict[str, float]
+) -> dict[str, torch.Tensor]:
     value = checkpoint.read(name)
     if not quantized:
         return {name: value.bfloat16().contiguous()}
-    return {f"{_module(name)}.{key}": tensor for key, tensor in published.encode(value.float()).items()}
+    stored = published.encode(value.float())
+    if published.calibrated:
+        stored["input_scale"] = torch.tensor(inputs[name])
+    return {f"{_module(name)}.{key}": tensor for key, tensor in stored.items()}
+
+
+def _input_scales(checkpoint: Checkpoint, out: Path, samples: Samples, progress: Callable[[int], None]) -> dict[str, float]:
+    """Tensor of the checkpoint -> scale of its input; kept in `out` while that is not whole."""
+    file = out / INPUT_SCALES
+    if not file.exists():
+        scales = activation_scales(checkpoint, samples, progress, experts=True)
+        file.with_suffix(".new").write_text(json.dumps(scales))
+        os.replace(file.with_suffix(".new"), file)
+    scales = json.loads(file.read_text())
+    sources = ((w.name, name) for w in checkpoint.weights() if w.name in scales for group in w.sources for name in group)
+    return {name: scales[weight] for weight, name in sources}
 
 
 def _claim(out: Path, identity: dict) -> None:
@@ -100,6 +132,7 @@ def _finish(checkpoint: Checkpoint, published: Published, out: Path, plain: list
                 shutil.copyfile(file, target)
     for name, content in files.items():
         (out / name).write_text(json.dumps(content, indent=2))
+    (out / INPUT_SCALES).unlink(missing_ok=True)
     (out / MARKER).unlink()
 
 

@@ -1,6 +1,7 @@
 """Quantized checkpoints for other engines: against formulas, against ModelOpt's own files, and read by transformers."""
 
 import json
+import re
 from pathlib import Path
 
 import numpy as np
@@ -15,20 +16,26 @@ from latentrt.export import publishing, recipe
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.errors import BuildError
 from latentrt.export.publishing import write
-from latentrt.export.publishing.modelopt import FP4, Nvfp4Weights
+from latentrt.export.publishing.modelopt import FP4, Fp8Tensors, Nvfp4Weights
+from latentrt.export.samples import Samples
 from tests import checkpoints
 from tests.conftest import EXAMPLE
 
 MADE_BY_MODELOPT = Path(__file__).parent.parent / "quantized"
 # half a step of e4m3 (3 bits of mantissa), and of E2M1 between 4 and 6, relative to a block's largest element
-STEP = {"fp8-block": 2**-4, "modelopt-fp8": 2**-4, "modelopt-fp8-block": 2**-4, "modelopt-nvfp4": 1 / 6 * (1 + 2**-4)}
+STEP = dict.fromkeys(("fp8-block", "modelopt-fp8", "modelopt-fp8-tensor", "modelopt-fp8-block"), 2**-4)
+STEP["modelopt-nvfp4"] = 1 / 6 * (1 + 2**-4)
 
 
 @pytest.fixture(scope="module", params=publishing.FORMATS)
 def published(request, tmp_path_factory) -> tuple[str, Path]:
     out = tmp_path_factory.mktemp("published") / request.param
-    write.write(Checkpoint(EXAMPLE), publishing.find(request.param), out)
+    write.write(Checkpoint(EXAMPLE), publishing.find(request.param), out, samples=samples_for(request.param))
     return request.param, out
+
+
+def samples_for(name: str) -> Samples | None:
+    return Samples(((7, 300, 5, 99, 4000, 12),)) if publishing.find(name).calibrated else None
 
 
 def test_our_own_reader_gives_the_nearest_values(published):
@@ -82,6 +89,62 @@ def test_values_that_modelopt_wrote_are_written_again(file):
             if torch.equal(own["weight_scale_2"], stored["weight_scale_2"].reshape(())):
                 signless = (decoded == 0).unflatten(1, (-1, 16)).any(-1)  # ModelOpt has codes of -0
                 assert (groups | signless)[same].all() and same.any()
+
+
+def test_fp8_tensors_that_modelopt_wrote_are_written_again():
+    """Its scales are a tensor's largest element / 448: codes come out again bit for bit, and names and shapes are its own."""
+    with safe_open(MADE_BY_MODELOPT / "modelopt-fp8.safetensors", framework="pt") as theirs:
+        names = set(theirs.keys())
+        modules = [n.removesuffix(".input_scale") for n in names if n.endswith(".input_scale")]
+        assert modules
+        for module in modules:
+            stored = {k: theirs.get_tensor(f"{module}.{k}") for k in ("weight", "weight_scale", "input_scale")}
+            own = Fp8Tensors().encode(stored["weight"].float() * stored["weight_scale"])
+            assert own["weight_scale"].shape == stored["weight_scale"].shape == stored["input_scale"].shape == ()
+            torch.testing.assert_close(own["weight_scale"], stored["weight_scale"], rtol=2**-22, atol=0)
+            assert torch.equal(own["weight"].view(torch.uint8), stored["weight"].view(torch.uint8))
+
+
+@torch.no_grad()
+def test_input_scales_are_the_largest_inputs_of_transformers_modules(small_checkpoint, tmp_path):
+    """Experts share one scale a layer: of the rows that any of them meets, and of what their down_proj is given."""
+    sequences = checkpoints.random_tokens([60, 1, 33], seed=3)
+    write.write(Checkpoint(small_checkpoint), Fp8Tensors(), tmp_path / "out", samples=Samples(tuple(map(tuple, sequences))))
+    largest, model = {}, checkpoints.reference(small_checkpoint)
+
+    def note(name: str, value: torch.Tensor) -> None:
+        largest[name] = max(largest.get(name, 0.0), float(value.abs().max()))
+
+    def experts(name: str):
+        def hook(module, inputs):
+            rows, ids = inputs[0].flatten(0, -2), inputs[1].flatten(0, -2)
+            note(f"{name}.gate_proj", rows)
+            note(f"{name}.up_proj", rows)
+            for expert in range(len(module.down_proj)):
+                gate, up = (rows[(ids == expert).any(1)] @ module.gate_up_proj[expert].T).chunk(2, -1)
+                if len(gate):
+                    note(f"{name}.down_proj", gate * gate.sigmoid() * up)
+
+        return hook
+
+    for name, module in model.named_modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda module, inputs, name=name: note(name, inputs[0]))
+        elif name.endswith(".experts"):
+            module.register_forward_pre_hook(experts(name))
+    for sequence in sequences:
+        checkpoints.reference_logits(model, sequence)
+    read = Checkpoint(tmp_path / "out")
+    found = {}
+    for file in (tmp_path / "out").glob("*.safetensors"):
+        with safe_open(file, framework="pt") as opened:
+            found |= {n.removesuffix(".input_scale"): opened.get_tensor(n) for n in opened.keys() if n.endswith("input_scale")}  # noqa: SIM118
+    quantized, _ = write.plan(Checkpoint(small_checkpoint), Fp8Tensors())
+    assert {f"{name}.weight" for name in found} == {name for name, done in quantized.items() if done}
+    for name, scale in found.items():
+        asked = re.sub(r"experts\.\d+", "experts", name)
+        assert float(scale) * 448 == pytest.approx(largest[asked], rel=1e-4), name
+    read.check()
 
 
 def decode_nvfp4(weight, weight_scale, weight_scale_2) -> torch.Tensor:
@@ -161,3 +224,35 @@ def test_the_command_says_what_it_wrote(tmp_path, capsys):
     assert told["tensors"] == len(json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())["weight_map"])
     assert main(["export", str(EXAMPLE), "--out", str(tmp_path / "b"), "--format", "int3"]) == 2
     assert "format is 'int3', accepted: fp8-block, modelopt-fp8" in capsys.readouterr().err
+
+
+def test_sample_tokens_are_asked_for_where_they_are_needed(tmp_path, capsys):
+    """Before the checkpoint is read; and an interrupted export does not calibrate again."""
+    to = ["--out", str(tmp_path / "out")]
+    assert main(["export", str(tmp_path / "none"), *to, "--format", "modelopt-fp8-tensor"]) == 2
+    assert "give sample tokens, --calibration TEXT" in capsys.readouterr().err
+    assert main(["export", str(tmp_path / "none"), *to, "--calibration", "x.txt"]) == 2
+    assert "format fp8-block has no scales of inputs; leave --calibration out" in capsys.readouterr().err
+    file = tmp_path / "samples.json"
+    file.write_text("[[5, 9, 400], [7]]")
+    command = ["export", str(EXAMPLE), *to, "--format", "modelopt-fp8-tensor", "--calibration", str(file)]
+    assert main(command) == 0
+    assert not [f.name for f in (tmp_path / "out").iterdir() if f.name.startswith(".")]
+
+
+def test_an_interrupted_export_does_not_calibrate_again(tmp_path, monkeypatch):
+    out, samples, layers = tmp_path / "out", samples_for("modelopt-fp8-tensor"), Checkpoint(EXAMPLE).config.num_hidden_layers
+    told = []
+
+    def interrupt(tensors: int) -> None:
+        told.append(tensors)
+        if len(told) == layers + 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write.write(Checkpoint(EXAMPLE), Fp8Tensors(), out, progress=interrupt, samples=samples)
+    with pytest.raises(BuildError, match="something else"):
+        write.write(Checkpoint(EXAMPLE), Fp8Tensors(), out, samples=Samples(((1,),)))
+    monkeypatch.setattr(write, "activation_scales", None)
+    write.write(Checkpoint(EXAMPLE), Fp8Tensors(), out, samples=samples)
+    Checkpoint(out).check()
