@@ -2,7 +2,8 @@
 
 It gives the tokens of runtime/engine/sampler.py, from the same uniform numbers, or says that a row is too close to call: where
 a sum lies within its rounding error of a bound. Weights and sums are float64. What is kept is a threshold among the logits,
-found by bisection over their bits: by counts for top-k, by sums for top-p (in float32, and set right in float64 afterwards).
+searched for by their bits, several at a time: by counts for top-k, by sums for top-p (in float32, and set right in float64
+afterwards).
 """
 
 import torch
@@ -14,14 +15,13 @@ from latentrt.plugins.sampling.plan import Sampling, plan
 
 
 @triton.jit
-def _logits(at, start, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """Columns, whether they exist, logits (-inf where not) and their keys: int64 of the same order, -0.0 as 0.0."""
-    column = start + tl.arange(0, BLOCK)
+def _logits(at, column, VOCAB: tl.constexpr):
+    """Whether columns exist, their logits (-inf where not) and keys: int64 of the same order, -0.0 as 0.0."""
     exists = column < VOCAB
     x = tl.load(at + column, mask=exists, other=float("-inf"))
     x = tl.where(x == 0.0, 0.0, x)
     bits = x.to(tl.int32, bitcast=True)
-    return column, exists, x, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
+    return exists, x, tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.int64)
 
 
 @triton.jit
@@ -30,23 +30,29 @@ def _weight(x, top, temperature):
 
 
 @triton.jit
-def _bisect(at, low, high, top, temperature, wanted, BY_COUNT: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
-    """The largest key from `low` to below `high` such that the logits with it or a larger one count, or weigh, `wanted`."""
+def _search(at, low, high, top, temperature, wanted, BY_COUNT: tl.constexpr, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
+            LANES: tl.constexpr, WAYS: tl.constexpr):  # fmt: skip
+    """The largest key from `low` to below `high` such that the logits with it or a larger one count, or weigh, `wanted`.
+
+    A pass over the logits tries WAYS keys; sums stay apart in LANES until its end.
+    """
     floor = low
+    way = tl.arange(0, WAYS).to(tl.int64) + 1
     while high - low > 1:
-        middle = low + (high - low) // 2
-        found = tl.full([1], 0.0, tl.float64)
+        keys = low + (high - low) * way // (WAYS + 1)  # rising; the last is above low
+        found = tl.zeros([LANES, WAYS], tl.float32)
         for start in range(0, VOCAB, BLOCK):
-            _, exists, x, key = _logits(at, start, VOCAB, BLOCK)
-            above = exists & (key >= middle) & (key >= floor)
-            if BY_COUNT:
-                found += tl.sum(above.to(tl.int32), 0).to(tl.float64)
-            else:
-                w = tl.exp((x - top.to(tl.float32)) / temperature.to(tl.float32))
-                found += tl.sum(tl.where(above, w, 0.0), 0).to(tl.float64)
-        enough = tl.sum(found, 0) >= wanted
-        low = tl.where(enough, middle, low)
-        high = tl.where(enough, high, middle)
+            for part in tl.static_range(0, BLOCK, LANES):
+                exists, x, key = _logits(at, start + part + tl.arange(0, LANES), VOCAB)
+                exists = exists & (key >= floor)
+                if BY_COUNT:
+                    w = exists.to(tl.float32)
+                else:
+                    w = tl.where(exists, tl.exp((x - top.to(tl.float32)) / temperature.to(tl.float32)), 0.0)
+                found += tl.where(key.to(tl.int32)[:, None] >= keys.to(tl.int32)[None, :], w[:, None], 0.0)
+        enough = tl.sum(found.to(tl.float64), 0) >= wanted
+        high = tl.min(tl.where(enough, high, keys), 0)
+        low = tl.max(tl.where(enough, keys, low), 0)
     return low
 
 
@@ -61,7 +67,7 @@ def _around(at, floor, key_at, top, temperature, VOCAB: tl.constexpr, BLOCK: tl.
     higher = tl.full([1], 1 << 40, tl.int64)
     lower = tl.full([1], -(1 << 40), tl.int64)
     for start in range(0, VOCAB, BLOCK):
-        _, exists, x, key = _logits(at, start, VOCAB, BLOCK)
+        exists, x, key = _logits(at, start + tl.arange(0, BLOCK), VOCAB)
         exists = exists & (key >= floor)
         w = _weight(x, top, temperature)
         above += tl.sum(tl.where(exists & (key > key_at), w, 0.0), 0)
@@ -70,7 +76,7 @@ def _around(at, floor, key_at, top, temperature, VOCAB: tl.constexpr, BLOCK: tl.
         higher = tl.minimum(higher, tl.min(tl.where(exists & (key > key_at), key, 1 << 40), 0))
         lower = tl.maximum(lower, tl.max(tl.where(exists & (key < key_at), key, -(1 << 40)), 0))
     for start in range(0, VOCAB, BLOCK):
-        _, exists, x, key = _logits(at, start, VOCAB, BLOCK)
+        exists, x, key = _logits(at, start + tl.arange(0, BLOCK), VOCAB)
         w = _weight(x, top, temperature)
         close = (w - weight <= 1e-12 * weight) & (weight - w <= 1e-12 * weight)
         near += tl.sum((exists & (key >= floor) & close).to(tl.int32), 0)
@@ -81,17 +87,18 @@ def _around(at, floor, key_at, top, temperature, VOCAB: tl.constexpr, BLOCK: tl.
 def _total(at, floor, top, temperature, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
     total = tl.full([1], 0.0, tl.float64)
     for start in range(0, VOCAB, BLOCK):
-        _, exists, x, key = _logits(at, start, VOCAB, BLOCK)
+        exists, x, key = _logits(at, start + tl.arange(0, BLOCK), VOCAB)
         total += tl.sum(tl.where(exists & (key >= floor), _weight(x, top, temperature), 0.0), 0)
     return tl.sum(total, 0)
 
 
 @triton.jit
-def _nucleus(at, floor, high, top, temperature, top_p, error, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+def _nucleus(at, floor, high, top, temperature, top_p, error, VOCAB: tl.constexpr, BLOCK: tl.constexpr,
+             LANES: tl.constexpr, WAYS: tl.constexpr):  # fmt: skip
     """Top-p among the logits from key `floor` on: a key, how many with just this key are kept, and whether that is sure."""
     total = _total(at, floor, top, temperature, VOCAB, BLOCK)
     target, slack = top_p * total, error * total
-    threshold = _bisect(at, floor, high, top, temperature, target, False, VOCAB, BLOCK)
+    threshold = _search(at, floor, high, top, temperature, target, False, VOCAB, BLOCK, LANES, WAYS)
     kept = tl.full([1], 0, tl.int32)
     state = tl.full([1], 1, tl.int32)
     turns = 0
@@ -121,7 +128,8 @@ def _draw(at, threshold, kept, top, temperature, min_p, uniform, error, VOCAB: t
     close = tl.full([1], 0, tl.int32)
     ties = tl.full([1], 0, tl.int32)
     for start in range(0, VOCAB, BLOCK):
-        column, exists, x, key = _logits(at, start, VOCAB, BLOCK)
+        column = start + tl.arange(0, BLOCK)
+        exists, x, key = _logits(at, column, VOCAB)
         on = (exists & (key == threshold)).to(tl.int32)
         chosen = (exists & (key > threshold)) | ((on > 0) & (ties + tl.cumsum(on, 0) <= kept))
         w = _weight(x, top, temperature)
@@ -134,7 +142,8 @@ def _draw(at, threshold, kept, top, temperature, min_p, uniform, error, VOCAB: t
     token, sure = tl.full([1], -1, tl.int32), tl.full([1], 0, tl.int32)
     before, ties = tl.full([1], 0.0, tl.float64), tl.full([1], 0, tl.int32)
     for start in range(0, VOCAB, BLOCK):
-        column, exists, x, key = _logits(at, start, VOCAB, BLOCK)
+        column = start + tl.arange(0, BLOCK)
+        exists, x, key = _logits(at, column, VOCAB)
         on = (exists & (key == threshold)).to(tl.int32)
         chosen = (exists & (key > threshold)) | ((on > 0) & (ties + tl.cumsum(on, 0) <= kept))
         w = _weight(x, top, temperature)
@@ -154,7 +163,8 @@ def _draw(at, threshold, kept, top, temperature, min_p, uniform, error, VOCAB: t
 
 
 @triton.jit
-def sample(logits, numbers, top_k, ids, states, largest, VOCAB: tl.constexpr, BLOCK: tl.constexpr):
+def sample(logits, numbers, top_k, ids, states, largest, VOCAB: tl.constexpr, BLOCK: tl.constexpr, LANES: tl.constexpr,
+           WAYS: tl.constexpr):  # fmt: skip
     """logits [N, VOCAB]; numbers [N, 4]: temperature (0: the largest), top_p, min_p, uniform; top_k [N], 0: all.
 
     ids [N]; states [N]: 0, 1 where it is too close to call, 2 where logits are not finite; largest [N].
@@ -177,18 +187,20 @@ def sample(logits, numbers, top_k, ids, states, largest, VOCAB: tl.constexpr, BL
     broken = (tl.max(bad, 0) > 0) | (most == float("inf")) | (most == float("-inf"))
     token, state, high = VOCAB, 0, -(1 << 40)
     for start in range(0, VOCAB, BLOCK):
-        column, exists, x, key = _logits(at, start, VOCAB, BLOCK)
+        column = start + tl.arange(0, BLOCK)
+        exists, x, key = _logits(at, column, VOCAB)
         token = tl.minimum(token, tl.min(tl.where(exists & (x == most), column, VOCAB), 0))
         high = tl.maximum(high, tl.max(tl.where(exists, key, -(1 << 40)), 0))
     if (temperature > 0) & (broken == 0):
         top = most.to(tl.float64)
         error = 1e-15 * (VOCAB + 16)
-        threshold, kept, sure = -(1 << 40) + tl.zeros([], tl.int64), VOCAB, 1
+        threshold, kept, sure = -(1 << 31) + tl.zeros([], tl.int64), VOCAB, 1
         if (count > 0) & (count < VOCAB):
-            threshold = _bisect(at, -(1 << 31) + tl.zeros([], tl.int64), high + 1, top, temperature, count.to(tl.float64),
-                                True, VOCAB, BLOCK)  # fmt: skip
+            threshold = _search(at, threshold, high + 1, top, temperature, count.to(tl.float64), True, VOCAB, BLOCK, LANES,
+                                WAYS)  # fmt: skip
         if top_p < 1:
-            threshold, kept, unsure = _nucleus(at, threshold, high + 1, top, temperature, top_p, error, VOCAB, BLOCK)
+            threshold, kept, unsure = _nucleus(at, threshold, high + 1, top, temperature, top_p, error, VOCAB, BLOCK, LANES,
+                                               WAYS)  # fmt: skip
             sure = 1 - unsure
         token, drawn = _draw(at, threshold, kept, top, temperature, min_p, uniform, error, VOCAB, BLOCK)
         state = 1 - (sure & drawn.to(tl.int32))

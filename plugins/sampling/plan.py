@@ -5,7 +5,8 @@ from functools import lru_cache
 
 from latentrt.plugins.launch.plan import KernelSpec, Plan, bind
 
-BLOCK, WARPS = 4096, 8  # logits that a program holds at a time
+BLOCK, WARPS = 4096, 16  # logits that a program holds at a time
+LANES, WAYS = 512, 8  # sums that a search for a threshold keeps apart, and thresholds that it tries in a pass
 TENSORS = ("logits", "numbers", "top_k", "ids", "states", "largest")
 
 
@@ -27,5 +28,5 @@ def kernels(config: Sampling) -> tuple[KernelSpec, ...]:
     """The one kernel of `config`, for any GPU."""
     arguments = (("logits", "*fp32"), ("numbers", "*fp64"), ("top_k", "*i32"), ("ids", "*i32"), ("states", "*i32"),
                  ("largest", "*fp32"))  # fmt: skip
-    constexprs = (("VOCAB", config.vocab_size), ("BLOCK", BLOCK))
+    constexprs = (("VOCAB", config.vocab_size), ("BLOCK", BLOCK), ("LANES", LANES), ("WAYS", WAYS))
     return (KernelSpec("sampling", "sample", arguments, constexprs, WARPS, 1, "(rows,)"),)
