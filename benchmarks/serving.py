@@ -2,7 +2,7 @@
 
     python -m benchmarks.serving soak BUNDLE --minutes 30    mixed load: memory, pages, ends of streams
     python -m benchmarks.serving loop BUNDLE                 time outside the backend's step at 1, 8 and 32 sequences
-    python -m benchmarks.serving lag BUNDLE                  the event loop's lag while a long prompt is read
+    python -m benchmarks.serving lag BUNDLE                  the event loop's lag while a long prompt is read, and for grammars
     python -m benchmarks.serving drafts BUNDLE               guesses ahead: how many are right, and what they gain
     python -m benchmarks.serving load BUNDLE --llama-server FILE --gguf FILE
                                                              throughput and latency, in turn with llama.cpp's server
@@ -22,6 +22,7 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -219,6 +220,7 @@ def _steps(engine, count: int, params) -> tuple[float, float]:
             start = time.perf_counter()
             engine.loop.step()
             whole.append(time.perf_counter() - start)
+            sink.clear()  # as whoever reads the events does
     finally:
         engine.backend.step = real
     return statistics.median(whole[5:-5]), statistics.median(inside[5:-5])
@@ -256,36 +258,62 @@ def drafts(bundle: BundlePath, held_out: Path = Path("examples/tiny-deepseek-v2/
 
 
 @app.command()
-def lag(bundle: BundlePath, rounds: int = 20) -> None:
-    """How late a task of the event loop wakes up while the engine reads a prompt in one step."""
-    asyncio.run(_lag(bundle, rounds))
+def lag(bundle: BundlePath, rounds: int = 20, rows: int = 0) -> None:
+    """How late a task of the event loop wakes up while the engine reads a prompt of ROWS tokens in one step (0: the longest), and
+    while large JSON schemas are compiled, each another one."""
+    asyncio.run(_lag(bundle, rounds, rows))
 
 
-async def _lag(bundle: Path, rounds: int) -> None:
+async def _lag(bundle: Path, rounds: int, rows: int) -> None:
     import latentrt
     from latentrt.runtime.api import Engine
     from latentrt.runtime.sampling_params import SamplingParams
     from latentrt.runtime.service import Ask, EngineService
+    from latentrt.runtime.structured import Constraint
 
     loaded = latentrt.load(bundle, threads=1)
-    length = min(loaded.limits.max_context, loaded.limits.max_batch_tokens) - 8
-    engine = Engine(loaded.bundle, loaded.backend, chunk=length)
-    service, late, steps = EngineService(engine), [], []
+    rows = rows or min(loaded.limits.max_context, loaded.limits.max_batch_tokens) - 8
+    service = EngineService(Engine(loaded.bundle, loaded.backend, chunk=rows))
     await service.start()
-    for n in range(rounds):
-        asked = time.perf_counter()
-        request = await service.submit([Ask([n % 50 + 5] * length, SamplingParams(max_new_tokens=1), salt=str(n))])
-        waiting = asyncio.ensure_future(anext(request))
-        while not waiting.done():
+    one = SamplingParams(max_new_tokens=1)
+    asks = [Ask([n % 50 + 5] * rows, one, salt=str(n)) for n in range(rounds)]
+    _tell_lag(f"a step of {rows} tokens", *await _lags(service, asks))
+    if loaded.tokenizer:
+        asks = [Ask([5], replace(one, constraint=Constraint("json_schema", _schema(n)))) for n in range(rounds)]
+        _tell_lag("an answer that follows a new schema", *await _lags(service, asks))
+    await service.stop()
+
+
+async def _lags(service, asks: list) -> tuple[list[float], list[float]]:
+    """Seconds by which one millisecond's sleeps were late meanwhile, and seconds that each took: asked one after another."""
+    late, took = [], []
+
+    async def answer(ask) -> None:
+        async for _ in await service.submit([ask]):
+            pass
+
+    for ask in asks:
+        asked, running = time.perf_counter(), asyncio.ensure_future(answer(ask))
+        while not running.done():
             start = time.perf_counter()
             await asyncio.sleep(0.001)
             late.append(time.perf_counter() - start - 0.001)
-        steps.append(time.perf_counter() - asked)
-    await service.stop()
-    late.sort()
-    print(f"a step of {length} tokens takes {statistics.median(steps) * 1e3:.0f} ms; lag of the event loop: "
+        running.result()
+        took.append(time.perf_counter() - asked)
+    return sorted(late), took
+
+
+def _tell_lag(what: str, late: list[float], took: list[float]) -> None:
+    print(f"{what} takes {statistics.median(took) * 1e3:.0f} ms; lag of the event loop: "
           f"p50 {late[len(late) // 2] * 1e3:.2f} ms, p99 {late[len(late) * 99 // 100] * 1e3:.2f} ms, "
           f"largest {late[-1] * 1e3:.2f} ms of {len(late)}")  # fmt: skip
+
+
+def _schema(n: int) -> dict:
+    """A large schema that no other number gives."""
+    parts = {f"part_{i}": {"enum": [f"value {n} {i} {k}" for k in range(20)]} for i in range(20)}
+    rows = {f"row_{i}": {"type": "object", "properties": parts, "required": list(parts)} for i in range(40)}
+    return {"type": "object", "properties": rows, "required": list(rows)}
 
 
 @app.command()
