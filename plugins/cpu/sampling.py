@@ -21,8 +21,8 @@ class TokenChooser:
         self, logits: np.ndarray, numbers: np.ndarray | None = None, top_k: np.ndarray | None = None
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """For logits [N, vocab_size] float32, numbers [N, 4] float64 and top_k [N] int32, C-contiguous: ids and states int32,
-        largest float32, all [N], valid until the next call. What they mean: runtime/backends/base.py (Draws, StepResult). Without
-        numbers the ids are those of the largest."""
+        largest float32, all [N], valid until the next call. Their meaning: Draws and StepResult in runtime/backends/base.py.
+        Without numbers the ids are those of the largest."""
         if logits.dtype != np.float32 or not logits.flags.c_contiguous:
             logits = np.ascontiguousarray(logits, np.float32)
         rows, vocab = logits.shape
