@@ -4,8 +4,8 @@
     python -m benchmarks.serving loop BUNDLE                 time outside the backend's step at 1, 8 and 32 sequences
     python -m benchmarks.serving lag BUNDLE                  the event loop's lag while a long prompt is read, and for grammars
     python -m benchmarks.serving drafts BUNDLE               guesses ahead: how many are right, and what they gain
-    python -m benchmarks.serving load BUNDLE --llama-server FILE --gguf FILE
-                                                             throughput and latency, in turn with llama.cpp's server
+    python -m benchmarks.serving load BUNDLE                 throughput and latency, by guidellm and aiperf where they are; with
+                                                             --llama-server and --gguf in turn with llama.cpp's server
 
 BUNDLE: of the example model, as `latentrt build examples/tiny-deepseek-v2` makes it. Results: docs/results.md.
 """
@@ -29,8 +29,11 @@ from typing import Annotated
 import httpx
 import typer
 
+from benchmarks import load_generators
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE")]
+EXAMPLE = Path("examples/tiny-deepseek-v2")
 WORDS = [
     "def", "class", "import", "return", "path", "file", "self", "name", "value", "list", "read", "write", "open", "close",
     "data", "time", "error", "test", "index",
@@ -229,7 +232,7 @@ def _steps(engine, count: int, params) -> tuple[float, float]:
 
 
 @app.command()
-def drafts(bundle: BundlePath, held_out: Path = Path("examples/tiny-deepseek-v2/held_out.txt"), new: int = 128) -> None:
+def drafts(bundle: BundlePath, held_out: Path = EXAMPLE / "held_out.txt", new: int = 128) -> None:
     """Greedy answers to pieces of the example's held-out text, code and questions, with and without guesses, in turn."""
     import latentrt
     from latentrt.runtime.sampling_params import SamplingParams
@@ -320,60 +323,41 @@ def _schema(n: int) -> dict:
 
 @app.command()
 def load(
-    bundle: BundlePath, llama_server: Path, gguf: Path, clients: int = 8, requests: int = 64, new: int = 128, rounds: int = 3,
-    port: int = 18080, threads: int = 2,
+    bundle: BundlePath, checkpoint: Annotated[Path, typer.Option(help="Has the tokenizer, for guidellm and aiperf.")] = EXAMPLE,
+    llama_server: Annotated[Path | None, typer.Option(help="llama.cpp's server, of its sources.")] = None,
+    gguf: Annotated[Path | None, typer.Option(help="The same weights, as benchmarks.gguf_checkpoint writes them.")] = None,
+    guidellm: Annotated[str, typer.Option(help="The program, on PATH or in a virtual environment of its own.")] = "guidellm",
+    aiperf: Annotated[str, typer.Option(help="The same.")] = "aiperf",
+    clients: int = 8, requests: int = 64, new: int = 128, rounds: int = 3, port: int = 18080, threads: int = 2,
 ) -> None:  # fmt: skip
-    """Streams of chat-like completions from `clients` at once; both servers in turn on the same prompts."""
+    """Streams of completions from `clients` at once, asked by each load generator that is there: of this server, and in turn
+    of llama.cpp's where it is given. The table has medians of all rounds."""
     context = clients * 1024
-    theirs = [str(llama_server), "-m", str(gguf), "--port", str(port), "-np", str(clients), "-c", str(context),
-              "-t", str(threads)]  # fmt: skip
-    ours = latentrt(bundle, "--threads", str(threads), "--cache-tokens", str(context))
-    sides = {"latentrt": (ours, None), "llama.cpp": (theirs, f"http://127.0.0.1:{port}")}
-    found = {name: [] for name in sides}
+    sides = {"latentrt": (latentrt(bundle, "--threads", str(threads), "--cache-tokens", str(context)), None)}
+    if llama_server and gguf:
+        theirs = [str(llama_server), "-m", str(gguf), "--port", str(port), "-np", str(clients), "-c", str(context),
+                  "-t", str(threads)]  # fmt: skip
+        sides["llama.cpp"] = theirs, f"http://127.0.0.1:{port}"
+    else:
+        print("llama.cpp's server: skipped, --llama-server and --gguf are not given")
+    asked = load_generators.Asked(clients, requests, new, checkpoint.resolve())
+    generators = load_generators.found({"guidellm": guidellm, "aiperf": aiperf})
+    results = {(name, side): [] for name in generators for side in sides}
     for _ in range(rounds):
-        for name, (command, url) in sides.items():
-            found[name].append(asyncio.run(_load(command, url, clients, requests, new)))
-    print("| server | tokens a second | first token p50, p99 | between tokens p50, p99 |\n|---|---|---|---|")
-    for name, results in found.items():
-        rate, *times = (statistics.median(column) for column in zip(*results, strict=True))
+        for side, (command, url) in sides.items():
+            for name, found in asyncio.run(_load(command, url, generators, asked)).items():
+                results[name, side].append(found)
+    print("| generator | server | tokens a second | first token p50, p99 | between tokens p50, p99 |\n|---|---|---|---|---|")
+    for (name, side), its in results.items():
+        rate, *times = (statistics.median(column) for column in zip(*its, strict=True))
         first, late, between, slow = (f"{t * 1e3:.1f} ms" for t in times)
-        print(f"| {name} | {rate:.0f} | {first}, {late} | {between}, {slow} |")
+        print(f"| {name} | {side} | {rate:.0f} | {first}, {late} | {between}, {slow} |")
 
 
-async def _load(command: list[str], url: str | None, clients: int, requests: int, new: int) -> tuple[float, ...]:
-    """Tokens a second; seconds to the first token, p50 and p99; between tokens, p50 and p99."""
-    generator = random.Random(1)
-    prompts = deque(" ".join(generator.choices(WORDS, k=100)) for _ in range(requests))
-    first, between = [], []
-    async with server(command, url) as (address, _), httpx.AsyncClient(base_url=address, timeout=600) as client:
-        await _stream(client, "def", 8, [], [])
-
-        async def one() -> None:
-            while prompts:
-                await _stream(client, prompts.popleft(), new, first, between)
-
-        start = time.perf_counter()
-        await asyncio.gather(*(one() for _ in range(clients)))
-        seconds = time.perf_counter() - start
-    return requests * new / seconds, *_percentiles(first), *_percentiles(between)
-
-
-async def _stream(client: httpx.AsyncClient, prompt: str, new: int, first: list[float], between: list[float]) -> None:
-    body = {"prompt": prompt, "max_tokens": new, "temperature": 0, "ignore_eos": True, "stream": True, "cache_prompt": False}
-    start = last = time.perf_counter()
-    tokens = 0
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                now = time.perf_counter()
-                (between if tokens else first).append(now - last)
-                last, tokens = now, tokens + 1
-    assert time.perf_counter() > start and tokens >= new * 0.5, (tokens, new)
-
-
-def _percentiles(seconds: list[float]) -> tuple[float, float]:
-    ordered = sorted(seconds)
-    return ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]
+async def _load(command: list[str], url: str | None, generators: dict, asked: load_generators.Asked) -> dict:
+    """What each generator measures of one server."""
+    async with server(command, url) as (address, _):
+        return {name: await generate(address, asked) for name, generate in generators.items()}
 
 
 if __name__ == "__main__":
