@@ -189,8 +189,12 @@ class _Rows:
     """
 
     def __init__(self, step: list[Scheduled], result: StepResult):
+        self._result = result
+        if all(part.plain for part in step):
+            self.parts, self._places, self.first = step, range(len(step)), result
+            return
         self.parts = [part for part in step if part.samples]
-        self._result, self._places, row = result, [], 0
+        self._places, row = [], 0
         for part in step:
             if part.prompt_rows:
                 part.sequence.tell_prompt(result.logits()[row : row + part.prompt_rows])

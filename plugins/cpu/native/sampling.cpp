@@ -31,9 +31,9 @@ class Choice {
     if (0 < top_k && top_k < vocab_) keep_top_k(top_k);
     if (ask_.top_p < 1 && !(all_ ? keep_nucleus_of_all() : keep_nucleus(kernels().sum(w_, count_), error_))) return -1;
     if (ask_.min_p > 0 && !keep_likely()) return -1;
-    if (all_) kernels().weigh(x_, vocab_, top_, 1 / ask_.temperature, w_);
-    const int64_t place = find();
-    return place < 0 || all_ ? int32_t(place) : ids_[place];
+    if (all_) return int32_t(find_of_all());
+    const int64_t place = find_kept();
+    return place < 0 ? -1 : ids_[place];
   }
 
  private:
@@ -86,10 +86,10 @@ class Choice {
     count_ = kept;
   }
 
-  // With a rough sum of all weights where that is enough; in a flat row each weight is about as small as its error.
+  // With a rough sum of all weights where that is enough.
   bool keep_nucleus_of_all() {
     const double factor = 1 / ask_.temperature, rough = kernels().rough_sum(x_, vocab_, top_, float(factor));
-    if (rough < double(vocab_) / 16 && keep_nucleus(rough, ROUGH)) return true;
+    if (is_peaked(rough) && keep_nucleus(rough, ROUGH)) return true;
     count_ = vocab_, all_ = true;
     return keep_nucleus(kernels().weigh(x_, vocab_, top_, factor, w_), error_);
   }
@@ -145,26 +145,53 @@ class Choice {
     return true;
   }
 
-  // The place of the kept weight that the uniform number falls on; -1 where that is too close to call.
-  int64_t find() {
-    const double total = kernels().sum(w_, count_), target = ask_.uniform * total, slack = error_ * total;
+  // The place of the kept weight that the uniform number falls on; -1 where that is too close to call. sum(i, n) and weights(i, n)
+  // are those of n places from i on.
+  template <class Sum, class Weights>
+  int64_t find(double total, double error, const Sum& sum, const Weights& weights) const {
+    const double target = ask_.uniform * total, slack = error * total;
     double before = 0;
     for (int64_t i = 0; i < count_; i += BLOCK) {
       const int64_t n = std::min(BLOCK, count_ - i);
-      const double block = kernels().sum(w_ + i, n);
+      const double block = sum(i, n);
       if (before + block <= target) {
         before += block;
         continue;
       }
-      for (int64_t j = i; j < i + n; before += w_[j++])
-        if (before + w_[j] > target) {
-          const bool sure = (before + slack < target || before == 0) && target < before + w_[j] - slack;
-          return sure ? j : -1;
+      const double* w = weights(i, n);
+      for (int64_t j = 0; j < n; before += w[j++])
+        if (before + w[j] > target) {
+          const bool sure = (before + slack < target || before == 0) && target < before + w[j] - slack;
+          return sure ? i + j : -1;
         }
       return -1;
     }
     return -1;
   }
+
+  int64_t find_kept() const {
+    return find(kernels().sum(w_, count_), error_, [&](int64_t i, int64_t n) { return kernels().sum(w_ + i, n); },
+                [&](int64_t i, int64_t) { return w_ + i; });
+  }
+
+  // Of all, with rough sums where those are enough.
+  int64_t find_of_all() const {
+    const double factor = 1 / ask_.temperature;
+    const auto rough = [&](int64_t i, int64_t n) { return kernels().rough_sum(x_ + i, n, top_, float(factor)); };
+    const double total = rough(0, count_);
+    if (is_peaked(total)) {
+      const int64_t place = find(total, ROUGH, rough, [&](int64_t i, int64_t n) {
+        kernels().weigh(x_ + i, n, top_, factor, w_);
+        return w_;
+      });
+      if (place >= 0) return place;
+    }
+    kernels().weigh(x_, vocab_, top_, factor, w_);
+    return find_kept();
+  }
+
+  // Whether rough sums may be enough: in a flat row each weight is about as small as their error.
+  bool is_peaked(double total) const { return total < double(vocab_) / 16; }
 
   const float* x_;
   const int64_t vocab_;
