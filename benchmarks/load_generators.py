@@ -23,7 +23,7 @@ import httpx
 
 PROMPT = 100  # tokens of a prompt, about
 WORDS = ["def", "class", "import", "return", "path", "file", "self", "name", "value", "list", "read", "write", "open", "close"]
-OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "NO_PROXY": "*"}
+OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}  # aiperf takes a tokenizer's folder only without them
 
 
 class Found(NamedTuple):
@@ -107,7 +107,7 @@ async def guidellm(program: str, address: str, asked: Asked) -> Found:
             "--constraint", f"kind=max_requests,count={asked.requests}",
             "--tokenizer", f"kind=huggingface_auto,model={asked.checkpoint}",
             "--data", f"kind=synthetic_text,prompt_tokens={PROMPT},output_tokens={asked.new}",
-            "--output", f"kind=json,path={report}", "--disable-console", folder=folder,
+            "--output", f"kind=json,path={report}", "--disable-console", folder=folder, variables=OFFLINE,
         )  # fmt: skip
         (benchmark,) = json.loads(report.read_text())["benchmarks"]
     metrics = benchmark["metrics"]
@@ -139,10 +139,10 @@ async def _model(address: str) -> str:
         return (await client.get("/v1/models")).json()["data"][0]["id"]
 
 
-async def _run(*command: str, folder: str) -> None:
+async def _run(*command: str, folder: str, variables: dict[str, str] = {}) -> None:
     """Runs a program in a folder; what it says is shown if it fails."""
     streams = {"stdout": asyncio.subprocess.PIPE, "stderr": asyncio.subprocess.STDOUT}
-    child = await asyncio.create_subprocess_exec(*command, cwd=folder, env=os.environ | OFFLINE, **streams)
+    child = await asyncio.create_subprocess_exec(*command, cwd=folder, env=os.environ | variables, **streams)
     told, _ = await child.communicate()
     if child.returncode:
         raise RuntimeError(f"{command[0]} ends with status {child.returncode}:\n{told.decode(errors='replace')[-4000:]}")
