@@ -3,6 +3,12 @@
 Each gives the same five numbers. guidellm and aiperf have large installs, so each lives in a virtual environment of its own:
 
     python -m venv DIR && DIR/bin/pip install guidellm==0.8.1        DIR/bin/guidellm is the program; aiperf==0.13.0 likewise
+
+llama.cpp's server for `benchmarks.serving load` is compiled from the sources in PyPI's llama-cpp-python (0.3.36 was used):
+
+    pip download --no-deps --no-binary :all: llama-cpp-python==0.3.36 && tar xzf llama_cpp_python-0.3.36.tar.gz
+    cd llama_cpp_python-0.3.36/vendor/llama.cpp && cmake -B build -DGGML_NATIVE=ON -DLLAMA_OPENSSL=OFF \\
+        -DLLAMA_BUILD_WEBUI=OFF -DBUILD_SHARED_LIBS=OFF && cmake --build build --target llama-server
 """
 
 import asyncio
@@ -66,7 +72,8 @@ async def own(address: str, asked: Asked) -> Found:
     generator = random.Random(1)
     prompts = deque(" ".join(generator.choices(WORDS, k=PROMPT)) for _ in range(asked.requests))
     first, between = [], []
-    async with httpx.AsyncClient(base_url=address, timeout=600) as client:
+    fresh = httpx.Limits(max_keepalive_connections=0)  # llama.cpp's server closes those that were used a few times
+    async with httpx.AsyncClient(base_url=address, timeout=600, limits=fresh) as client:
         await _stream(client, "def", 8, [], [])
 
         async def one() -> None:
@@ -126,7 +133,7 @@ async def aiperf(program: str, address: str, asked: Asked) -> Found:
             "--concurrency", str(asked.clients), "--request-count", str(asked.requests),
             "--synthetic-input-tokens-mean", str(PROMPT), "--synthetic-input-tokens-stddev", "0",
             "--output-tokens-mean", str(asked.new), "--output-tokens-stddev", "0", "--extra-inputs", "ignore_eos:true",
-            "--artifact-dir", folder, "--ui", "none", folder=folder,
+            "--connection-reuse-strategy", "never", "--artifact-dir", folder, "--ui", "none", folder=folder,
         )  # fmt: skip
         report = json.loads(next(Path(folder).rglob("profile_export_aiperf.json")).read_text())
     assert report["request_count"]["avg"] == asked.requests, report["request_count"]
