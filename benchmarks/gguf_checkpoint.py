@@ -4,7 +4,9 @@
 
 The tensors are those of llama.cpp's own convert_hf_to_gguf: kv_b_proj is split into attn_k_b (transposed) and attn_v_b, so that
 llama.cpp runs MLA in its absorbed form with one KV head; experts are stacked; norms and the router stay float32. Every other
-matrix is of the same kind, embedding and head too, as `llama-quantize --pure` does. There is no vocabulary: ids go in and out.
+matrix is of the same kind, embedding and head too, as `llama-quantize --pure` does. A folder's byte-level tokenizer.json is the
+vocabulary, which llama.cpp's server needs; without one ids go in and out. Groups of experts are left out: llama.cpp chooses
+among all of them.
 """
 
 import json
@@ -51,11 +53,15 @@ class Target:
         return made[0] if len(made) == 1 else np.concatenate(made)
 
 
-def write(config: Config, read: Read, out: Path, kind: str) -> None:
-    """kind: Q4_0, Q8_0, BF16, F16 or F32."""
+def write(config: Config, read: Read, out: Path, kind: str, tokenizer: Path | None = None) -> None:
+    """kind: Q4_0, Q8_0, BF16, F16 or F32; tokenizer: a byte-level tokenizer.json."""
     partial = out.with_suffix(".partial")
     writer = gguf.GGUFWriter(partial, "deepseek2")
     _describe(writer, config, kind)
+    if tokenizer:
+        _add_vocabulary(writer, config, json.loads(tokenizer.read_text()))
+    else:
+        writer.add_tokenizer_model("none")
     targets = list(plan(config, GGMLQuantizationType[kind]))
     for t in targets:
         writer.add_tensor_info(t.name, t.shape, np.dtype(np.float32), t.nbytes, t.kind)
@@ -147,7 +153,22 @@ def _describe(writer: gguf.GGUFWriter, config: Config, kind: str) -> None:
         writer.add_rope_scaling_orig_ctx_len(config.rope.original_max_position_embeddings)
         writer.add_rope_scaling_yarn_log_mul(0.1 * config.rope.mscale_all_dim)
     writer.add_vocab_size(config.vocab_size)
-    writer.add_tokenizer_model("none")
+
+
+def _add_vocabulary(writer: gguf.GGUFWriter, config: Config, tokenizer: dict) -> None:
+    """Of a byte-level BPE tokenizer that splits as GPT-2's does."""
+    tokens = {number: (f"<unused {number}>", gguf.TokenType.UNUSED) for number in range(config.vocab_size)}
+    tokens |= {number: (token, gguf.TokenType.NORMAL) for token, number in tokenizer["model"]["vocab"].items()}
+    tokens |= {added["id"]: (added["content"], gguf.TokenType.CONTROL) for added in tokenizer["added_tokens"]}
+    texts, types = zip(*(tokens[number] for number in range(config.vocab_size)), strict=True)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre("gpt-2")
+    writer.add_token_list(texts)
+    writer.add_token_types(types)
+    writer.add_add_bos_token(False)
+    if isinstance(config.eos_token_id, int):
+        writer.add_eos_token_id(config.eos_token_id)
+    writer.add_token_merges([pair if isinstance(pair, str) else " ".join(pair) for pair in tokenizer["model"]["merges"]])
 
 
 def reader_of(folder: Path) -> Read:
@@ -179,7 +200,8 @@ def main(
     kind: Annotated[str, typer.Option(help="Q4_0, Q8_0, BF16, F16 or F32.")] = "Q4_0",
 ) -> None:
     """Writes the file."""
-    write(registry.parse(json.loads((checkpoint / "config.json").read_text())), reader_of(checkpoint), out, kind)
+    config, tokenizer = registry.parse(json.loads((checkpoint / "config.json").read_text())), checkpoint / "tokenizer.json"
+    write(config, reader_of(checkpoint), out, kind, tokenizer if tokenizer.exists() else None)
 
 
 if __name__ == "__main__":

@@ -2,10 +2,10 @@
 
     python -m benchmarks.serving soak BUNDLE --minutes 30    mixed load: memory, pages, ends of streams
     python -m benchmarks.serving loop BUNDLE                 time outside the backend's step at 1, 8 and 32 sequences
-    python -m benchmarks.serving lag BUNDLE                  the event loop's lag while a long prompt is read
+    python -m benchmarks.serving lag BUNDLE                  the event loop's lag while a long prompt is read, and for grammars
     python -m benchmarks.serving drafts BUNDLE               guesses ahead: how many are right, and what they gain
-    python -m benchmarks.serving load BUNDLE --llama-server FILE --gguf FILE
-                                                             throughput and latency, in turn with llama.cpp's server
+    python -m benchmarks.serving load BUNDLE                 throughput and latency, by guidellm and aiperf where they are; with
+                                                             --llama-server and --gguf in turn with llama.cpp's server
 
 BUNDLE: of the example model, as `latentrt build examples/tiny-deepseek-v2` makes it. Results: docs/results.md.
 """
@@ -22,14 +22,18 @@ import time
 from collections import Counter, deque
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import httpx
 import typer
 
+from benchmarks import load_generators
+
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False)
 BundlePath = Annotated[Path, typer.Argument(metavar="BUNDLE")]
+EXAMPLE = Path("examples/tiny-deepseek-v2")
 WORDS = [
     "def", "class", "import", "return", "path", "file", "self", "name", "value", "list", "read", "write", "open", "close",
     "data", "time", "error", "test", "index",
@@ -188,27 +192,28 @@ async def _soak(bundle: Path, minutes: float, clients: int, cache_tokens: int, r
 
 @app.command()
 def loop(bundle: BundlePath, new: int = 300) -> None:
-    """The step loop's own time."""
+    """The step loop's own time: of its thread's processor time what is not the backend's, sampling included."""
     import latentrt
     from latentrt.runtime.sampling_params import SamplingParams
 
     with latentrt.load(bundle) as engine:
-        print("| sequences | sampling | step | outside the backend | share |\n|---|---|---|---|---|")
+        print("| sequences | sampling | backend | outside | share |\n|---|---|---|---|---|")
         for count in (1, 8, 32):
             for name, given in (("greedy", {}), ("top-p 0.9", {"temperature": 0.8, "top_p": 0.9, "seed": 1})):
-                whole, inside = _steps(engine, count, SamplingParams(max_new_tokens=new, ignore_eos=True, **given))
-                outside = whole - inside
-                print(f"| {count} | {name} | {whole * 1e3:.3f} ms | {outside * 1e3:.3f} ms | {outside / whole:.0%} |")
+                inside, outside = _steps(engine, count, SamplingParams(max_new_tokens=new, ignore_eos=True, **given))
+                share = outside / (inside + outside)
+                print(f"| {count} | {name} | {inside * 1e3:.3f} ms | {outside * 1e3:.3f} ms | {share:.0%} |")
 
 
 def _steps(engine, count: int, params) -> tuple[float, float]:
-    """Median seconds of a step, and of the backend in it, while `count` sequences decode."""
-    real, inside, whole, sink = engine.backend.step, [], [], deque()
+    """Median seconds of the backend in a step, and of this thread's processor outside it, while `count` sequences decode."""
+    real, inside, outside, sink = engine.backend.step, [], [], deque()
 
     def step(batch):
-        start = time.perf_counter()
+        start, used = time.perf_counter(), time.thread_time()
         result = real(batch)
         inside.append(time.perf_counter() - start)
+        outside[-1] -= time.thread_time() - used
         return result
 
     sequences = [engine.sequence([5 + n] * 30, params, sink, n) for n in range(count)]
@@ -216,16 +221,18 @@ def _steps(engine, count: int, params) -> tuple[float, float]:
     engine.backend.step = step
     try:
         while not all(sequence.ended for sequence in sequences):
-            start = time.perf_counter()
+            start = time.thread_time()
+            outside.append(0.0)
             engine.loop.step()
-            whole.append(time.perf_counter() - start)
+            outside[-1] += time.thread_time() - start
+            sink.clear()  # as whoever reads the events does
     finally:
         engine.backend.step = real
-    return statistics.median(whole[5:-5]), statistics.median(inside[5:-5])
+    return statistics.median(inside[5:-5]), statistics.median(outside[5:-5])
 
 
 @app.command()
-def drafts(bundle: BundlePath, held_out: Path = Path("examples/tiny-deepseek-v2/held_out.txt"), new: int = 128) -> None:
+def drafts(bundle: BundlePath, held_out: Path = EXAMPLE / "held_out.txt", new: int = 128) -> None:
     """Greedy answers to pieces of the example's held-out text, code and questions, with and without guesses, in turn."""
     import latentrt
     from latentrt.runtime.sampling_params import SamplingParams
@@ -256,94 +263,101 @@ def drafts(bundle: BundlePath, held_out: Path = Path("examples/tiny-deepseek-v2/
 
 
 @app.command()
-def lag(bundle: BundlePath, rounds: int = 20) -> None:
-    """How late a task of the event loop wakes up while the engine reads a prompt in one step."""
-    asyncio.run(_lag(bundle, rounds))
+def lag(bundle: BundlePath, rounds: int = 20, rows: int = 0) -> None:
+    """How late a task of the event loop wakes up while the engine reads a prompt of ROWS tokens in one step (0: the longest),
+    and while large JSON schemas are compiled, each another one."""
+    asyncio.run(_lag(bundle, rounds, rows))
 
 
-async def _lag(bundle: Path, rounds: int) -> None:
+async def _lag(bundle: Path, rounds: int, rows: int) -> None:
     import latentrt
     from latentrt.runtime.api import Engine
     from latentrt.runtime.sampling_params import SamplingParams
     from latentrt.runtime.service import Ask, EngineService
+    from latentrt.runtime.structured import Constraint
 
     loaded = latentrt.load(bundle, threads=1)
-    length = min(loaded.limits.max_context, loaded.limits.max_batch_tokens) - 8
-    engine = Engine(loaded.bundle, loaded.backend, chunk=length)
-    service, late, steps = EngineService(engine), [], []
+    rows = rows or min(loaded.limits.max_context, loaded.limits.max_batch_tokens) - 8
+    service = EngineService(Engine(loaded.bundle, loaded.backend, chunk=rows))
     await service.start()
-    for n in range(rounds):
-        asked = time.perf_counter()
-        request = await service.submit([Ask([n % 50 + 5] * length, SamplingParams(max_new_tokens=1), salt=str(n))])
-        waiting = asyncio.ensure_future(anext(request))
-        while not waiting.done():
+    one = SamplingParams(max_new_tokens=1)
+    asks = [Ask([n % 50 + 5] * rows, one, salt=str(n)) for n in range(rounds)]
+    _tell_lag(f"a step of {rows} tokens", *await _lags(service, asks))
+    if loaded.tokenizer:
+        asks = [Ask([5], replace(one, constraint=Constraint("json_schema", _schema(n)))) for n in range(rounds)]
+        _tell_lag("an answer that follows a new schema", *await _lags(service, asks))
+    await service.stop()
+
+
+async def _lags(service, asks: list) -> tuple[list[float], list[float]]:
+    """Seconds by which one millisecond's sleeps were late meanwhile, and seconds that each took: asked one after another."""
+    late, took = [], []
+
+    async def answer(ask) -> None:
+        async for _ in await service.submit([ask]):
+            pass
+
+    for ask in asks:
+        asked, running = time.perf_counter(), asyncio.ensure_future(answer(ask))
+        while not running.done():
             start = time.perf_counter()
             await asyncio.sleep(0.001)
             late.append(time.perf_counter() - start - 0.001)
-        steps.append(time.perf_counter() - asked)
-    await service.stop()
-    late.sort()
-    print(f"a step of {length} tokens takes {statistics.median(steps) * 1e3:.0f} ms; lag of the event loop: "
+        running.result()
+        took.append(time.perf_counter() - asked)
+    return sorted(late), took
+
+
+def _tell_lag(what: str, late: list[float], took: list[float]) -> None:
+    print(f"{what} takes {statistics.median(took) * 1e3:.0f} ms; lag of the event loop: "
           f"p50 {late[len(late) // 2] * 1e3:.2f} ms, p99 {late[len(late) * 99 // 100] * 1e3:.2f} ms, "
           f"largest {late[-1] * 1e3:.2f} ms of {len(late)}")  # fmt: skip
 
 
+def _schema(n: int) -> dict:
+    """A large schema that no other number gives."""
+    parts = {f"part_{i}": {"enum": [f"value {n} {i} {k}" for k in range(20)]} for i in range(20)}
+    rows = {f"row_{i}": {"type": "object", "properties": parts, "required": list(parts)} for i in range(40)}
+    return {"type": "object", "properties": rows, "required": list(rows)}
+
+
 @app.command()
 def load(
-    bundle: BundlePath, llama_server: Path, gguf: Path, clients: int = 8, requests: int = 64, new: int = 128, rounds: int = 3,
-    port: int = 18080, threads: int = 2,
+    bundle: BundlePath, checkpoint: Annotated[Path, typer.Option(help="Has the tokenizer, for guidellm and aiperf.")] = EXAMPLE,
+    llama_server: Annotated[Path | None, typer.Option(help="llama.cpp's server, of its sources.")] = None,
+    gguf: Annotated[Path | None, typer.Option(help="The same weights, as benchmarks.gguf_checkpoint writes them.")] = None,
+    guidellm: Annotated[str, typer.Option(help="The program, on PATH or in a virtual environment of its own.")] = "guidellm",
+    aiperf: Annotated[str, typer.Option(help="The same.")] = "aiperf",
+    clients: int = 8, requests: int = 64, new: int = 128, rounds: int = 3, port: int = 18080, threads: int = 2,
 ) -> None:  # fmt: skip
-    """Streams of chat-like completions from `clients` at once; both servers in turn on the same prompts."""
+    """Streams of completions from `clients` at once, asked by each load generator that is there: of this server, and in turn
+    of llama.cpp's where it is given. The table has medians of all rounds."""
     context = clients * 1024
-    theirs = [str(llama_server), "-m", str(gguf), "--port", str(port), "-np", str(clients), "-c", str(context),
-              "-t", str(threads)]  # fmt: skip
-    ours = latentrt(bundle, "--threads", str(threads), "--cache-tokens", str(context))
-    sides = {"latentrt": (ours, None), "llama.cpp": (theirs, f"http://127.0.0.1:{port}")}
-    found = {name: [] for name in sides}
+    sides = {"latentrt": (latentrt(bundle, "--threads", str(threads), "--cache-tokens", str(context)), None)}
+    if llama_server and gguf:
+        theirs = [str(llama_server), "-m", str(gguf), "--port", str(port), "-np", str(clients), "-c", str(context),
+                  "-t", str(threads)]  # fmt: skip
+        sides["llama.cpp"] = theirs, f"http://127.0.0.1:{port}"
+    else:
+        print("llama.cpp's server: skipped, --llama-server and --gguf are not given")
+    asked = load_generators.Asked(clients, requests, new, checkpoint.resolve())
+    generators = load_generators.found({"guidellm": guidellm, "aiperf": aiperf})
+    results = {(name, side): [] for name in generators for side in sides}
     for _ in range(rounds):
-        for name, (command, url) in sides.items():
-            found[name].append(asyncio.run(_load(command, url, clients, requests, new)))
-    print("| server | tokens a second | first token p50, p99 | between tokens p50, p99 |\n|---|---|---|---|")
-    for name, results in found.items():
-        rate, *times = (statistics.median(column) for column in zip(*results, strict=True))
+        for side, (command, url) in sides.items():
+            for name, found in asyncio.run(_load(command, url, generators, asked)).items():
+                results[name, side].append(found)
+    print("| generator | server | tokens a second | first token p50, p99 | between tokens p50, p99 |\n|---|---|---|---|---|")
+    for (name, side), its in results.items():
+        rate, *times = (statistics.median(column) for column in zip(*its, strict=True))
         first, late, between, slow = (f"{t * 1e3:.1f} ms" for t in times)
-        print(f"| {name} | {rate:.0f} | {first}, {late} | {between}, {slow} |")
+        print(f"| {name} | {side} | {rate:.0f} | {first}, {late} | {between}, {slow} |")
 
 
-async def _load(command: list[str], url: str | None, clients: int, requests: int, new: int) -> tuple[float, ...]:
-    """Tokens a second; seconds to the first token, p50 and p99; between tokens, p50 and p99."""
-    generator = random.Random(1)
-    prompts = deque(" ".join(generator.choices(WORDS, k=100)) for _ in range(requests))
-    first, between = [], []
-    async with server(command, url) as (address, _), httpx.AsyncClient(base_url=address, timeout=600) as client:
-        await _stream(client, "def", 8, [], [])
-
-        async def one() -> None:
-            while prompts:
-                await _stream(client, prompts.popleft(), new, first, between)
-
-        start = time.perf_counter()
-        await asyncio.gather(*(one() for _ in range(clients)))
-        seconds = time.perf_counter() - start
-    return requests * new / seconds, *_percentiles(first), *_percentiles(between)
-
-
-async def _stream(client: httpx.AsyncClient, prompt: str, new: int, first: list[float], between: list[float]) -> None:
-    body = {"prompt": prompt, "max_tokens": new, "temperature": 0, "ignore_eos": True, "stream": True, "cache_prompt": False}
-    start = last = time.perf_counter()
-    tokens = 0
-    async with client.stream("POST", "/v1/completions", json=body) as response:
-        async for line in response.aiter_lines():
-            if line.startswith("data: {"):
-                now = time.perf_counter()
-                (between if tokens else first).append(now - last)
-                last, tokens = now, tokens + 1
-    assert time.perf_counter() > start and tokens >= new * 0.5, (tokens, new)
-
-
-def _percentiles(seconds: list[float]) -> tuple[float, float]:
-    ordered = sorted(seconds)
-    return ordered[len(ordered) // 2], ordered[len(ordered) * 99 // 100]
+async def _load(command: list[str], url: str | None, generators: dict, asked: load_generators.Asked) -> dict:
+    """What each generator measures of one server."""
+    async with server(command, url) as (address, _):
+        return {name: await generate(address, asked) for name, generate in generators.items()}
 
 
 if __name__ == "__main__":

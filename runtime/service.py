@@ -10,6 +10,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 from latentrt.runtime.api import Engine
@@ -109,6 +110,7 @@ class EngineService:
         self._idle.set()
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._compilers = ThreadPoolExecutor(4, "grammars")  # which may take long: prompts of others do not wait for them
 
     @property
     def running(self) -> int:
@@ -127,8 +129,10 @@ class EngineService:
         return self._thread.is_alive() and self.engine.loop.lost is None and self.engine.backend.alive
 
     async def start(self) -> None:
-        """Starts the thread."""
+        """Starts the thread. Makes ready for grammars before, which would hold up the event loop later."""
         self._loop = asyncio.get_running_loop()
+        if self.engine.tokenizer:
+            self.engine.guides.prepare()
         sys.setswitchinterval(SWITCH_SECONDS)
         self._thread.start()
 
@@ -136,7 +140,8 @@ class EngineService:
         """Queues answers. BusyError if too many wait, ClosingError while it drains, EngineLostError, RequestError."""
         self._check_room(len(asks))
         request = Request(self)
-        sequences = await asyncio.to_thread(self._sequences, asks, _Sink(request, self._outbox))  # grammars take a while
+        executor = self._compilers if any(ask.params.constraint for ask in asks) else None
+        sequences = await self._loop.run_in_executor(executor, self._sequences, asks, _Sink(request, self._outbox))
         self._check_room(len(asks))
         request._opened(sequences)
         self._requests.add(request)
@@ -173,6 +178,7 @@ class EngineService:
         self._stopping = True
         self._wake.set()
         await asyncio.to_thread(self._thread.join)
+        self._compilers.shutdown(wait=False)
         self.engine.close()
 
     def _retry_after(self, waiting: int) -> int:

@@ -3,6 +3,7 @@
 llguidance comes with `pip install "latentrt[server]"`, and is imported when the first such answer is asked for.
 """
 
+import contextlib
 import json
 import threading
 from collections import OrderedDict
@@ -48,18 +49,28 @@ class Guides:
 
     def guide(self, constraint: Constraint) -> "Guide":
         """The state of a new answer. RequestError for a constraint that does not compile, with the reason."""
+        key = constraint.key
         with self._lock:
-            key = constraint.key
-            if key not in self._compiled:
-                self._compiled[key] = self._compile(constraint)
+            compiled = self._compiled.get(key)
+        compiled = compiled or self._compile(constraint)  # others need not wait
+        with self._lock:
+            self._compiled[key] = compiled
             self._compiled.move_to_end(key)
             if len(self._compiled) > KEPT:
                 self._compiled.popitem(last=False)
-            return Guide(self._compiled[key].deep_copy(), self._vocab_size, self._eos_ids)
+            return Guide(compiled.deep_copy(), self._vocab_size, self._eos_ids)
+
+    def prepare(self) -> None:
+        """Does what the first constraint would wait for, and with it the whole process: llguidance holds Python's lock for it.
+
+        Nothing where constraints cannot be had at all.
+        """
+        with contextlib.suppress(Exception):  # the first one is told; its parsers have classes of their own
+            _ = self._known
 
     @cached_property
     def _known(self):
-        """llguidance's view of the tokenizer: a second of work for 100,000 tokens."""
+        """llguidance's view of the tokenizer: up to a second of work for 100,000 tokens."""
         llguidance = _llguidance()
         ends = sorted(self._eos_ids)
         if not ends:

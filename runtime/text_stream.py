@@ -47,7 +47,8 @@ class ByteDetokenizer:
 
     def add(self, token: int) -> str:
         """The text that is certain now; "" while a character is unfinished."""
-        return self._decoder.decode(self._bytes(token))
+        found, decoder = self._bytes(token), self._decoder
+        return found.decode() if found.isascii() and not decoder.buffer else decoder.decode(found)
 
     def finish(self) -> str:
         """The rest: unfinished bytes as U+FFFD."""
@@ -90,7 +91,7 @@ class StopStrings:
 
 
 class TextStream:
-    """Detokenizer and stop strings of one answer. `text` is what was handed out so far.
+    """Detokenizer and stop strings of one answer.
 
     `hidden` are the tokens that `decode` leaves out, by id. One whose content is in a stop string is matched by its id, too:
     both there and in the text it is one mark, a lone surrogate, which no decoded text has; marks are not handed out.
@@ -110,12 +111,13 @@ class TextStream:
         self._detokenizer = ByteDetokenizer(token_bytes) if token_bytes else Detokenizer(decode)
         self._stops = StopStrings([*dict.fromkeys([*stops, *marked])])
         self._unmarked = dict.fromkeys(map(ord, self._marks.values()))
-        self.text = ""
+        self._pieces: list[str] = []
+        self.stopped = False  # whether a stop string was met
 
     @property
-    def stopped(self) -> bool:
-        """Whether a stop string was met."""
-        return self._stops.found is not None
+    def text(self) -> str:
+        """What was handed out so far."""
+        return "".join(self._pieces)
 
     @property
     def stopped_by(self) -> str | None:
@@ -124,6 +126,10 @@ class TextStream:
 
     def add(self, token: int) -> str:
         """Text that a token makes certain."""
+        if not self._given:  # no stop strings
+            piece = self._detokenizer.add(token)
+            self._pieces.append(piece)
+            return piece
         mark = self._marks.get(token)
         return self._emit(self._stops.add(self._detokenizer.finish() + mark if mark else self._detokenizer.add(token)))
 
@@ -132,9 +138,10 @@ class TextStream:
         if self.stopped:
             return ""
         piece = self._stops.add(self._detokenizer.finish())
-        return self._emit(piece if self.stopped else piece + self._stops.finish())
+        return self._emit(piece + self._stops.finish())
 
     def _emit(self, piece: str) -> str:
         piece = piece.translate(self._unmarked)
-        self.text += piece
+        self._pieces.append(piece)
+        self.stopped = self._stops.found is not None
         return piece

@@ -73,8 +73,6 @@ class SequenceRows:
 
 def pack(sequences: Sequence[SequenceRows], block_table: np.ndarray) -> StepBatch:
     """Sequences one after another, without padding; logits come back in the same order. block_table [B, max_pages]."""
-    if all(len(s.tokens) == len(s.logits) == 1 for s in sequences):
-        return _pack_decoding(sequences, block_table)
     lengths = [len(s.tokens) for s in sequences]
     starts = np.cumsum([0, *lengths])
     positions = [s.cached_length + np.arange(n) for s, n in zip(sequences, lengths, strict=True)]
@@ -90,13 +88,12 @@ def pack(sequences: Sequence[SequenceRows], block_table: np.ndarray) -> StepBatc
     )
 
 
-def _pack_decoding(sequences: Sequence[SequenceRows], block_table: np.ndarray) -> StepBatch:
-    """The same for one token each, which most steps are, with less work."""
-    count = len(sequences)
-    positions, starts = _int32([s.cached_length for s in sequences]), np.arange(count + 1, dtype=np.int32)
+def pack_decoding(tokens: Sequence[int], cached: Sequence[int], block_table: np.ndarray) -> StepBatch:
+    """The same for one token of each sequence, which most steps are, with less work."""
+    positions, starts = np.array(cached, np.int32), np.arange(len(tokens) + 1, dtype=np.int32)
     return StepBatch(
-        input_ids=_int32([s.tokens[0] for s in sequences]), positions=positions, query_starts=starts,
-        cached_lengths=positions, block_table=_int32(block_table), num_tokens=starts[-1:], logit_rows=starts[:-1],
+        input_ids=np.array(tokens, np.int32), positions=positions, query_starts=starts, cached_lengths=positions,
+        block_table=_int32(block_table), num_tokens=starts[-1:], logit_rows=starts[:-1],
     )  # fmt: skip
 
 

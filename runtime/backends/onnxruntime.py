@@ -13,12 +13,30 @@ import numpy as np
 import onnxruntime as ort
 
 from latentrt.plugins.cpu import compile as native
+from latentrt.plugins.cpu.sampling import TokenChooser
 from latentrt.plugins.step_graph import DECODE_FORM, LOGITS, StepBatch, caches
-from latentrt.runtime.backends.base import AUTO, Backend, BackendOptions, StepResult, pages_for
+from latentrt.runtime.backends.base import AUTO, Backend, BackendOptions, Draws, StepResult, pages_for
 from latentrt.runtime.backends.forms import chooser
 from latentrt.runtime.bundle.manifest import Target
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.errors import BundleError, RequestError
+
+
+class ChosenResult(StepResult):
+    """Logits on the host, from which the library of own kernels chooses."""
+
+    can_draw = True
+
+    def __init__(self, logits: np.ndarray, chooser: TokenChooser):
+        super().__init__(logits)
+        self._chooser = chooser
+
+    def greedy(self) -> tuple[np.ndarray, np.ndarray]:
+        ids, _, largest = self._chooser.choose(self._logits)
+        return ids, largest
+
+    def draw(self, draws: Draws) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        return self._chooser.choose(self._logits, draws.numbers, draws.top_k)
 
 
 class OnnxRuntimeBackend(Backend):
@@ -28,7 +46,8 @@ class OnnxRuntimeBackend(Backend):
         self.name, self.target = name, target
         chooser(f"{bundle.path}: target {name}", target, {}, options.prefill)
         self.num_pages = pages_for(target, options.cache_tokens)
-        self.native, self._session = _session(bundle, target, options)
+        library, self._session = _session(bundle, target, options)
+        self.native, self._chooser = library is not None, TokenChooser(library) if library else None
         spec = target.cache
         shape = (self.num_pages, spec.page_size, spec.width)
         self.caches = [np.zeros(shape, np.dtype(spec.dtype)) for _ in range(spec.layers)]
@@ -44,7 +63,8 @@ class OnnxRuntimeBackend(Backend):
             binding.bind_ortvalue_output(updated, cache)
         binding.bind_output(LOGITS, "cpu")
         self._session.run_with_iobinding(binding)
-        return StepResult(binding.get_outputs()[-1].numpy())
+        logits = binding.get_outputs()[-1].numpy()
+        return ChosenResult(logits, self._chooser) if self._chooser else StepResult(logits)
 
     def copy_pages(self, pages: Sequence[tuple[int, int]]) -> None:
         for cache in self.caches:
@@ -55,8 +75,8 @@ class OnnxRuntimeBackend(Backend):
         self._session, self._bound, self.caches = None, [], []
 
 
-def _session(bundle: Bundle, target: Target, options: BackendOptions) -> tuple[bool, ort.InferenceSession]:
-    """Whether own kernels are in it, and the session."""
+def _session(bundle: Bundle, target: Target, options: BackendOptions) -> tuple[str | None, ort.InferenceSession]:
+    """The library of own kernels, if they are in it, and the session."""
     if _release(target.backend_version) > _release(ort.__version__):
         raise BundleError(
             f"{bundle.path}: built with onnxruntime {target.backend_version}, installed is {ort.__version__}; "
@@ -72,7 +92,7 @@ def _session(bundle: Bundle, target: Target, options: BackendOptions) -> tuple[b
         session = ort.InferenceSession(str(path), _options(options, library), providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has no common base class for its errors
         raise BundleError(f"{path}: onnxruntime {ort.__version__} cannot load it: {error}") from error
-    return library is not None, session
+    return library, session
 
 
 def _options(given: BackendOptions, library: str | None = None) -> ort.SessionOptions:

@@ -5,6 +5,7 @@ request. A backend that raises ends the requests of that step, and the next step
 ends, and later ones are refused with its reason.
 """
 
+import time
 from collections.abc import Iterator
 from threading import RLock
 from typing import Self
@@ -12,7 +13,7 @@ from typing import Self
 import numpy as np
 
 from latentrt.plugins.step_graph import StepBatch
-from latentrt.runtime.backends.base import Backend, StepResult, pack
+from latentrt.runtime.backends.base import Backend, StepResult, pack, pack_decoding
 from latentrt.runtime.engine import teacher_forcing
 from latentrt.runtime.engine.logprobs import TokenLogprobs, token_logprobs
 from latentrt.runtime.engine.pages import LatentCache
@@ -35,6 +36,7 @@ class EngineLoop:
         chunks = chunk or backend.prefill_chunk, chunk or backend.lone_prefill_chunk
         caches = [LatentCache(pages, size) for pages in backend.pages_by_rank]
         self.schedulers = Schedulers([Scheduler(limits, cache, *chunks, drafts) for cache in caches])
+        self._max_context = limits.max_context
         self.steps = 0
         self._lock = RLock()
         self.lost: EngineLostError | None = None
@@ -121,25 +123,27 @@ class EngineLoop:
             return
         for part in step:
             part.sequence.scheduler.advance(part.sequence, part.rows)
-        for n, token in enumerate(tokens):
-            self._deliver_all(rows, n, token)
+        now = time.perf_counter()
+        for n, (part, token) in enumerate(zip(rows.parts, tokens, strict=True)):
+            self._deliver(part.sequence, token, rows.told(n, 0, token), now)
+            if part.drafts:
+                self._deliver_drafts(rows, n, token, now)
 
-    def _deliver_all(self, rows: "_Rows", n: int, token: int | EngineError) -> None:
-        """The token of the n-th part that is sampled, and as long as its guesses were right the tokens after it."""
+    def _deliver_drafts(self, rows: "_Rows", n: int, token: int | EngineError, now: float) -> None:
+        """The tokens after `token` of the n-th part that is sampled, as long as its guesses were right."""
         sequence, drafts = rows.parts[n].sequence, rows.parts[n].drafts
-        self._deliver(sequence, token, rows.told(n, 0, token))
         for place, draft in enumerate(drafts, 1):
             if sequence.ended or token != draft:
                 return
             sequence.scheduler.accept_draft(sequence)
             token = rows.next(n, place)
-            self._deliver(sequence, token, rows.told(n, place, token))
+            self._deliver(sequence, token, rows.told(n, place, token), now)
 
-    def _deliver(self, sequence: Sequence, token: int | EngineError, told: TokenLogprobs | None) -> None:
+    def _deliver(self, sequence: Sequence, token: int | EngineError, told: TokenLogprobs | None, now: float) -> None:
         try:
             if isinstance(token, EngineError):
                 raise token
-            sequence.accept(token, self.backend.target.limits.max_context, told)
+            sequence.accept(token, self._max_context, told, now)
         except Exception as error:
             self._fail(sequence, error)
         else:
@@ -169,7 +173,13 @@ class EngineLoop:
 
 def _batch(scheduler: Scheduler, plan: list[Scheduled]) -> StepBatch | None:
     """A rank's batch; None where it has nothing to do."""
-    return pack([part.batch_rows() for part in plan], scheduler.block_table(plan)) if plan else None
+    if not plan:
+        return None
+    table = scheduler.block_table(plan)
+    if all(part.plain for part in plan):
+        sequences = [part.sequence for part in plan]
+        return pack_decoding([s.tokens[-1] for s in sequences], [s.cached for s in sequences], table)
+    return pack([part.batch_rows() for part in plan], table)
 
 
 class _Rows:
@@ -179,8 +189,12 @@ class _Rows:
     """
 
     def __init__(self, step: list[Scheduled], result: StepResult):
+        self._result = result
+        if all(part.plain for part in step):
+            self.parts, self._places, self.first = step, range(len(step)), result
+            return
         self.parts = [part for part in step if part.samples]
-        self._result, self._places, row = result, [], 0
+        self._places, row = [], 0
         for part in step:
             if part.prompt_rows:
                 part.sequence.tell_prompt(result.logits()[row : row + part.prompt_rows])

@@ -28,6 +28,7 @@ WORTH_THREADS = 1 << 19  # logits: below, and without drawing, a thread takes lo
 # Of a sum: scores down to -30 (7e-6), their exponentials (1e-6), blocks added one by one (4e-6), and the total's as much.
 FLOAT32_ERROR = 3e-5
 DRAWN_TEMPERATURES = (1e-2, 1e2)  # with others, logits that differ may have weights that do not: the host looks closer
+NO_DRAW = (0.0, 1.0, 0.0, 0.0)  # numbers of a row whose largest logit is wanted
 _INT32_MAX = (1 << 31) - 1
 FLOAT32_TEMPERATURES = (1e-30, 1e30)  # others leave the range of float32
 BINS = 4096
@@ -48,26 +49,21 @@ class Sampler:
         self._random = np.random.default_rng(params.seed)
         self._uniform: float | None = None  # drawn for a token that was not chosen yet
         self._processors = Processors(params, prompt, ends, guide)
-
-    @property
-    def takes_largest(self) -> bool:
-        """Whether the next token is that of the largest logit."""
-        return self.params.temperature == GREEDY and not self._processors.active
-
-    @property
-    def drawn_anywhere(self) -> bool:
-        """Whether a backend may choose the next token: nothing but these numbers says which it is."""
-        smallest, highest = DRAWN_TEMPERATURES
-        return not self._processors.active and (self.takes_largest or smallest <= self.params.temperature <= highest)
+        greedy, (smallest, highest) = params.temperature == GREEDY, DRAWN_TEMPERATURES
+        # Whether the next token is that of the largest logit.
+        self.takes_largest = greedy and not self._processors.active
+        # Whether a backend may choose the next token: nothing but `numbers` and `top_k` says which it is.
+        self.drawn_anywhere = not self._processors.active and (greedy or smallest <= params.temperature <= highest)
+        self.top_k = 0 if greedy else min(params.top_k, _INT32_MAX)
+        self._fixed = NO_DRAW[:3] if greedy else (params.temperature, params.top_p, params.min_p)
 
     def numbers(self) -> tuple[float, float, float, float]:
         """What `Draws.numbers` holds of it. The uniform number stays the same until a token was chosen."""
-        params = self.params
-        if params.temperature == GREEDY:
-            return 0.0, 1.0, 0.0, 0.0
+        if self.takes_largest:
+            return NO_DRAW
         if self._uniform is None:
             self._uniform = self._random.random()
-        return params.temperature, params.top_p, params.min_p, self._uniform
+        return *self._fixed, self._uniform
 
     def accept_drawn(self) -> None:
         """A backend chose the token that its `numbers` ask for."""
@@ -105,9 +101,10 @@ def choose(result: StepResult, samplers: Sequence[Sampler]) -> list[int | Engine
     An EngineError is returned in the place of a row whose logits are not numbers: the others go on, and its sampler stays
     as it was.
     """
-    if all(sampler.takes_largest for sampler in samplers):  # then no logits leave the device
+    if all([sampler.takes_largest for sampler in samplers]):  # then no logits leave the device
         ids, largest = result.greedy()
-        return [int(i) if math.isfinite(v) else _not_finite(v) for i, v in zip(ids, largest, strict=True)]
+        found = zip(ids.tolist(), largest.tolist(), strict=True)
+        return [token if math.isfinite(logit) else _not_finite(logit) for token, logit in found]
     if result.can_draw and any(sampler.drawn_anywhere for sampler in samplers):
         return _drawn(result, samplers)
     return _on_host(result.logits(), samplers)
@@ -115,14 +112,12 @@ def choose(result: StepResult, samplers: Sequence[Sampler]) -> list[int | Engine
 
 def _drawn(result: StepResult, samplers: Sequence[Sampler]) -> list[int | EngineError]:
     """The same where the backend chooses what it can; logits of other rows alone come to the host."""
-    asked = [sampler.drawn_anywhere for sampler in samplers]
-    numbers = [s.numbers() if there else (0.0, 1.0, 0.0, 0.0) for s, there in zip(samplers, asked, strict=True)]
-    top_k = [min(max(s.params.top_k, 0), _INT32_MAX) if there else 0 for s, there in zip(samplers, asked, strict=True)]
-    ids, states, largest = result.draw(Draws(np.array(numbers), np.array(top_k, np.int32)))
-    tokens: list[int | EngineError] = [int(i) for i in ids]
+    numbers = np.array([s.numbers() if s.drawn_anywhere else NO_DRAW for s in samplers])
+    ids, states, largest = result.draw(Draws(numbers, np.array([s.top_k for s in samplers], np.int32)))
+    tokens: list[int | EngineError] = ids.tolist()
     rest = []
-    for n, (sampler, there, state) in enumerate(zip(samplers, asked, states, strict=True)):
-        if not there or state == UNSURE:
+    for n, (sampler, state) in enumerate(zip(samplers, states.tolist(), strict=True)):
+        if state == UNSURE or not sampler.drawn_anywhere:
             rest.append(n)
         elif state == NOT_FINITE:
             tokens[n] = _not_finite(largest[n])

@@ -13,7 +13,6 @@ alone ends with reason "cache".
 
 import sys
 from collections import deque
-from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
@@ -26,25 +25,22 @@ from latentrt.runtime.engine.sequence import Sequence
 SMALLEST_CHUNK = 16  # rows of prompts: with fewer, memory would hardly be less
 
 
-@dataclass(frozen=True)
 class Scheduled:
     """A sequence's part of a step: `rows` of its tokens from `cached` on. The last token known of it gets logits, and the
-    tokens of a prompt whose logits are wanted. `drafts`: guesses at the tokens after it, which get logits too."""
+    tokens of a prompt whose logits are wanted. `drafts`: guesses at the tokens after it, which get logits too.
 
-    sequence: Sequence
-    rows: int
-    drafts: tuple[int, ...] = ()
+    samples: whether its next token is sampled after the step. prompt_rows: how many rows, from the first on, get logits that
+    tell of the prompt's next token. plain: one row is all it has, and its next token is sampled.
+    """
 
-    @property
-    def samples(self) -> bool:
-        """Whether its next token is sampled after the step."""
-        return self.sequence.cached + self.rows == len(self.sequence.tokens)
+    __slots__ = ("drafts", "plain", "prompt_rows", "rows", "samples", "sequence")
 
-    @property
-    def prompt_rows(self) -> int:
-        """How many rows, from the first on, get logits that tell of the prompt's next token."""
-        sequence = self.sequence
-        return max(0, min(self.rows, sequence.prompt_tokens - 1 - sequence.cached)) if sequence.reads_prompt else 0
+    def __init__(self, sequence: Sequence, rows: int, drafts: tuple[int, ...] = ()):
+        self.sequence, self.rows, self.drafts = sequence, rows, drafts
+        self.samples = sequence.cached + rows == len(sequence.tokens)
+        told = min(rows, sequence.prompt_tokens - 1 - sequence.cached) if sequence.reads_prompt else 0
+        self.prompt_rows = max(0, told)
+        self.plain = rows == 1 and self.samples and not drafts
 
     def batch_rows(self) -> SequenceRows:
         """What goes into the step's batch."""
@@ -69,6 +65,8 @@ class Scheduler:
         self.asked_tokens = self.reused_tokens = 0  # of the prompts that have entered, and of those what was known
         self.drafted_tokens = self.accepted_tokens = 0  # guesses, and of those the right ones
         self._ids = count(1)
+        self._steady: list[Scheduled] | None = None  # the plan, as long as all that run have one token to go, and nobody comes
+        self._spare = 0  # steps for which all that run have pages
         self._matches: dict[int, tuple[int, Match]] = {}  # of waiting sequences, with the version of the cache
 
     def new_id(self) -> int:
@@ -90,8 +88,13 @@ class Scheduler:
 
     def admit(self) -> None:
         """Room for the next token of every running sequence, and in the room left for sequences that wait."""
-        self._grow()
-        self._admit()
+        if self._steady and self._spare > 0:
+            self._spare -= 1
+        else:
+            self._grow()
+            self._spare = min((s.room - len(s.tokens) for s in self.running), default=0)
+        if self.waiting:
+            self._admit()
 
     @property
     def decodes(self) -> bool:
@@ -140,6 +143,7 @@ class Scheduler:
         for queue in (self.waiting, self.running):
             if sequence in queue:
                 queue.remove(sequence)
+        self._steady = None
         self._matches.pop(sequence.id, None)
         if sound:
             self._release(sequence)
@@ -182,7 +186,7 @@ class Scheduler:
                 sequence.finish("cache")
                 self.retire(sequence)
             while sequence in self.running and not self._reserve(sequence):
-                youngest = self.running.pop()
+                youngest, self._steady = self.running.pop(), None
                 self._release(youngest)
                 self.waiting.appendleft(youngest)
 
@@ -205,6 +209,7 @@ class Scheduler:
         sequence.start()
         self.waiting.remove(sequence)
         self.running.append(sequence)
+        self._steady = None
         del self._matches[sequence.id]
 
     def _match(self, sequence: Sequence) -> Match:
@@ -229,6 +234,8 @@ class Scheduler:
 
     def plan(self, decodes: bool) -> list[Scheduled]:
         """One row of every sequence that decodes, and chunks of prompts in what is left; short ones if anything `decodes`."""
+        if self._steady:
+            return self._steady
         missing = [(s, len(s.tokens) - s.cached) for s in self.running]
         decoding = sum(1 for _, rows in missing if rows == 1)
         room = min(self.chunk if decodes else self.lone_chunk, self.limits.max_batch_tokens - decoding)
@@ -242,7 +249,11 @@ class Scheduler:
             room -= 0 if rows == 1 else taken
             if taken:
                 plan.append(Scheduled(sequence, taken))
-        return self._with_drafts(plan) if self.drafts else plan
+        if self.drafts:
+            return self._with_drafts(plan)
+        if len(plan) == len(self.running) and all(part.plain for part in plan):
+            self._steady = plan
+        return plan
 
     def _with_drafts(self, plan: list[Scheduled]) -> list[Scheduled]:
         """The plan, with guesses as far as rows and pages are left."""

@@ -3,7 +3,7 @@
 import time
 from collections import deque
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import numpy as np
 
@@ -52,8 +52,7 @@ class GenerationResult:
     prompt_logprobs: tuple[TokenLogprobs | None, ...] | None = None
 
 
-@dataclass(frozen=True)
-class Event:
+class Event(NamedTuple):
     """One token of one request, or its end, or both. `text` is what became certain, possibly "". `logprobs` if asked for.
 
     A request ends with a `result`, or with the `error` that ended it.
@@ -75,6 +74,7 @@ class Sequence:
         self.index, self.params, self.text, self.sink, self.salt = index, params, text, sink, salt
         self.tokens = list(prompt)  # prompt and answer
         self.prompt_tokens = len(prompt)
+        self._most = len(prompt) + params.max_new_tokens
         self.cached = self.reused = 0  # leading tokens whose latents are in the cache
         self.room = 0  # tokens that its pages hold; kept by the scheduler
         self.ended = False  # it has a result or an error, or was aborted: it takes no further step
@@ -95,7 +95,7 @@ class Sequence:
     @property
     def wanted(self) -> int:
         """How many more tokens it may get."""
-        return self.params.max_new_tokens - (len(self.tokens) - self.prompt_tokens)
+        return self._most - len(self.tokens)
 
     def draft(self, count: int) -> list[int]:
         """Up to `count` guesses at its next tokens; none for an answer that follows a grammar, which knows better."""
@@ -121,18 +121,23 @@ class Sequence:
         told = [token_logprobs(row, token, self.params.prompt_logprobs) for row, token in zip(logits, tokens, strict=True)]
         self._prompt_logprobs[first : first + len(told)] = told
 
-    def accept(self, token: int, max_context: int, told: TokenLogprobs | None = None) -> None:
-        """Takes the next token, sends it, and ends the request if that was the last."""
-        self.tokens.append(token)
-        self._last = time.perf_counter()
-        self._first = self._first or self._last
+    def accept(self, token: int, max_context: int, told: TokenLogprobs | None, now: float) -> None:
+        """Takes the next token, chosen at `now` (time.perf_counter), sends it, and ends the request if that was the last."""
+        tokens, text = self.tokens, self.text
+        tokens.append(token)
+        self._last = now
+        if self._first is None:
+            self._first = now
         stopped = token in self._ends
-        piece = self.text.add(token) if self.text and not stopped else ""
-        reason = self._reason(stopped, max_context)
-        if reason is None:
-            self.sink.append(Event(self.index, token, piece, logprobs=told))
+        piece = text.add(token) if text and not stopped else ""
+        if stopped or (text and text.stopped) or (self._guide and self._guide.ended):
+            self.finish("stop", token, piece, told)
+        elif len(tokens) >= self._most:
+            self.finish("length", token, piece, told)
+        elif len(tokens) >= max_context:
+            self.finish("context", token, piece, told)
         else:
-            self.finish(reason, token, piece, told)
+            self.sink.append(Event(self.index, token, piece, None, None, told))
 
     def finish(
         self, reason: FinishReason, token: int | None = None, piece: str = "", told: TokenLogprobs | None = None
@@ -152,13 +157,6 @@ class Sequence:
         """Ends the request and sends its error."""
         self.ended = True
         self.sink.append(Event(self.index, None, "", error=error))
-
-    def _reason(self, stopped: bool, max_context: int) -> FinishReason | None:
-        if stopped or (self.text and self.text.stopped) or (self._guide and self._guide.ended):
-            return "stop"
-        if len(self.tokens) - self.prompt_tokens >= self.params.max_new_tokens:
-            return "length"
-        return "context" if len(self.tokens) >= max_context else None
 
     def _stopped_by(self, reason: FinishReason, token: int | None) -> int | str | None:
         if reason != "stop":

@@ -22,7 +22,8 @@ def blocks(body: bytes) -> list[bytes]:
         return []
     if not isinstance(asked, dict):
         return []
-    prompt = asked.get("messages", asked.get("prompt"))
+    responses = [asked.get("instructions"), asked["input"]] if asked.get("input") else None
+    prompt = asked.get("messages", asked.get("prompt", responses))
     content = json.dumps(prompt, ensure_ascii=False).encode(errors="surrogatepass") if prompt else b""
     names, name = [], hashlib.blake2b(json.dumps(asked.get("tools")).encode(), digest_size=16).digest()
     for start in range(0, len(content) - BLOCK + 1, BLOCK):

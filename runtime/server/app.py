@@ -30,6 +30,8 @@ from latentrt.runtime.server.protocol import (
     TokenizeRequest,
     TokenizeResponse,
 )  # fmt: skip
+from latentrt.runtime.server.responses import Responses
+from latentrt.runtime.server.responses_protocol import ResponsesRequest, ResponsesResponse
 from latentrt.runtime.server.streaming import ClientGoneError, EventStream, unless_gone
 from latentrt.runtime.service import EngineService
 
@@ -136,6 +138,11 @@ def _add_answers(app: FastAPI, server: Server) -> None:
     async def completions(body: CompletionRequest, request: Request):
         """Text that goes on."""
         return await server.answer(Completion, body, request)
+
+    @app.post("/v1/responses", response_model=ResponsesResponse, responses=REFUSALS | stream)
+    async def responses(body: ResponsesRequest, request: Request):
+        """An answer in a conversation, in OpenAI's newer form."""
+        return await server.answer(Responses, body, request)
 
     @app.get("/v1/models", response_model=ModelList)
     async def models():

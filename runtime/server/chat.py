@@ -22,6 +22,7 @@ from latentrt.runtime.server.tool_calls import (
 )  # fmt: skip
 from latentrt.runtime.service import Ask, EngineService
 from latentrt.runtime.structured import Constraint
+from latentrt.runtime.tokenizer import Tokenizer
 
 Part = tuple[str, list[ToolCallDelta]]
 
@@ -77,7 +78,7 @@ class Chat:
 
     def _deltas(self, n: int, answer: Answer, text: str, told) -> list[dict]:
         """What a token adds, and at the end how the answer ended."""
-        content, calls = self._parse(n, text, answer.result is not None)
+        content, calls = self.parse(n, text, answer.result is not None)
         deltas = []
         if content or told:
             deltas.append(_delta(n, {"content": content}, told and logprobs.for_chat(self._engine.tokenizer, [told])))
@@ -86,7 +87,13 @@ class Chat:
             deltas.append(_delta(n, {}, None, self._reason(n, answer)) | {"stop_reason": answer.result.stopped_by})
         return deltas
 
-    def _parse(self, n: int, text: str, ended: bool) -> Part:
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """That of the model."""
+        return self._engine.needed_tokenizer()
+
+    def parse(self, n: int, text: str, ended: bool) -> Part:
+        """Content and calls that more text of answer `n` makes certain; to be called in order, with `ended` the last time."""
         parser = self._parsers[n]
         if parser is None:
             return text, []
@@ -97,7 +104,7 @@ class Chat:
         return content, calls
 
     def _choice(self, n: int, answer: Answer) -> dict:
-        content, _ = self._parse(n, answer.text, True)
+        content, _ = self.parse(n, answer.text, True)
         parser = self._parsers[n]
         calls = [_call(c.id, c.name, c.arguments) for c in parser.calls] if parser else []
         message = {"role": "assistant", "content": (content or None) if calls else content}
@@ -161,7 +168,7 @@ def _text(content: str | list[dict] | None) -> str | None:
     texts = []
     for part in content:
         kind = part.get("type")
-        if kind not in ("text", "input_text") or not isinstance(part.get("text"), str):
+        if kind not in ("text", "input_text", "output_text") or not isinstance(part.get("text"), str):
             raise RequestError(f"messages: a part of type {kind!r}, accepted: text; this model family reads nothing else")
         texts.append(part["text"])
     return "\n".join(texts)

@@ -1,6 +1,7 @@
 """One process that serves: uvicorn's event loop, and the engine's thread beside it."""
 
 import asyncio
+import gc
 import os
 import socket
 
@@ -32,6 +33,8 @@ def run(engine: Engine, settings: Settings, listening: socket.socket) -> int:
     host, port = listening.getsockname()[:2]
     shown = f"[{host}]" if ":" in host else host
     print(f"serving {settings.model} at http://{shown}:{port}/v1 (a page to chat: http://{shown}:{port}/)", flush=True)
+    gc.collect()
+    gc.freeze()  # else a full collection would look at all that was imported, and hold everything up
     _Server(config).run([listening])
     return 0
 

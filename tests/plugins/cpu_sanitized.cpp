@@ -144,8 +144,28 @@ static bool attend_whole() {
   return right;
 }
 
+extern "C" void latentrt_choose_tokens(const float* logits, int64_t rows, int64_t vocab, const double* numbers,
+                                       const int32_t* top_k, int32_t* ids, int32_t* states, float* largest);
+
+static bool choose() {
+  const int rows = between(1, 3), vocab = between(1, between(0, 1) ? 70 : 700);
+  Exact<float> logits(size_t(rows) * vocab), largest(rows);
+  Exact<double> numbers(size_t(rows) * 4);
+  Exact<int32_t> top_k(rows), ids(rows), states(rows);
+  for (int i = 0; i < rows * vocab; ++i) *(logits + i) = float(between(-90, 90)) / 9;
+  for (int r = 0; r < rows; ++r) {
+    *(numbers + 4 * r) = double(between(0, 4)) / 2, *(numbers + 4 * r + 1) = between(0, 1) ? 1 : double(between(1, 99)) / 100;
+    *(numbers + 4 * r + 2) = between(0, 1) ? 0 : double(between(1, 99)) / 100, *(numbers + 4 * r + 3) = double(between(0, 99)) / 100;
+    *(top_k + r) = between(0, 1) ? 0 : between(1, vocab + 1);
+  }
+  latentrt_choose_tokens(logits + 0, rows, vocab, numbers + 0, top_k + 0, ids + 0, states + 0, largest + 0);
+  bool right = true;
+  for (int r = 0; r < rows; ++r) right &= *(ids + r) >= 0 && *(ids + r) < vocab && *(logits + size_t(r) * vocab + *(ids + r)) <= *(largest + r);
+  return right;
+}
+
 int main() {
   for (int i = 0; i < 150; ++i)
-    if (!product() || !attend() || !attend_whole()) return std::printf("%s: case %d is wrong\n", kernels().name, i), 1;
+    if (!product() || !attend() || !attend_whole() || !choose()) return std::printf("%s: case %d is wrong\n", kernels().name, i), 1;
   std::printf("%s: fine\n", kernels().name);
 }

@@ -125,6 +125,8 @@ def test_blocks_name_everything_before_them():
     one, longer, other = (blocks(chat(text)) for text in texts)
     assert len(one) >= 3 and longer[:2] == one[:2] and not set(one) & set(other)
     assert blocks(chat("a" * 999, tools=[{"type": "function"}])) != blocks(chat("a" * 999)), "tools come before the messages"
+    plain, instructed = (blocks(json.dumps({"input": "a" * 999} | more).encode()) for more in ({}, {"instructions": "b"}))
+    assert plain and plain != instructed
     assert blocks(chat("short")) == blocks(b"[1]") == blocks(b"\xff") == blocks(b'{"prompt": null}') == []
 
 

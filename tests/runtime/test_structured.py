@@ -2,6 +2,8 @@
 
 import json
 import re
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import jsonschema
 import numpy as np
@@ -110,6 +112,35 @@ def test_a_token_out_of_place_is_an_error():
 def test_without_an_end_of_text_there_is_no_constraint():
     with pytest.raises(RequestError, match="end-of-text"):
         Guides(TOKENIZER, VOCAB, frozenset()).guide(Constraint("json_object"))
+
+
+def test_what_the_first_constraint_needs_can_be_made_before(monkeypatch):
+    guides, without = Guides(TOKENIZER, VOCAB, frozenset({EOS})), Guides(TOKENIZER, VOCAB, frozenset())
+    guides.prepare()
+    without.prepare()  # the first constraint is told why not
+    monkeypatch.setattr(TOKENIZER, "to_json", None)
+    assert not guides.guide(Constraint("choice", ("yes",))).ended
+    with pytest.raises(RequestError, match="end-of-text"):
+        without.guide(Constraint("json_object"))
+
+
+def test_constraints_do_not_wait_for_one_that_compiles(monkeypatch):
+    guides, begun, go_on = Guides(TOKENIZER, VOCAB, frozenset({EOS})), threading.Event(), threading.Event()
+    compile_it = guides._compile
+
+    def compiled(constraint):
+        if constraint.kind == "regex":
+            begun.set()
+            assert go_on.wait(60)
+        return compile_it(constraint)
+
+    monkeypatch.setattr(guides, "_compile", compiled)
+    with ThreadPoolExecutor(1) as other:
+        slow = other.submit(guides.guide, Constraint("regex", "a+"))
+        assert begun.wait(60)
+        assert not guides.guide(Constraint("choice", ("yes",))).ended
+        go_on.set()
+        assert not slow.result().ended
 
 
 def test_an_engines_answers_follow_it_and_end(example_bundle):

@@ -72,6 +72,8 @@ struct WholeTokens {
   }
 };
 
+constexpr double ROUGH = 1e-5;
+
 struct Kernels {
   const char* name;
   // For weights of `bits` bits.
@@ -100,6 +102,15 @@ struct Kernels {
   void (*round_queries)(const float* q, int rank, int width, WholeQueries& to);
   // At most SPLIT tokens of whole numbers; memory as the tokens say.
   void (*attend_whole)(const WholeQueries& q, const WholeTokens& tokens, Partial& result, void* memory);
+  // The largest of x [count], NaN if there is one, and its first place.
+  float (*largest_logit)(const float* x, int64_t count, int64_t* place);
+  // w = exp((x - top) * factor) [count], which is at most 1; gives the sum.
+  double (*weigh)(const float* x, int64_t count, double top, double factor, double* w);
+  // The sum alone, wrong by up to ROUGH of it.
+  double (*rough_sum)(const float* x, int64_t count, float top, float factor);
+  double (*sum)(const double* w, int64_t count);
+  // Places of those of x [count] that are not below `floor`, ascending; gives their number.
+  int64_t (*logits_from)(const float* x, int64_t count, float floor, int32_t* places);
 };
 
 // The fastest kernels that this processor has. LATENTRT_CPU_ISA names others, for tests.

@@ -56,6 +56,22 @@ def stream_helper(at: dict, **kwargs) -> dict:
         return {"kinds": kinds, "final": stream.get_final_completion().model_dump(mode="json")}
 
 
+def responses_stream_helper(at: dict, **kwargs) -> dict:
+    """client.responses.stream: kinds of events, and what it put together."""
+    with openai.OpenAI(**at) as client, client.responses.stream(**kwargs) as stream:
+        kinds = [event.type for event in stream]
+        return {"kinds": kinds, "final": stream.get_final_response().model_dump(mode="json")}
+
+
+def responses_parse(at: dict, fields: dict[str, str], **kwargs) -> dict:
+    """client.responses.parse with a pydantic class of these fields, "int", "str" or "bool"."""
+    types = {"int": int, "str": str, "bool": bool}
+    form = pydantic.create_model("Form", **{name: (types[kind], ...) for name, kind in fields.items()})
+    with openai.OpenAI(**at) as client:
+        answer = client.responses.parse(text_format=form, **kwargs)
+        return {"text": answer.output_text, "parsed": answer.output_parsed.model_dump()}
+
+
 def parse(at: dict, fields: dict[str, str], **kwargs) -> dict:
     """client.chat.completions.parse with a pydantic class of these fields, "int", "str" or "bool"."""
     types = {"int": int, "str": str, "bool": bool}

@@ -63,7 +63,7 @@ def events(text: str) -> list[dict]:
     """Parsed server-sent events; [DONE] must be the last, and is left out."""
     parts = text.split("\n\n")
     assert parts[-2:] == ["data: [DONE]", ""], text[-200:]
-    return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
+    return [json.loads(part[part.index("data: ") + 6 :]) for part in parts[:-2]]  # before it may stand the event's kind
 
 
 def until(true: Callable[[], bool]) -> None:

@@ -78,6 +78,35 @@ def test_bodies_of_chats(live, body):
     refused(live.post("/v1/chat/completions", **body), 400)
 
 
+@pytest.mark.parametrize("body", [
+    {}, {"input": None}, {"input": 5}, {"input": [5]}, {"input": [[]]}, {"input": [{}]}, {"input": [{"type": ["a"]}]},
+    {"input": [{"role": "user"}]}, {"input": [{"role": "user", "content": [{"type": "input_text"}]}]},
+    {"input": [{"type": "function_call", "name": "a"}]}, {"input": "a", "text": {"format": {"type": "json_schema"}}},
+    {"input": "a", "text": {"format": {"type": "json_schema", "schema": {"type": 5}}}}, {"input": "a", "n": 2},
+    {"input": "a", "max_tokens": 5}, {"input": "a", "top_logprobs": 99}, {"input": "a", "metadata": {"a": 1}},
+    {"input": "a", "tool_choice": {"type": "function", "name": "b"}}, {"input": "word " * 9000},
+])  # fmt: skip
+def test_bodies_of_responses(live, body):
+    assert refused(live.post("/v1/responses", **body), 400)["type"] == "invalid_request_error"
+
+
+def test_a_response_whose_step_raises_says_so(live, monkeypatch):
+    real, steps = live.engine.backend.step, iter(range(10**6))
+
+    def step(batch):
+        if next(steps) >= 3:
+            raise RuntimeError("out of luck")
+        return real(batch)
+
+    monkeypatch.setattr(live.engine.backend, "step", step)
+    told = live.stream("/v1/responses", input="What is x?", ignore_eos=True)
+    last = told[-1]["response"]
+    assert (told[-1]["type"], last["status"]) == ("response.failed", "failed") and "out of luck" in last["error"]["message"]
+    assert last["output"][0]["content"][0]["text"]
+    monkeypatch.undo()
+    assert live.post("/v1/responses", input="What is x?", max_output_tokens=2).json()["status"] == "incomplete"
+
+
 def test_an_over_long_prompt_is_named(live):
     error = refused(live.post("/v1/completions", prompt="word " * 5000), 400)
     assert error["code"] == "context_length_exceeded" and "2048 (max_context)" in error["message"]
