@@ -15,6 +15,7 @@ import numpy as np
 
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.runtime.backends.base import Backend
+from latentrt.runtime.bundle.manifest import Target
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.validation.dequantize import dequantized_tensors
 from latentrt.validation.judge import metrics, weights
@@ -48,6 +49,11 @@ class Subject:
     tolerances: Tolerances
     executor: Executor
     threads: int = 0
+
+
+def pages_for(target: Target, windows: list[np.ndarray]) -> int:
+    """Of the cache, for MODE_WINDOWS of the windows at a time."""
+    return MODE_WINDOWS * (1 + -(-len(windows[0]) // target.cache.page_size))
 
 
 Progress = Callable[[str], None]
@@ -113,9 +119,7 @@ class Comparison:
                 self.findings.judge(name, "weights", max(w.error for w in members), tolerance, detail)
 
     def _load(self) -> Backend:
-        page, length = self.target.cache.page_size, len(self.windows[0])
-        pages = MODE_WINDOWS * -(-length // page) + MODE_WINDOWS
-        return self.s.executor.load(pages * page, self.s.threads)
+        return self.s.executor.load(pages_for(self.target, self.windows) * self.target.cache.page_size, self.s.threads)
 
     def _engine(self, backend: Backend) -> EngineStage:
         executor = self.s.executor

@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -37,7 +37,7 @@ def validate(
         from latentrt.validation.report import terminal
 
     validation.check_report_folder(report_dir)
-    with nullcontext(lambda stage: None) if as_json else _bar(validation.STAGES) as step:
+    with progress_bar(validation.STAGES, "validated", quiet=as_json) as step:
         options = {"count": count, "progress": step, "backend": backend, "device": device}
         evidence, comparison = validation.validate(bundle, reference, target, text, **options)
     files = validation.write(evidence, comparison, report_dir)
@@ -57,7 +57,7 @@ def _bisect(subject: tuple, options: dict, report_dir: Path | None, as_json: boo
 
     validation.check_report_folder(report_dir)
     job = validation.prepare_bisection(*subject, **options)
-    with nullcontext(lambda stage: None) if as_json else _bar(job.stages) as step:
+    with progress_bar(job.stages, "validated", quiet=as_json) as step:
         found = job.run(step)
     evidence = bisection.evidence(found, job.executor)
     files = bisection.write(evidence, job.executor, report_dir)
@@ -85,8 +85,11 @@ def dequantize(
 
 
 @contextmanager
-def _bar(stages: int) -> Iterator[Callable[[str], None]]:
-    """A bar over the stages on stderr, from the first one on; yields a function that is told of each."""
+def progress_bar(stages: int, done: str, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """A bar over the stages on stderr, from the first one on; yields a function that is told of each. `done`: its last word."""
+    if quiet:
+        yield lambda stage: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -100,7 +103,7 @@ def _bar(stages: int) -> Iterator[Callable[[str], None]]:
 
     try:
         yield step
-        progress.update(task, description="validated", completed=stages)
+        progress.update(task, description=done, completed=stages)
     finally:
         if progress.live.is_started:
             progress.stop()

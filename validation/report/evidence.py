@@ -26,7 +26,7 @@ def subject(bundle: Bundle, target_name: str, checkpoint_digest: str, executed: 
     """What was compared with what, where, when, and with which versions."""
     target = bundle.manifest.targets[target_name]
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "machine": machine(),
         "versions": versions(executed),
         "bundle": {
@@ -36,6 +36,11 @@ def subject(bundle: Bundle, target_name: str, checkpoint_digest: str, executed: 
         },
         "checkpoint": {"path": bundle.manifest.checkpoint.path, "sha256": checkpoint_digest},
     }  # fmt: skip
+
+
+def now() -> str:
+    """Date and time, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions(executed: Mapping) -> dict[str, str]:
