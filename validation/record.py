@@ -61,5 +61,5 @@ def _facts(executor: Executor, executed: dict, has_kernels: bool) -> dict:
     subject = evidence.subject(executor.bundle, executor.name, manifest.checkpoint.digest, executed)
     return subject | {
         "executed": executed, "evidence_name": executor.evidence_name, "family": manifest.family, "config": manifest.config,
-        "roundings": numerics.of(executor, graph, has_kernels).record,
+        "decode_steps": DECODE_STEPS, "roundings": numerics.of(executor, graph, has_kernels).record,
     }  # fmt: skip

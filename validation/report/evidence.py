@@ -76,6 +76,13 @@ def write_evidence(bundle: Bundle, name: str, content: dict) -> Path:
     return file
 
 
+def write_json(folder: Path, name: str, content: dict) -> Path:
+    """A file of a report's folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    replace(folder / name, json.dumps(content, indent=1))
+    return folder / name
+
+
 def replace(file: Path, text: str) -> None:
     """Writes a file so that it is there whole or not at all."""
     draft = file.with_name(f".{file.name}.{os.getpid()}")

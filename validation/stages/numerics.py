@@ -22,6 +22,12 @@ class Roundings:
     rotated: bool
     record: dict
 
+    @property
+    def is_exact(self) -> bool:
+        """Whether only sums round, once weights are as stored."""
+        n = self.numerics
+        return n.activation == torch.float32 and n.cache.name == "float32" and not n.int8_activations
+
 
 def of(executor: Executor, model: onnx.ModelProto, has_kernels: bool) -> Roundings:
     """model: the graph that runs; has_kernels: whether its custom ops are kernels for a GPU."""
