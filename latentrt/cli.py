@@ -11,7 +11,7 @@ from latentrt import __version__, interrupt
 with interrupt.leaves_at_once():
     import typer
 
-    from latentrt.commands import build, export, kernels, plan, rank, run, serve, simulate, validate
+    from latentrt.commands import build, compare, export, kernels, plan, rank, run, serve, simulate, validate
     from latentrt.errors import UserError
 
 USER_ERROR, DEFECT, BROKEN_PIPE = 2, 3, 141  # exit statuses
@@ -21,7 +21,7 @@ UsageError = typer.BadParameter.__bases__[0]  # of the click that typer carries 
 app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, no_args_is_help=True)
 COMMANDS = (
     plan.plan, simulate.simulate, rank.rank, build.build, run.info, run.generate, run.chat, run.logits, serve.serve,
-    validate.validate, validate.dequantize, export.export, kernels.kernels,
+    validate.validate, compare.record, compare.compare, validate.dequantize, export.export, kernels.kernels,
 )  # fmt: skip
 for _command in COMMANDS:
     app.command()(_command)

@@ -15,18 +15,22 @@ import numpy as np
 
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.runtime.backends.base import Backend
+from latentrt.runtime.bundle.manifest import Target
 from latentrt.runtime.bundle.reader import Bundle
+from latentrt.validation.bisect import runners
+from latentrt.validation.calibration.expected import PLAIN, Alone, Expected, expect
 from latentrt.validation.dequantize import dequantized_tensors
 from latentrt.validation.judge import metrics, weights
 from latentrt.validation.judge.excuse import Excuses
 from latentrt.validation.judge.findings import Findings
 from latentrt.validation.judge.greedy import compare_greedy
-from latentrt.validation.judge.layers import judge_layers, trace_stage
+from latentrt.validation.judge.layers import judge_layers, judge_routing, trace_stage
 from latentrt.validation.judge.metrics import LogitComparison
-from latentrt.validation.judge.tolerances import Tolerance, Tolerances
-from latentrt.validation.reference.model import Reference
-from latentrt.validation.stages import engine_graph, exported_graph
-from latentrt.validation.stages.base import PAGE_SIZE, Stage
+from latentrt.validation.judge.paired import Paired, largest_error
+from latentrt.validation.judge.tolerances import REPORTED, Tolerance, Tolerances
+from latentrt.validation.reference.model import Reference, Trace
+from latentrt.validation.stages import engine_graph, exported_graph, numerics
+from latentrt.validation.stages.base import PAGE_SIZE, Force, Stage
 from latentrt.validation.stages.executor import Executor
 from latentrt.validation.stages.graph import EngineStage, GraphStage
 from latentrt.validation.stages.model import ModelStage
@@ -48,6 +52,11 @@ class Subject:
     tolerances: Tolerances
     executor: Executor
     threads: int = 0
+
+
+def pages_for(target: Target, windows: list[np.ndarray]) -> int:
+    """Of the cache, for MODE_WINDOWS of the windows at a time."""
+    return MODE_WINDOWS * (1 + -(-len(windows[0]) // target.cache.page_size))
 
 
 Progress = Callable[[str], None]
@@ -72,6 +81,7 @@ class Comparison:
             self.reference = Reference(s.checkpoint)
             f.audit = [vars(c) for c in self.reference.audit]
             self.trace = self.reference.trace(self.windows[0])
+            self.given = Force(self.trace.routing, self.trace.hidden)
         self._files()
         self._weights()
         with ExitStack() as loaded:
@@ -80,6 +90,8 @@ class Comparison:
                 self.engine = self._engine(backend)
                 f.executed = s.executor.describe(backend)
             self._early_stages()
+            with self._timed("emulate the engine's roundings"):
+                self._emulate(backend)
             with self._timed("engine against the original weights"):
                 self._fidelity()
             self._exactness()
@@ -113,9 +125,7 @@ class Comparison:
                 self.findings.judge(name, "weights", max(w.error for w in members), tolerance, detail)
 
     def _load(self) -> Backend:
-        page, length = self.target.cache.page_size, len(self.windows[0])
-        pages = MODE_WINDOWS * -(-length // page) + MODE_WINDOWS
-        return self.s.executor.load(pages * page, self.s.threads)
+        return self.s.executor.load(pages_for(self.target, self.windows) * self.target.cache.page_size, self.s.threads)
 
     def _engine(self, backend: Backend) -> EngineStage:
         executor = self.s.executor
@@ -123,62 +133,90 @@ class Comparison:
         return EngineStage(backend, debug, engine_graph.logit_rows(executor))
 
     def _early_stages(self) -> None:
-        """Torch model and exported graph, against transformers on the checkpoint's weights."""
-        t = self.s.tolerances
+        """Torch model and exported graph, against transformers on the checkpoint's weights: only sums may round."""
         checkpoint, length = self.s.checkpoint, len(self.windows[0])
         pages = 2 + EARLY_WINDOWS * (2 + length // PAGE_SIZE)
-        with self._timed("torch model"):
-            self._early(ModelStage(checkpoint, pages), t.model_logits)
-        with self._timed("exported graph"), tempfile.TemporaryDirectory(prefix="latentrt-") as folder:
-            graph = GraphStage(exported_graph.export(checkpoint, Path(folder), PAGE_SIZE, self.s.threads), pages)
-            self._early(graph, t.graph_logits)
-
-    def _early(self, stage: Stage, limit: Tolerance) -> None:
         cut = [w[:EARLY_TOKENS] for w in self.windows[:EARLY_WINDOWS]]
-        expected = [self.reference.logits(w) for w in cut]
-        runs = {"prefill": [stage.prefill(w) for w in cut], "chunked": stage.chunked(cut),
-                "decode": stage.decode(cut, EARLY_STEPS)}  # fmt: skip
-        self._judge_runs(stage, cut, expected, runs, limit, Tolerance(None, "follows from the logits"))
-        trace_stage(stage, self.windows[0], self.trace, self.reference, self.findings)
-        judge_layers(stage.name, self.s.tolerances.float_layer, None, self.s.tolerances, self.findings)
+        with tempfile.TemporaryDirectory(prefix="latentrt-") as folder:
+            stages: list[Stage] = []
+            with self._timed("torch model"):
+                stages.append(ModelStage(checkpoint, pages))
+            with self._timed("exported graph"):
+                stages.append(GraphStage(exported_graph.export(checkpoint, Path(folder), PAGE_SIZE, self.s.threads), pages))
+            with self._timed("both on the reference's inputs"):
+                logits = [self.reference.logits(w) for w in cut]
+                runs = [_modes(stage, cut, EARLY_STEPS) for stage in stages]
+                alone = {stage.name: self._trace(stage) for stage in stages}
+            with self._timed("emulate float32"):
+                expected = expect(checkpoint, PLAIN, cut, Alone(self.windows[0], self.given, alone))
+                for stage, found in zip(stages, runs, strict=True):
+                    self._judge_runs(stage, cut, logits, found, expected, True, EARLY_STEPS)
+                    judge_layers(stage.name, expected.spreads[stage.name], self.findings)
+                    judge_routing(stage.name, self.findings)
 
-    def _judge_runs(self, stage: Stage, windows, expected, runs: dict, limit: Tolerance, kl_limit: Tolerance) -> None:
-        """Judges logits [T, V] of `runs` (mode -> one per window) against `expected`, near ties of the routing excused."""
-        excuses = Excuses(self.reference, stage, limit, self.findings)
-        worst_kl = 0.0
+    def _trace(self, stage: Stage) -> Trace:
+        return trace_stage(stage, self.windows[0], self.trace, self.reference, self.findings)
+
+    def _emulate(self, backend: Backend) -> None:
+        executor, window = self.s.executor, self.windows[0]
+        graph = runners.runner(executor, self.s.threads).model
+        rounded = numerics.of(executor, graph, backend.gpu is not None)
+        self.exact = rounded.is_exact
+        found = {"engine": self.engine.trace(window, self.given)} if self.engine.can_trace else {}
+        alone = Alone(window, self.given, found) if found else None
+        self.expected = expect(self.s.checkpoint, rounded, self.windows, alone)
+
+    def _judge_runs(
+        self, stage: Stage, windows: list[np.ndarray], logits: list[np.ndarray], runs: dict, expected: Expected, exact: bool,
+        steps: int,
+    ) -> Tolerance:  # fmt: skip
+        """Judges logits [T, V] of `runs` (mode -> one per window; `steps` decode steps) against the reference's `logits`;
+        returns the limit of a logit.
+
+        exact: only sums round, so that single logits are judged, tokens after a flip on a near tie excused.
+        """
+        emulated = [expected.logits(k) for k in range(len(windows))]
+        errors = [metrics.max_abs_error(*pair) for pair in zip(logits, emulated, strict=True)]
+        limit = largest_error(errors) if exact else REPORTED
+        excuses, modes = Excuses(self.reference, stage, limit, self.findings), []
         for mode, found in runs.items():
-            comparison, worst = LogitComparison(), 0.0
-            for window, e, g in zip(windows, expected, found, strict=True):
-                errors = comparison.add(e[: len(g)], g)
-                worst = max(worst, excuses.largest(window, errors))
-            summary = comparison.summary() | {"judged_max_abs_error": worst}
-            self.findings.logits.setdefault(stage.name, {})[mode] = summary
+            pairs, whole, worst = Paired(), LogitComparison(), 0.0
+            for window, e, g, m in zip(windows, logits, found, emulated, strict=True):
+                off = whole.add(e[: len(g)], g)
+                used = excuses.used(window, off)
+                worst = max(worst, float(off[:used].max(initial=0.0)))
+                pairs.add(window, e, g, m, counted(mode, len(window), used, steps))
+            self.findings.logits.setdefault(stage.name, {})[mode] = whole.summary() | {"judged_max_abs_error": worst}
             self.findings.judge(f"logits, {mode}: largest error", stage.name, worst, limit, excuses.detail(worst))
-            worst_kl = max(worst_kl, summary["kl_mean"])
-        if kl_limit.limit is not None:
-            self.findings.judge("mean KL, same weights, worst mode", stage.name, worst_kl, kl_limit)
+            modes.append(pairs)
+        max(modes, key=Paired.kl_ratio).judge_kl(self.findings, "mean KL, same weights, worst mode", stage.name)
+        return limit
 
     def _fidelity(self) -> None:
         """The engine's prefill of all windows against transformers on the original weights."""
-        t, comparison = self.s.tolerances, LogitComparison()
+        whole, pairs = LogitComparison(), Paired()
         nll: dict[str, list[np.ndarray]] = {"reference": [], "engine": []}
-        for window in self.windows:
-            expected, found = self.reference.logits(window), self.engine.prefill(window)
-            comparison.add(expected, found)
-            for name, logits in (("reference", expected), ("engine", found)):
-                nll[name].append(metrics.negative_log_likelihood(logits[:-1], window[1:]))
+        limit = REPORTED
+        for k, window in enumerate(self.windows):
+            logits, found, emulated = self.reference.logits(window), self.engine.prefill(window), self.expected.logits(k)
+            off = whole.add(logits, found)
+            if self.exact:
+                limit = largest_error([metrics.max_abs_error(logits, emulated)])
+            excuses = Excuses(self.reference, self.engine, limit, self.findings)
+            pairs.add(window, logits, found, emulated, slice(excuses.used(window, off)))
+            for name, values in (("reference", logits), ("engine", found)):
+                nll[name].append(metrics.negative_log_likelihood(values[:-1], window[1:]))
         f = self.findings
-        f.fidelity = comparison.summary()
+        f.fidelity = whole.summary()
         f.perplexity = {name: metrics.perplexity(np.concatenate(v)) for name, v in nll.items()}
         f.perplexity["ratio"] = f.perplexity["engine"] / f.perplexity["reference"]
-        f.series |= {"kl": comparison.kl, "top1": comparison.equal, "nll": nll}
-        f.judge("mean KL to the original, nats", "engine", f.fidelity["kl_mean"], t.kl_mean)
-        f.judge("top-1 agreement with the original", "engine", f.fidelity["top1_agreement"], t.top1)
-        f.judge("perplexity: |ratio to the original - 1|", "engine", abs(f.perplexity["ratio"] - 1), t.perplexity)
+        f.series |= {"kl": whole.kl, "top1": whole.equal, "nll": nll}
+        pairs.judge_kl(f, "mean KL to the original, nats", "engine")
+        pairs.judge_top1(f, "top-1 of the original", "engine")
+        pairs.judge_losses(f, "perplexity: |ratio to the original - 1|", "engine")
 
     def _exactness(self) -> None:
         """The engine against transformers on the engine's own weights: all modes, layers, routing, greedy tokens."""
-        t = self.s.tolerances
         if self.quantized:
             with self._timed("decode the bundle's weights into the reference"):
                 decoded = dequantized_tensors(self.s.bundle, self.s.target_name)
@@ -186,15 +224,25 @@ class Comparison:
             self.trace = self.reference.trace(self.windows[0])
         windows = self.windows[:MODE_WINDOWS]
         with self._timed(f"engine against {self.reference.weights}"):
-            runs = {"prefill": [self.engine.prefill(w) for w in windows], "chunked": self.engine.chunked(windows),
-                    "decode": self.engine.decode(windows, DECODE_STEPS)}  # fmt: skip
-            expected = [self.reference.logits(w) for w in windows]
-            self._judge_runs(self.engine, windows, expected, runs, t.exact_logits, t.exact_kl)
+            runs, logits = _modes(self.engine, windows, DECODE_STEPS), [self.reference.logits(w) for w in windows]
+            limit = self._judge_runs(self.engine, windows, logits, runs, self.expected, self.exact, DECODE_STEPS)
         if self.engine.can_trace:
             with self._timed("engine, layer by layer"):
-                trace_stage(self.engine, self.windows[0], self.trace, self.reference, self.findings)
-                judge_layers("engine", t.layer, t.token, t, self.findings)
+                self._trace(self.engine)
+                judge_layers("engine", self.expected.spreads["engine"], self.findings)
+                judge_routing("engine", self.findings)
                 routed = self.findings.traced["engine"]["logits_routed"]
-                self.findings.judge("logits with the reference's routing: largest error", "engine", routed, t.routed_logits)
+                self.findings.judge("logits with the reference's routing: largest error", "engine", routed, limit)
         with self._timed("greedy generation"):
-            compare_greedy(self.engine, self.reference, self.windows, t, self.findings)
+            compare_greedy(self.engine, self.reference, self.windows, limit, self.findings)
+
+
+def counted(mode: str, length: int, used: int, steps: int) -> slice:
+    """Tokens of a window that a mode is judged by: of decoding those that were decoded, before the first excused one."""
+    return slice(max(1, length - steps) if mode == "decode" else 0, used)
+
+
+def _modes(stage: Stage, windows: list[np.ndarray], steps: int) -> dict[str, list[np.ndarray]]:
+    """Logits of the windows in three ways; `steps` decode steps."""
+    return {"prefill": [stage.prefill(w) for w in windows], "chunked": stage.chunked(windows),
+            "decode": stage.decode(windows, steps)}  # fmt: skip

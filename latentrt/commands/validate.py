@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
@@ -16,7 +16,7 @@ PASS, FAIL = 0, 1
 
 def validate(
     bundle: BundlePath,
-    reference: Annotated[Path, typer.Option(help="Checkpoint that the bundle was built from.")],
+    reference: Annotated[Path | None, typer.Option(help="Checkpoint that the bundle was built from.")] = None,
     report_dir: Annotated[Path | None, typer.Option("--report", help="Folder for the report.")] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the evidence as one JSON object, no progress.")] = False,
     target: TargetName = None,
@@ -25,8 +25,13 @@ def validate(
     backend: BackendName = None,
     device: Device = "auto",
     bisect: Annotated[bool, typer.Option("--bisect", help="Replay part by part and name the first wrong tensor.")] = False,
+    recorded: Annotated[Path | None, typer.Option(help="Judge a recorded run; BUNDLE may be its checkpoint.")] = None,
 ) -> int:
     """Compares an engine with transformers, stage by stage and layer by layer, and gives a verdict (exit status 0 or 1)."""
+    if recorded:
+        return _recorded(bundle, reference, recorded, report_dir, as_json)
+    if reference is None:
+        raise typer.BadParameter("give --reference, the checkpoint that the bundle was built from")
     if bisect:
         given = {"count": count, "backend": backend, "device": device}
         return _bisect((bundle, reference, target, text), given, report_dir, as_json)
@@ -37,7 +42,7 @@ def validate(
         from latentrt.validation.report import terminal
 
     validation.check_report_folder(report_dir)
-    with nullcontext(lambda stage: None) if as_json else _bar(validation.STAGES) as step:
+    with progress_bar(validation.STAGES, "validated", quiet=as_json) as step:
         options = {"count": count, "progress": step, "backend": backend, "device": device}
         evidence, comparison = validation.validate(bundle, reference, target, text, **options)
     files = validation.write(evidence, comparison, report_dir)
@@ -46,6 +51,25 @@ def validate(
     else:
         terminal.summarize(Console(), evidence, comparison.findings, files)
     return PASS if comparison.findings.passed else FAIL
+
+
+def _recorded(subject: Path, reference: Path | None, file: Path, report_dir: Path | None, as_json: bool) -> int:
+    with interrupt.leaves_at_once():
+        from rich.console import Console
+
+        from latentrt.validation import recorded
+        from latentrt.validation.report import terminal
+        from latentrt.validation.validate import check_report_folder
+
+    check_report_folder(report_dir)
+    with progress_bar(recorded.STAGES, "validated", quiet=as_json) as step:
+        evidence, findings, bundle = recorded.judge(subject, reference, file, step)
+    files = recorded.write(evidence, bundle, report_dir)
+    if as_json:
+        print(json.dumps(evidence))
+    else:
+        terminal.summarize(Console(), evidence, findings, files)
+    return PASS if findings.passed else FAIL
 
 
 def _bisect(subject: tuple, options: dict, report_dir: Path | None, as_json: bool) -> int:
@@ -57,7 +81,7 @@ def _bisect(subject: tuple, options: dict, report_dir: Path | None, as_json: boo
 
     validation.check_report_folder(report_dir)
     job = validation.prepare_bisection(*subject, **options)
-    with nullcontext(lambda stage: None) if as_json else _bar(job.stages) as step:
+    with progress_bar(job.stages, "validated", quiet=as_json) as step:
         found = job.run(step)
     evidence = bisection.evidence(found, job.executor)
     files = bisection.write(evidence, job.executor, report_dir)
@@ -85,8 +109,11 @@ def dequantize(
 
 
 @contextmanager
-def _bar(stages: int) -> Iterator[Callable[[str], None]]:
-    """A bar over the stages on stderr, from the first one on; yields a function that is told of each."""
+def progress_bar(stages: int, done: str, quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """A bar over the stages on stderr, from the first one on; yields a function that is told of each. `done`: its last word."""
+    if quiet:
+        yield lambda stage: None
+        return
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -100,7 +127,7 @@ def _bar(stages: int) -> Iterator[Callable[[str], None]]:
 
     try:
         yield step
-        progress.update(task, description="validated", completed=stages)
+        progress.update(task, description=done, completed=stages)
     finally:
         if progress.live.is_started:
             progress.stop()

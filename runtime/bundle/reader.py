@@ -15,7 +15,7 @@ from latentrt.runtime.bundle.manifest import FORMAT_VERSION, FileRef, Manifest, 
 from latentrt.runtime.errors import BundleError
 
 MANIFEST, FILES, EVIDENCE = "manifest.json", "files", "evidence"
-BISECTED = ".bisect"  # behind a target's name: evidence of a comparison part by part
+BISECTED, RECORDED = ".bisect", ".recorded"  # behind a target's name: a comparison part by part, and of a recorded run
 _CHUNK = 1 << 20  # fits a core's cache
 
 
@@ -73,8 +73,8 @@ class Bundle:
         return self.path / EVIDENCE / f"{self.digest[:16]}.{target}.json"
 
     def evidence_files(self, target: str) -> list[Path]:
-        """What validation recorded: of the target's own runs, and of its graph run by PyTorch, whole or part by part."""
-        kinds = (f"{target}{backend}{way}" for way in ("", BISECTED) for backend in ("", ".torch"))
+        """What validation found: of the target's own runs, and of its graph run by PyTorch, whole, by parts, or recorded."""
+        kinds = (f"{target}{backend}{way}" for way in ("", BISECTED, RECORDED) for backend in ("", ".torch"))
         return [f for f in map(self.evidence_file, kinds) if f.is_file()]
 
 

@@ -105,7 +105,8 @@ class Completion:
             sequence = self.answers.request.sequences[n]
             tokens = self.answers.prompts[n // self.answers.choices] + tokens
             told = [*sequence.prompt_logprobs, *told]
-        return logprobs.for_completion(self._engine.tokenizer, tokens, told, offset)
+        as_ids = bool(self._body.return_tokens_as_token_ids)
+        return logprobs.for_completion(self._engine.tokenizer, tokens, told, offset, as_ids)
 
 
 def prompt_tokens(engine: Engine, body: CompletionRequest) -> list[list[int]]:

@@ -22,15 +22,16 @@ def _token(tokenizer: Tokenizer, token: int, logprob: float) -> dict:
 
 
 def for_completion(
-    tokenizer: Tokenizer | None, tokens: Sequence[int], told: Sequence[TokenLogprobs | None], offset: int
+    tokenizer: Tokenizer | None, tokens: Sequence[int], told: Sequence[TokenLogprobs | None], offset: int, as_ids: bool = False
 ) -> dict:
     """Of tokens and, where there is something to tell, their log probabilities; `offset`: characters of text before them.
 
-    As OpenAI does, the token itself is among the likeliest ones.
+    As OpenAI does, the token itself is among the likeliest ones. as_ids: tokens are named by their ids, as without a tokenizer.
     """
     texts = [_text(tokenizer, token) for token in tokens]
+    tokenizer = None if as_ids else tokenizer
     return {
-        "tokens": texts, "token_logprobs": [t and t.logprob for t in told],
+        "tokens": [_text(tokenizer, token) for token in tokens], "token_logprobs": [t and t.logprob for t in told],
         "text_offset": list(accumulate(map(len, texts[:-1]), initial=offset)) if texts else [],
         "top_logprobs": [t and _by_text(tokenizer, t) for t in told],
     }  # fmt: skip

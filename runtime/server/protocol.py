@@ -91,6 +91,7 @@ class CompletionRequest(SamplingBody):
     echo: bool | None = False
     logprobs: Annotated[int, Field(strict=True, ge=0, le=MOST_LOGPROBS)] | None = None
     best_of: Annotated[int, Field(strict=True, ge=1)] | None = None
+    return_tokens_as_token_ids: bool | None = False  # vLLM: "token_id:5" instead of a token's text
 
 
 class FunctionCall(BaseModel):

@@ -70,6 +70,22 @@ def copied(tiny_bundle, tmp_path) -> Path:
 
 
 @pytest.fixture(scope="session")
+def torch_bundle(traced, tiny_checkpoint, tmp_path_factory) -> Path:
+    """The tiny checkpoint in fp32 for target torch, whose kernels are plain functions that a test can replace."""
+    return traced.build_once("tiny.torch", tiny_checkpoint, tmp_path_factory.mktemp("torch") / "bundle", "torch", "fp32")
+
+
+@pytest.fixture
+def torch_copy(torch_bundle, tmp_path) -> Path:
+    return Path(shutil.copytree(torch_bundle, tmp_path / "torch"))
+
+
+@pytest.fixture
+def gpu_copy(gpu_bundle, tmp_path) -> Path:
+    return Path(shutil.copytree(gpu_bundle, tmp_path / "gpu"))
+
+
+@pytest.fixture(scope="session")
 def stand_ins():
     """A context in which builds for GPUs get stand-ins for plans and kernels, which nothing here reads."""
     pytest.importorskip("tensorrt_rtx", reason="pip install tensorrt-rtx-cu13: the package that builds")

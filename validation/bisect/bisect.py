@@ -15,8 +15,6 @@ from torch import Tensor
 
 from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.layerwise import threads_for
-from latentrt.plugins import cache_formats
-from latentrt.runtime.backends.torch.ops import DTYPES
 from latentrt.validation.bisect import diagnosis, runners, script
 from latentrt.validation.bisect.case import Case, EmbedCase, HeadCase, LayerCase, Subject
 from latentrt.validation.bisect.diagnosis import Defect
@@ -26,10 +24,10 @@ from latentrt.validation.bisect.runners import Runner
 from latentrt.validation.bisect.spread import Spread
 from latentrt.validation.dequantize import StoredWeights
 from latentrt.validation.judge.routing import Flip
-from latentrt.validation.reference.arithmetic import Numerics
 from latentrt.validation.reference.audit import audit
 from latentrt.validation.reference.layer import Rows
 from latentrt.validation.reference.model import auditable, quiet_transformers
+from latentrt.validation.stages import numerics
 from latentrt.validation.stages.executor import Executor
 from latentrt.validation.tokens import Tokens
 
@@ -80,11 +78,9 @@ class Bisect:
         limits = target.limits
         planned = script.plan(tokens.windows, target.cache.page_size, limits.max_batch_tokens, limits.max_context)
         stored = StoredWeights(bundle, executor.name)
-        cache = cache_formats.get(target.cache.format)
-        kind, fast = DTYPES[self.graph.activation(0)], target.options.get("accuracy") == "fast"
-        numerics = Numerics(kind, stored.format, cache, fast, expert_inputs=self.runner.has_kernels)
+        rounded = numerics.of(executor, self.runner.model, self.runner.has_kernels).numerics
         plain, inner = ({w.name: w for w in checkpoint.weights(rotated)} for rotated in (False, stored.rotated))
-        self.s = Subject(checkpoint, stored, numerics, planned, plain, inner)
+        self.s = Subject(checkpoint, stored, rounded, planned, plain, inner)
         self.found.executed = executor.describe(self.runner)
         self.found.text = {
             "source": tokens.source, "is_text": tokens.is_text, "tokens": len(planned.tokens), "steps": len(planned.steps),

@@ -16,7 +16,6 @@ from latentrt.validation.bisect.replay import Replay
 from latentrt.validation.bisect.script import Script
 from latentrt.validation.bisect.spread import Spread
 from latentrt.validation.dequantize import StoredWeights
-from latentrt.validation.reference import formulas
 from latentrt.validation.reference import layer as formula
 from latentrt.validation.reference.arithmetic import Emulated, Exact, Numerics
 from latentrt.validation.reference.layer import Layer, Rows
@@ -180,13 +179,10 @@ class EmbedCase(Case):
     ) -> Values:
         """kind: of angles; shift: of positions; yarn, factor: False without; seed: of float32's noise."""
         c, tokens = self.s.config, torch.from_numpy(self.s.script.tokens)
-        positions = torch.from_numpy(self.s.script.positions)[:, None] + shift
-        frequencies = torch.from_numpy(formulas.inverse_frequencies(c, yarn)).to(kind)
-        angles = (positions.to(kind) * frequencies).double()
-        gain = formulas.rotation_factor(c) if factor else 1.0
-        angled = {"cos": angles.cos() * gain, "sin": angles.sin() * gain}
+        positions = torch.from_numpy(self.s.script.positions) + shift
+        angled = dict(zip(("cos", "sin"), formula.angles(c, positions, kind, yarn, factor), strict=True))
         if kind == torch.float32:
-            noise = _ULP * self.s.noise(seed, *angles.shape)
+            noise = _ULP * self.s.noise(seed, *angled["cos"].shape)
             angled = {name: (value * (1 + noise)).float().double() for name, value in angled.items()}
         return {"embed_tokens": formula.embed(m, tokens), **angled}
 

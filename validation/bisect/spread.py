@@ -98,11 +98,15 @@ def _along(exact: Tensor, difference: Tensor, axis: int) -> Tensor:
 
 
 def _top(samples: list[Tensor]) -> float:
-    """The largest that errors of this distribution come to."""
     errors = torch.cat(samples)
+    return max(largest(errors), float(errors.max()))
+
+
+def largest(errors: Tensor) -> float:
+    """The largest that so many errors [n] of this distribution come to; a few that are of another kind do not matter."""
     logs = errors[errors > 0].log()
     if len(logs) < 2:
         return float(errors.max())
     z, middle = NormalDist().inv_cdf((1 - MISTAKES) ** (1 / len(errors))), logs.median()
     deviation = (logs.quantile(_HIGH) - middle) / NormalDist().inv_cdf(_HIGH)
-    return max(float((middle + z * deviation).exp()), float(errors.max()))
+    return float((middle + z * deviation).exp())

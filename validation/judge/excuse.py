@@ -18,23 +18,25 @@ class Excuses:
         self.reference, self.stage, self.limit, self.findings = reference, stage, limit, findings
         self._first_flip: dict[bytes, int | None] = {}
 
-    def largest(self, window: np.ndarray, errors: np.ndarray) -> float:
-        """The largest of errors [T] that no near tie excuses."""
-        worst = float(errors.max())
-        if self.limit.passes(worst) or not self.stage.can_trace:
-            return worst
+    def used(self, window: np.ndarray, errors: np.ndarray) -> int:
+        """How many first tokens of a window with these errors [T] count: those before a flip that excuses the others."""
+        if self.limit.passes(float(errors.max())) or not self.stage.can_trace:
+            return len(errors)
         key = window.tobytes()
         if key not in self._first_flip and len(self._first_flip) < MOST:
             self._first_flip[key] = self._flip(window)
         first = self._first_flip.get(key)
         if first is None:
-            return worst
-        judged = float(errors[:first].max(initial=0.0))
-        if self.limit.passes(judged):
+            return len(errors)
+        if self.limit.passes(float(errors[:first].max(initial=0.0))):
             note = f"{self.stage.name}: tokens from {first} on of one window are excused: a routing flip on a near tie"
             if note not in self.findings.notes:
                 self.findings.notes.append(note)
-        return judged
+        return first
+
+    def largest(self, window: np.ndarray, errors: np.ndarray) -> float:
+        """The largest of errors [T] that no near tie excuses."""
+        return float(errors[: self.used(window, errors)].max(initial=0.0))
 
     def _flip(self, window: np.ndarray) -> int | None:
         """First token with an explained flip; None if there is no flip, or one that is not explained."""

@@ -11,7 +11,8 @@ from latentrt.validation.judge.tolerances import Tolerance
 
 @dataclass(frozen=True)
 class Check:
-    """One line of the verdict. `stage` and `layer` say where; `detail` names the first place that is off."""
+    """One line of the verdict. `stage` says where; `detail` names the first place that is off; expected: what the emulation of
+    the target's roundings has."""
 
     name: str
     stage: str
@@ -21,6 +22,7 @@ class Check:
     reason: str
     passed: bool
     detail: str = ""
+    expected: float | None = None
 
 
 @dataclass
@@ -53,6 +55,7 @@ class Findings:
     logits: dict[str, dict[str, dict]] = field(default_factory=dict)  # stage -> mode -> metrics.LogitComparison.summary
     layers: dict[str, list[LayerErrors]] = field(default_factory=dict)  # by stage
     traced: dict[str, dict[str, float]] = field(default_factory=dict)  # by stage: logit errors free, routed, isolated
+    alone: dict[str, list[dict]] = field(default_factory=dict)  # by stage: calibration.expected.LayerSpread
     routing: dict[str, list[dict]] = field(default_factory=dict)  # by stage
     fidelity: dict[str, float] = field(default_factory=dict)
     perplexity: dict[str, float] = field(default_factory=dict)
@@ -72,8 +75,8 @@ class Findings:
 
     def judge(self, name: str, stage: str, value: float, tolerance: Tolerance, detail: str = "") -> None:
         """Adds a check."""
-        passed = tolerance.passes(value)
-        self.checks.append(Check(name, stage, value, tolerance.limit, tolerance.sense, tolerance.reason, passed, detail))
+        t = tolerance
+        self.checks.append(Check(name, stage, value, t.limit, t.sense, t.reason, t.passes(value), detail, t.expected))
 
 
 def plain(value: Any) -> Any:

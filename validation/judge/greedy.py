@@ -9,19 +9,24 @@ import numpy as np
 from latentrt.runtime.backends.base import SequenceRows, pack
 from latentrt.runtime.engine.pages import LatentCache
 from latentrt.validation.judge.findings import Findings
-from latentrt.validation.judge.tolerances import Tolerances
+from latentrt.validation.judge.tolerances import Tolerance
 from latentrt.validation.reference.model import Reference
 from latentrt.validation.stages.base import Stage
 
+GREEDY = Tolerance(0, "greedy tokens may part only where the two best logits are within twice the logit limit")
+PARTS = Tolerance(None, "greedy text parts at the first near tie; reported only")
 PROMPTS, PROMPT_TOKENS, NEW_TOKENS = 3, 24, 32
 
 
-def compare_greedy(stage: Stage, reference: Reference, windows: list[np.ndarray], t: Tolerances, findings: Findings) -> None:
-    """Continues the beginnings of a few windows on both sides; EOS is a token like any other here."""
+def compare_greedy(
+    stage: Stage, reference: Reference, windows: list[np.ndarray], logits: Tolerance, findings: Findings
+) -> None:
+    """Continues the beginnings of a few windows on both sides; EOS is a token like any other here. logits: what a logit may be
+    off by; where that is not judged, texts that part are reported only."""
     longest = min(map(len, windows[:PROMPTS]))
     new = min(NEW_TOKENS, longest // 2)
     prompts = [w[: min(PROMPT_TOKENS, longest - new)] for w in windows[:PROMPTS]]
-    limit = 2 * (t.exact_logits.limit or 0.0)
+    limit = 2 * (logits.limit or 0.0)
     unexplained = 0
     for prompt, tokens in zip(prompts, generate(stage, prompts, new), strict=True):
         entry = {"prompt": prompt, "found": tokens} | parting(reference, prompt, tokens)
@@ -29,7 +34,7 @@ def compare_greedy(stage: Stage, reference: Reference, windows: list[np.ndarray]
         findings.greedy.append(entry)
     parted = [g["parts_at"] for g in findings.greedy if g["parts_at"] is not None]
     findings.judge(
-        "greedy texts that part without a near tie", stage.name, unexplained, t.greedy,
+        "greedy texts that part without a near tie", stage.name, unexplained, GREEDY if logits.limit else PARTS,
         f"first at generated token {min(parted)}" if unexplained else "",
     )  # fmt: skip
 

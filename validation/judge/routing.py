@@ -46,14 +46,16 @@ class LayerRouting:
     flips: list[Flip]
 
 
-def compare(layer: int, reference: Routing, found: Routing, gate: np.ndarray, config: Config) -> LayerRouting:
-    """Compares one MoE layer's routing; gate [E, hidden_size] are the router's weights."""
+def compare(layer: int, reference: Routing, found: Routing, gate: np.ndarray | None, config: Config) -> LayerRouting:
+    """Compares one MoE layer's routing; gate [E, hidden_size] are the router's weights. None: the router's input is not known,
+    and neither its weights, so that logits may change by anything."""
     same = (np.sort(reference.ids, -1) == np.sort(found.ids, -1)).all(-1)
     changes = np.abs(found.router_logits - reference.router_logits).max(-1)  # [T]
     score_margin, logit_margin = formulas.margins(reference.router_logits, config)
-    moved = np.linalg.norm(found.router_input.astype(np.float64) - reference.router_input, axis=-1)
-    size = np.abs(reference.router_logits).max(-1) + 1.0
-    possible = moved * np.linalg.norm(gate.astype(np.float64), axis=-1).max() + _ROUNDING * size
+    size, possible = np.abs(reference.router_logits).max(-1) + 1.0, np.inf
+    if gate is not None:
+        moved = np.linalg.norm(found.router_input.astype(np.float64) - reference.router_input, axis=-1)
+        possible = moved * np.linalg.norm(gate.astype(np.float64), axis=-1).max() + _ROUNDING * size
     explained = (logit_margin <= 2 * changes + _ROUNDING * size) & (changes <= possible) & _follows(found, size, config)
     flips = [
         Flip(layer, int(t), sorted(map(int, reference.ids[t])), sorted(map(int, found.ids[t])), float(score_margin[t]),
@@ -61,7 +63,9 @@ def compare(layer: int, reference: Routing, found: Routing, gate: np.ndarray, co
         for t in np.flatnonzero(~same)
     ]  # fmt: skip
     load = np.bincount(reference.ids.ravel(), minlength=reference.router_logits.shape[-1]) / reference.ids.size
-    weight_errors = _weight_error(reference, found), _weight_error(_formula(found, config), found)
+    weight_errors = 0.0, 0.0
+    if found.weights is not None:
+        weight_errors = _weight_error(reference, found), _weight_error(_formula(found, config), found)
     return LayerRouting(layer, float(same.mean()), score_margin, changes, ~same, *weight_errors, load, flips)
 
 

@@ -105,15 +105,16 @@ class Layer:
         scale = self.c.softmax_scale if rules.softmax_scale is None else rules.softmax_scale
         return torch.cat([attend(m, q_latent[s], q_pe[s], latent[s], k_pe[s], scale, rules) for s in rows.sequences])
 
-    def block(self, hidden: Tensor, ids: Tensor | None = None) -> dict[str, Tensor]:
-        """From what attention left to the layer's output."""
+    def block(self, hidden: Tensor, ids: Tensor | None = None, weights: Tensor | None = None) -> dict[str, Tensor]:
+        """From what attention left to the layer's output. ids, weights [T, top_k]: a choice that is taken instead of the
+        router's own, except in rows of -1; weights None: what the router's logits say of these experts."""
         m, c, at, found = self.math, self.c, f"{self.prefix}.mlp", {}
         found["post_attention_layernorm"] = x = m.norm(hidden, f"{self.prefix}.post_attention_layernorm", c.rms_norm_eps)
         if c.is_moe_layer(self.index):
             found["router_logits"] = logits = self.router(x)
             own = self.route(logits)
             found["topk_ids"], found["topk_weights"] = own.ids, own.weights
-            found["experts"] = added = self.experts(x, own if ids is None else Choice(ids, self.weights_of(logits, ids)))
+            found["experts"] = added = self.experts(x, own if ids is None else self._given(own, logits, ids, weights))
             if c.shared_intermediate_size:
                 found |= self._mlp(x, f"{at}.shared_experts", "shared_experts.")
                 added = m.keep(added + found["shared_experts.down_proj"])
@@ -131,6 +132,10 @@ class Layer:
     def route(self, logits: Tensor) -> Choice:
         ids, weights = formulas.route(logits.numpy(), self.c, formulas.family_routing(self.c))
         return Choice(torch.from_numpy(ids), torch.from_numpy(weights))
+
+    def _given(self, own: Choice, logits: Tensor, ids: Tensor, weights: Tensor | None) -> Choice:
+        weights, free = self.weights_of(logits, ids) if weights is None else weights, ids < 0
+        return Choice(torch.where(free, own.ids, ids), torch.where(free, own.weights, weights))
 
     def weights_of(self, logits: Tensor, ids: Tensor, scaling: float | None = None, normalize: bool | None = None) -> Tensor:
         """Weights [T, top_k] of these experts; -1, which stands in padding rows, is taken for the first."""
@@ -162,6 +167,15 @@ class Layer:
         gate, up = m.linear(x, f"{at}.gate_proj"), m.linear(x, f"{at}.up_proj")
         down = m.linear(m.keep(m.keep(silu(gate)) * up), f"{at}.down_proj")
         return {f"{name}gate_proj": gate, f"{name}up_proj": up, f"{name}down_proj": down}
+
+
+def angles(
+    c: DeepseekV2Config, positions: Tensor, kind: torch.dtype = torch.float64, yarn: bool = True, factor: bool = True
+) -> tuple[Tensor, Tensor]:
+    """cos and sin [T, qk_rope_head_dim / 2] float64 of positions [T]. kind: of the angles; yarn, factor: False without."""
+    turned = positions[:, None].to(kind) * torch.from_numpy(formulas.inverse_frequencies(c, yarn)).to(kind)
+    gain = formulas.rotation_factor(c) if factor else 1.0
+    return turned.double().cos() * gain, turned.double().sin() * gain
 
 
 def embed(m: Exact, tokens: Tensor, name: str = "model.embed_tokens.weight") -> Tensor:

@@ -18,12 +18,12 @@ from latentrt.validation.reference.weights import differing, fill
 
 @dataclass(frozen=True)
 class Routing:
-    """One MoE layer's routing of T tokens."""
+    """One MoE layer's routing of T tokens. Input and weights are None where they were not recorded."""
 
-    router_input: np.ndarray  # [T, hidden_size]
+    router_input: np.ndarray | None  # [T, hidden_size]
     router_logits: np.ndarray  # [T, E]
     ids: np.ndarray  # [T, top_k]
-    weights: np.ndarray  # [T, top_k]
+    weights: np.ndarray | None  # [T, top_k]
 
 
 @dataclass

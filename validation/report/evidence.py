@@ -26,7 +26,7 @@ def subject(bundle: Bundle, target_name: str, checkpoint_digest: str, executed: 
     """What was compared with what, where, when, and with which versions."""
     target = bundle.manifest.targets[target_name]
     return {
-        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "date": now(),
         "machine": machine(),
         "versions": versions(executed),
         "bundle": {
@@ -36,6 +36,11 @@ def subject(bundle: Bundle, target_name: str, checkpoint_digest: str, executed: 
         },
         "checkpoint": {"path": bundle.manifest.checkpoint.path, "sha256": checkpoint_digest},
     }  # fmt: skip
+
+
+def now() -> str:
+    """Date and time, UTC."""
+    return datetime.now(UTC).isoformat(timespec="seconds")
 
 
 def versions(executed: Mapping) -> dict[str, str]:
@@ -69,6 +74,13 @@ def write_evidence(bundle: Bundle, name: str, content: dict) -> Path:
     file.parent.mkdir(parents=True, exist_ok=True)
     replace(file, json.dumps(content, indent=1))
     return file
+
+
+def write_json(folder: Path, name: str, content: dict) -> Path:
+    """A file of a report's folder, which is made."""
+    folder.mkdir(parents=True, exist_ok=True)
+    replace(folder / name, json.dumps(content, indent=1))
+    return folder / name
 
 
 def replace(file: Path, text: str) -> None:

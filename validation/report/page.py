@@ -12,11 +12,11 @@ from latentrt.validation.report.plots import all_plots
 JSON_NAME, HTML_NAME = "validation.json", "validation.html"
 
 
-def write_report(folder: Path, content: dict, findings: Findings, layer_limit: float | None) -> Path:
+def write_report(folder: Path, content: dict, findings: Findings) -> Path:
     """Writes validation.json and validation.html into `folder`; returns the page's path."""
     folder.mkdir(parents=True, exist_ok=True)
     replace(folder / JSON_NAME, json.dumps(content, indent=1))
-    replace(folder / HTML_NAME, render(content, all_plots(findings, layer_limit)))
+    replace(folder / HTML_NAME, render(content, all_plots(findings)))
     return folder / HTML_NAME
 
 

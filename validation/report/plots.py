@@ -23,11 +23,11 @@ _STYLE = {
 _FLOOR = 1e-9  # zeros on logarithmic axes
 
 
-def all_plots(findings: Findings, layer_limit: float | None) -> dict[str, str]:
+def all_plots(findings: Findings) -> dict[str, str]:
     """Data URIs by name: layers, kl, margins, load. A plot without data is left out."""
     plots = {"kl": _draw(_kl, findings)}
     if findings.layers:
-        plots["layers"] = _draw(lambda f, axes: _layers(f, axes, layer_limit), findings)
+        plots["layers"] = _draw(_layers, findings)
     if findings.series.get("routing", {}).get("engine"):
         plots |= {"margins": _draw(_margins, findings), "load": _draw(_load, findings)}
     return plots
@@ -43,16 +43,20 @@ def _draw(plot: Callable, findings: Findings) -> str:
     return "data:image/png;base64," + base64.b64encode(stream.getvalue()).decode()
 
 
-def _layers(findings: Findings, axes, limit: float | None) -> None:
+def _layers(findings: Findings, axes) -> None:
     for stage, layers in findings.layers.items():
         x = [e.layer for e in layers]
         color = _COLORS[stage]
         axes[0].plot(x, [max(e.hidden_free, _FLOOR) for e in layers], "o-", color=color, label=stage, ms=4)
         axes[0].plot(x, [max(e.hidden_routed, _FLOOR) for e in layers], "x--", color=color, ms=4, lw=0.9)
-        axes[1].plot(x, [max(e.hidden_isolated, _FLOOR) for e in layers], "o-", color=color, ms=4)
-        axes[1].plot(x, [max(e.attention_isolated, _FLOOR) for e in layers], "^:", color=color, ms=4, lw=0.9)
-    if limit:
-        axes[1].axhline(limit, color=_COLORS["flip"], lw=1, ls="--", label=f"engine's limit {limit:g}")
+        for tensor, line in (("hidden", "o-"), ("attention", "^:")):
+            alone = [s for s in findings.alone.get(stage, ()) if s["tensor"] == tensor]
+            found = [max(s["spread"].found.whole, _FLOOR) for s in alone]
+            axes[1].plot([s["layer"] for s in alone], found, line, color=color, ms=4, lw=0.9 if tensor == "attention" else None)
+    limits = [s for s in findings.alone.get("engine", ()) if s["tensor"] == "hidden"]
+    if limits:
+        x, y = [s["layer"] for s in limits], [max(s["spread"].limit.whole, _FLOOR) for s in limits]
+        axes[1].plot(x, y, color=_COLORS["flip"], lw=1, ls="--", label="engine's limit")
         axes[1].legend(loc="best", fontsize=8)
     axes[0].set(title="Error growing through the layers (dashed: routing forced)", ylabel="relative error of the hidden state")
     axes[1].set(title="Each layer alone (dotted: its attention)", ylabel="relative error")

@@ -14,12 +14,12 @@ from latentrt.validation.report.page import number
 def summarize(console: Console, content: dict, findings: Findings, files: list[Path]) -> None:
     """The verdict and what it rests on, short enough for a terminal."""
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for title, justify in (("stage", "left"), ("check", "left"), ("found", "right"), ("accepted", "right"), ("", "left")):
-        table.add_column(title, justify=justify, overflow="fold")
+    for title in ("stage", "check", "found", "expected", "accepted", ""):
+        table.add_column(title, justify="right" if title in ("found", "expected", "accepted") else "left", overflow="fold")
     for c in findings.checks:
         accepted = "reported" if c.limit is None else f"{c.sense} {number(c.limit)}"
         mark = ("-", "dim") if c.limit is None else ("pass", "green") if c.passed else ("FAIL", "bold red")
-        table.add_row(Text(c.stage), Text(c.name), Text(number(c.value)), accepted, Text(*mark))
+        table.add_row(Text(c.stage), Text(c.name), Text(number(c.value)), number(c.expected), accepted, Text(*mark))
     console.print(table)
     for note in findings.notes:
         line(console, f"note: {note}")

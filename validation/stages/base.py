@@ -42,15 +42,25 @@ class Stage:
         return next(iter(self._run([tokens], lambda done, length: length - done)))
 
     def chunked(self, windows: list[np.ndarray], seed: int = 0) -> list[np.ndarray]:
-        """Ragged chunks of odd lengths, several sequences in a step, with pages taken in turn (so out of order)."""
+        """Ragged chunks of odd lengths, several sequences in a step, over pages that held other tokens before."""
         rng = np.random.default_rng(seed)
-        return list(self._run(windows, lambda done, length: min(length - done, int(rng.choice([1, 2, 7, 33, 64, 129])))))
+        take = lambda done, length: min(length - done, int(rng.choice([1, 2, 7, 33, 64, 129])))  # noqa: E731
+        return list(self._run(windows, take, self._pages(windows, 3)))
 
     def decode(self, windows: list[np.ndarray], steps: int) -> list[np.ndarray]:
         """All but the last `steps` tokens in one step, those token by token over the cache, all sequences side by side."""
-        return list(self._run(windows, lambda done, length: max(1, length - steps) if done == 0 else 1))
+        take = lambda done, length: max(1, length - steps) if done == 0 else 1  # noqa: E731
+        return list(self._run(windows, take, self._pages(windows, 4)))
 
-    def _run(self, windows: list[np.ndarray], take: Callable[[int, int], int]) -> Iterator[np.ndarray]:
+    def _pages(self, windows: list[np.ndarray], seed: int) -> np.ndarray:
+        """Page numbers instead of 0, 1, ...: the same pages in another order, so that a page that is not written shows."""
+        used = sum(-(-len(w) // self.page_size) for w in windows)
+        mixed = 1 + np.random.default_rng(seed).permutation(used)
+        return np.concatenate([[0], mixed, np.arange(1 + used, self.num_pages)]).astype(np.int32)
+
+    def _run(
+        self, windows: list[np.ndarray], take: Callable[[int, int], int], pages: np.ndarray | None = None
+    ) -> Iterator[np.ndarray]:
         cache = LatentCache(self.num_pages, self.page_size)
         done = [0] * len(windows)
         logits: list[list[np.ndarray]] = [[] for _ in windows]
@@ -60,7 +70,8 @@ class Stage:
             for s, count in zip(active, counts, strict=True):
                 cache.reserve(s, done[s] + count)
                 rows.append(SequenceRows(windows[s][done[s] : done[s] + count].tolist(), done[s], range(count)))
-            out = self.step(pack(rows, cache.block_table(active)))
+            table = cache.block_table(active)
+            out = self.step(pack(rows, table if pages is None else pages[table]))
             for s, piece in zip(active, np.split(out, np.cumsum(counts)[:-1]), strict=True):
                 logits[s].append(piece.copy())
                 done[s] += len(piece)

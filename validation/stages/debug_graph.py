@@ -31,6 +31,7 @@ from latentrt.plugins.step_graph import (
 from latentrt.plugins.step_graph import caches as cache_names
 from latentrt.runtime.backends.torch.graph import StepProgram
 from latentrt.runtime.backends.torch.ops import DTYPES
+from latentrt.validation.bisect.parts import FUSED_NORM
 from latentrt.validation.errors import ValidationError
 
 _FLOAT, _INT32 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT32
@@ -209,12 +210,26 @@ def _force_routing(model: onnx.ModelProto, layers: list[LayerValues]) -> None:
 def _force_hidden(model: onnx.ModelProto, layers: list[LayerValues]) -> None:
     """Whoever reads a layer's output reads a graph input instead; the last layer's goes on to the head."""
     inner = {names.output for names in layers[:-1]}
-    for node in model.graph.node:
+    nodes = [part for node in model.graph.node for part in _opened(node, inner)]
+    for node in nodes:
         for k, name in enumerate(node.input):
             if name in inner:
                 node.input[k] = name + FORCED
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
     for name in sorted(inner):
         model.graph.input.append(onnx.helper.make_tensor_value_info(name + FORCED, _FLOAT, [TOKENS, "hidden_size"]))
+
+
+def _opened(node: onnx.NodeProto, inner: set[str]) -> list[onnx.NodeProto]:
+    """Where an own kernel adds for one layer and norms the sum for the next: the sum, and the norm of what is given."""
+    if node.op_type != FUSED_NORM or node.output[3] not in inner:
+        return [node]
+    total, norm = node.output[3], onnx.NodeProto()
+    norm.CopyFrom(node)
+    norm.input[0], norm.input[1], norm.output[3] = total, f"{total}.nothing", f"{total}.again"
+    added = onnx.helper.make_node("Add", node.input[:2], [total])
+    return [added, onnx.helper.make_node("Sub", [total, total], [f"{total}.nothing"]), norm]
 
 
 def _expose(model: onnx.ModelProto, names: Iterable[str]) -> None:
