@@ -194,6 +194,7 @@ def _check_ranks(name: str, target: Target, ranks: int | None) -> None:
 def load(
     path: Path | str, target: str | None = None, cache_tokens: int | None = None, threads: int = 0,
     backend: str | None = None, device: str = "auto", drafts: int = 0, ranks: int | None = None,
+    batch_invariant: bool = False,
 ) -> Engine:  # fmt: skip
     """An engine for a target of the bundle at `path` (the only one by default).
 
@@ -202,14 +203,17 @@ def load(
     target's graph. device: "cpu", "cuda" or "cuda:1"; "auto" is what the target is for, and with backend "torch" a GPU where
     there is one. drafts: how many tokens a sequence may guess ahead in a step, from what its text repeats; the answers stay the
     same, and code comes sooner. ranks: the number that the target was built for; it decides how many processes run it, so that
-    another one is refused. Raises BundleError if the bundle or the target cannot be used, RequestError for a wrong option.
+    another one is refused. batch_invariant: a request's tokens and logits do not depend, bit for bit, on what else runs, when
+    it came, or how its prompt was cut (docs/numerics.md); cpu targets only, and slower. Raises BundleError if the bundle or the
+    target cannot be used, RequestError for a wrong option.
     """
     bundle = Bundle(path)
     _check_ranks(*bundle.target(target), ranks)
     if drafts < 0:
         raise RequestError(f"drafts is {drafts}, accepted: 0 (none) or more")
+    options = {"cache_tokens": cache_tokens, "threads": threads, "device": device, "batch_invariant": batch_invariant}
     try:
-        loaded = backends.load(bundle, target, backend, cache_tokens=cache_tokens, threads=threads, device=device)
+        loaded = backends.load(bundle, target, backend, **options)
     except MemoryError as error:
         raise RequestError(f"cache_tokens is {cache_tokens}, more than this machine's memory holds ({error})") from None
     return Engine(bundle, loaded, drafts=drafts)

@@ -18,6 +18,7 @@ from latentrt.runtime.sampling_params import SamplingParams
 Threads = Annotated[int, typer.Option(help="Threads; 0: all cores.")]
 CacheTokens = Annotated[int | None, typer.Option(help="Tokens in the latent cache; default: what 1 GiB or most of a GPU holds")]
 Drafts = Annotated[int, typer.Option(min=0, help="Tokens guessed ahead in a step, from what the text repeats; 0: none.")]
+BatchInvariant = Annotated[bool, typer.Option("--batch-invariant", help="The same bits whatever else runs; cpu, slower.")]
 Json = Annotated[bool, typer.Option("--json", help="One JSON object on stdout, errors too.")]
 # Without these options the bundle's own defaults count: what the checkpoint's generation_config.json says; see latentrt info.
 MaxNewTokens = Annotated[int | None, typer.Option(help="Longest answer, in tokens.", show_default="the bundle's")]
@@ -70,7 +71,8 @@ def generate(
     chat: Annotated[bool, typer.Option("--chat", help="Each prompt is a user's message in the chat template.")] = False,
     system: Annotated[str | None, typer.Option(help="System message, with --chat.")] = None,
     target: TargetName = None, threads: Threads = 0, cache_tokens: CacheTokens = None, drafts: Drafts = 0,
-    backend: BackendName = None, device: Device = "auto", ranks: Ranks = None, as_json: Json = False,
+    backend: BackendName = None, device: Device = "auto", ranks: Ranks = None, batch_invariant: BatchInvariant = False,
+    as_json: Json = False,
 ) -> None:  # fmt: skip
     """Continues prompts; several run together."""
     with interrupt.leaves_at_once():
@@ -84,7 +86,7 @@ def generate(
     if not texts:
         raise RequestError("no prompt; give --prompt TEXT or --prompt-file FILE")
     single = len(texts) == 1 and not as_json
-    with load(bundle, target, cache_tokens, threads, backend, device, drafts, ranks) as engine:
+    with load(bundle, target, cache_tokens, threads, backend, device, drafts, ranks, batch_invariant) as engine:
         params = _params(engine.default_params, asked)
         before = [{"role": "system", "content": system}] if system is not None else []
         prompts = [engine.chat_tokens([*before, {"role": "user", "content": text}]) for text in texts] if chat else texts
@@ -106,6 +108,7 @@ def chat(
     min_p: MinP = None, repetition_penalty: RepetitionPenalty = None, seed: Seed = None, stop: Stop = None,
     ignore_eos: IgnoreEos = False, target: TargetName = None, threads: Threads = 0, cache_tokens: CacheTokens = None,
     drafts: Drafts = 0, backend: BackendName = None, device: Device = "auto", ranks: Ranks = None,
+    batch_invariant: BatchInvariant = False,
 ) -> int:  # fmt: skip
     """Talks: one line, one turn. /reset forgets the history, /exit leaves; stdin may be a pipe."""
     with interrupt.leaves_at_once():
@@ -114,7 +117,7 @@ def chat(
         from latentrt.runtime.chat import Conversation
 
     asked = _asked(temperature, top_k, top_p, min_p, repetition_penalty, seed, max_new_tokens, stop, ignore_eos)
-    with load(bundle, target, cache_tokens, threads, backend, device, drafts, ranks) as engine:
+    with load(bundle, target, cache_tokens, threads, backend, device, drafts, ranks, batch_invariant) as engine:
         said = engine.bundle.manifest.text.sampling
         params = _params(engine.default_params, {"max_new_tokens": said.get("max_new_tokens", CHAT_TOKENS)} | asked)
         return 0 if console.chat_loop(Conversation(engine, params, system)) else 2
@@ -125,7 +128,8 @@ def logits(
     tokens: Annotated[Path, typer.Option(help="JSON file: a list of token-id lists.")],
     out: Annotated[Path, typer.Option(help="File to write: the lists' logits one after another, [T, vocab] float32.")],
     target: TargetName = None, threads: Threads = 0, cache_tokens: CacheTokens = None,
-    backend: BackendName = None, device: Device = "auto", ranks: Ranks = None, as_json: Json = False,
+    backend: BackendName = None, device: Device = "auto", ranks: Ranks = None, batch_invariant: BatchInvariant = False,
+    as_json: Json = False,
 ) -> None:  # fmt: skip
     """Teacher-forced logits at every position."""
     with interrupt.leaves_at_once():
@@ -134,7 +138,7 @@ def logits(
     lists = _read_token_lists(tokens)
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise RequestError(f"{out}: {'is a folder' if out.is_dir() else 'its folder is missing'}; give a file to write")
-    with load(bundle, target, cache_tokens, threads, backend, device, ranks=ranks) as engine:
+    with load(bundle, target, cache_tokens, threads, backend, device, 0, ranks, batch_invariant) as engine:
         blocks, shape = engine.logit_blocks(lists), (sum(map(len, lists)), engine.vocab_size)
         _write_rows(out, shape, blocks)
     report = {"out": str(out), "shape": shape, "dtype": "float32"}

@@ -8,7 +8,7 @@ import typer
 
 from latentrt import __version__, interrupt
 from latentrt.commands.options import BackendName, BundlePath, Device, Ranks, TargetName
-from latentrt.commands.run import CacheTokens, Drafts, Threads
+from latentrt.commands.run import BatchInvariant, CacheTokens, Drafts, Threads
 from latentrt.runtime.errors import RequestError
 
 KEY_VARIABLE = "LATENTRT_API_KEY"
@@ -31,7 +31,7 @@ def serve(
     replicas: Annotated[int, typer.Option(min=0, help="Processes with an engine each, on Ray Serve; 0: this one alone.")] = 0,
     max_replicas: Annotated[int, typer.Option(min=0, help="So many under load, with --replicas.")] = 0,
     target: TargetName = None, threads: Threads = 0, cache_tokens: CacheTokens = None, drafts: Drafts = 0,
-    backend: BackendName = None, device: Device = "auto", ranks: Ranks = None,
+    backend: BackendName = None, device: Device = "auto", ranks: Ranks = None, batch_invariant: BatchInvariant = False,
 ) -> int:  # fmt: skip
     """Serves OpenAI's API, and a page to chat at /. Ctrl-C or SIGTERM lets answers end, and leaves."""
     with interrupt.leaves_at_once():
@@ -50,7 +50,7 @@ def serve(
         max_body=max_body, drain_seconds=drain_seconds, version=__version__,
     )  # fmt: skip
     options = {"target": target, "cache_tokens": cache_tokens, "threads": threads, "backend": backend, "device": device,
-               "drafts": drafts, "ranks": ranks}  # fmt: skip
+               "drafts": drafts, "ranks": ranks, "batch_invariant": batch_invariant}  # fmt: skip
     if replicas:
         return _on_ray(bundle, options, settings, replicas, max_replicas, host, port)
     sockets = process.listen(host, port)
@@ -71,7 +71,8 @@ def _on_ray(bundle: Path, options: dict, settings, replicas: int, max_replicas: 
         raise RequestError(f"max_replicas is {max_replicas}, accepted: {replicas} (replicas) or more")
     opened = Bundle(bundle)
     _, target = opened.target(options["target"])
-    backends.check(opened, options["target"], options["backend"], BackendOptions(device=options["device"]))
+    asked = BackendOptions(device=options["device"], batch_invariant=options["batch_invariant"])
+    backends.check(opened, options["target"], options["backend"], asked)
     on_gpus = options["device"].startswith("cuda") or (options["device"] == "auto" and target.compute_capability is not None)
     copies = ray_serve.Copies(replicas, max_replicas, gpus=target.ranks if on_gpus else 0)
     return ray_serve.run(ray_serve.Loading(str(bundle.absolute()), options), settings, copies, host, port)

@@ -23,6 +23,7 @@ _BACKENDS = {
     "tensorrt_rtx": _Row("tensorrt.backend", "TensorRtBackend", ("cuda",)),
     "torch": _Row("torch.backend", "TorchBackend", ("cpu", "cuda")),
 }
+_BATCH_INVARIANT = ("onnxruntime",)
 INTERPRETER = "torch"  # runs the ONNX graph of any target
 
 
@@ -41,6 +42,9 @@ def check(bundle: "Bundle", target_name: str | None, backend: str | None, option
         runs_on = "a GPU" if kinds == ("cuda",) else "the CPU"
         found = f"device is {options.device!r}, but target {name} runs on {runs_on} ({chosen})"
         raise RequestError(f"{found}; choose backend {INTERPRETER}, too")
+    if options.batch_invariant and chosen not in _BATCH_INVARIANT:
+        found = f"batch_invariant is set, but target {name} runs on {chosen}, for which it is not proven"
+        raise RequestError(f"{found}; accepted: {', '.join(_BATCH_INVARIANT)} (target cpu); leave it out")
     return chosen
 
 

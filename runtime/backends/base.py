@@ -30,7 +30,8 @@ class BackendOptions:
     custom_ops: "auto", "triton" or "reference", a matter of backend torch. mapped, a matter of backend onnxruntime: weights
     stay in the bundle's files instead of being copied into the layout that its kernels like best. Little memory, slow steps.
     kernels, another: "auto" takes our own, whose weights are always mapped, where they can be compiled; "native" insists on
-    them; "onnxruntime" does without.
+    them; "onnxruntime" does without. batch_invariant: the bits of a sequence's logits do not depend on what else is in its
+    steps (docs/numerics.md), a matter of backend onnxruntime, refused by others.
     """
 
     cache_tokens: int | None = None
@@ -41,6 +42,7 @@ class BackendOptions:
     custom_ops: str = AUTO
     mapped: bool = False
     kernels: str = AUTO
+    batch_invariant: bool = False
     rank: int = 0  # of those that share a target's experts
     place: int = 0  # of the rank among those of its machine
 

@@ -8,6 +8,7 @@ their library can be compiled. Their weights stay mapped from the bundle's files
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
@@ -17,6 +18,7 @@ from latentrt.plugins.cpu.sampling import TokenChooser
 from latentrt.plugins.step_graph import DECODE_FORM, LOGITS, StepBatch, caches
 from latentrt.runtime.backends.base import AUTO, Backend, BackendOptions, Draws, StepResult, pages_for
 from latentrt.runtime.backends.forms import chooser
+from latentrt.runtime.backends.rows import one_row_steps
 from latentrt.runtime.bundle.manifest import Target
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.runtime.errors import BundleError, RequestError
@@ -46,7 +48,7 @@ class OnnxRuntimeBackend(Backend):
         self.name, self.target = name, target
         chooser(f"{bundle.path}: target {name}", target, {}, options.prefill)
         self.num_pages = pages_for(target, options.cache_tokens)
-        library, self._session = _session(bundle, target, options)
+        library, self._session, self._row_by_row = _session(bundle, target, options)
         self.native, self._chooser = library is not None, TokenChooser(library) if library else None
         spec = target.cache
         shape = (self.num_pages, spec.page_size, spec.width)
@@ -55,6 +57,12 @@ class OnnxRuntimeBackend(Backend):
         self._bound = [(*names, value) for names, value in zip(caches(spec.layers).items(), values, strict=True)]
 
     def step(self, batch: StepBatch) -> StepResult:
+        steps = one_row_steps(batch, self.target.cache.page_size) if self._row_by_row else [batch]
+        logits = [self._run(step) for step in steps]
+        logits = logits[0] if len(logits) == 1 else np.concatenate(logits)
+        return ChosenResult(logits, self._chooser) if self._chooser else StepResult(logits)
+
+    def _run(self, batch: StepBatch) -> np.ndarray:
         binding = self._session.io_binding()
         for name, value in vars(batch).items():
             binding.bind_cpu_input(name, value)
@@ -63,8 +71,7 @@ class OnnxRuntimeBackend(Backend):
             binding.bind_ortvalue_output(updated, cache)
         binding.bind_output(LOGITS, "cpu")
         self._session.run_with_iobinding(binding)
-        logits = binding.get_outputs()[-1].numpy()
-        return ChosenResult(logits, self._chooser) if self._chooser else StepResult(logits)
+        return binding.get_outputs()[-1].numpy()
 
     def copy_pages(self, pages: Sequence[tuple[int, int]]) -> None:
         for cache in self.caches:
@@ -75,8 +82,8 @@ class OnnxRuntimeBackend(Backend):
         self._session, self._bound, self.caches = None, [], []
 
 
-def _session(bundle: Bundle, target: Target, options: BackendOptions) -> tuple[str | None, ort.InferenceSession]:
-    """The library of own kernels, if they are in it, and the session."""
+def _session(bundle: Bundle, target: Target, options: BackendOptions) -> tuple[str | None, ort.InferenceSession, bool]:
+    """The library of own kernels, if they are in it, the session, and whether it takes steps of one row only."""
     if _release(target.backend_version) > _release(ort.__version__):
         raise BundleError(
             f"{bundle.path}: built with onnxruntime {target.backend_version}, installed is {ort.__version__}; "
@@ -88,15 +95,27 @@ def _session(bundle: Bundle, target: Target, options: BackendOptions) -> tuple[s
         raise RequestError(f"kernels is 'native', but {missing}")
     library = _own_kernels(options) if files.native else None
     path = bundle.file(files.native if library else files.graph)
+    whole = options.batch_invariant and library and _whole_steps(path)
+    model = whole or str(path)
     try:
-        session = ort.InferenceSession(str(path), _options(options, library), providers=["CPUExecutionProvider"])
+        chosen = _options(options, library, path.parent if whole else None)
+        session = ort.InferenceSession(model, chosen, providers=["CPUExecutionProvider"])
     except Exception as error:  # onnxruntime has no common base class for its errors
         raise BundleError(f"{path}: onnxruntime {ort.__version__} cannot load it: {error}") from error
-    return library, session
+    return library, session, options.batch_invariant and not whole
 
 
-def _options(given: BackendOptions, library: str | None = None) -> ort.SessionOptions:
+def _whole_steps(path: Path) -> bytes | None:
+    from latentrt.runtime.backends.invariance import whole_steps  # imports onnx, which takes a while
+
+    return whole_steps(path)
+
+
+def _options(given: BackendOptions, library: str | None = None, weights: Path | None = None) -> ort.SessionOptions:
+    """`weights`: the folder of the files that a graph in memory names."""
     options = ort.SessionOptions()
+    if weights:
+        options.add_session_config_entry("session.model_external_initializers_file_folder_path", str(weights.resolve()))
     options.intra_op_num_threads = given.threads or len(os.sched_getaffinity(0))
     options.enable_mem_pattern = False  # patterns are kept per shape, and every ragged step has its own
     options.log_severity_level = 3

@@ -54,7 +54,7 @@ class Worker(LLMEngine):
     async def start(self, worker_id: int) -> EngineConfig:
         """Loads the engine."""
         a = self._asked
-        engine = load(a.bundle, a.target, a.cache_tokens, a.threads, a.backend, a.device)
+        engine = load(a.bundle, a.target, a.cache_tokens, a.threads, a.backend, a.device, batch_invariant=a.batch_invariant)
         self._service = EngineService(engine, a.max_waiting)
         await self._service.start()
         schedulers, size = engine.loop.schedulers, engine.backend.target.cache.page_size
@@ -161,6 +161,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--threads", type=int, default=0)
     parser.add_argument("--cache-tokens", type=int)
+    parser.add_argument("--batch-invariant", action="store_true")
     return parser
 
 

@@ -146,12 +146,13 @@ def application(loading: Loading, settings: Settings, copies: Copies = Copies())
 
 def app(arguments: dict[str, str]) -> serve.Application:
     """For `serve run`: bundle, and as wanted model, replicas, max_replicas, cpus, gpus, target, backend, device, threads,
-    cache_tokens."""
+    cache_tokens, drafts, batch_invariant (true)."""
     given = dict(arguments)
     bundle = str(Path(given.pop("bundle")).absolute())
     settings = Settings(given.pop("model", Path(bundle).name))
     numbers = {name: type(getattr(Copies, name))(given.pop(name)) for name in Copies.__dataclass_fields__ if name in given}
-    options = {name: int(value) if name in ("threads", "cache_tokens", "drafts") else value for name, value in given.items()}
+    kinds = {"threads": int, "cache_tokens": int, "drafts": int, "batch_invariant": lambda value: value.lower() == "true"}
+    options = {name: kinds.get(name, str)(value) for name, value in given.items()}
     return application(Loading(bundle, options), settings, Copies(**numbers))
 
 
