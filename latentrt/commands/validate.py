@@ -25,16 +25,20 @@ def validate(
     backend: BackendName = None,
     device: Device = "auto",
     bisect: Annotated[bool, typer.Option("--bisect", help="Replay part by part and name the first wrong tensor.")] = False,
+    extract: Annotated[Path | None, typer.Option(help="With --bisect: folder for the first wrong part, as ONNX.")] = None,
+    part: Annotated[str | None, typer.Option(help="With --extract: another part, such as model.layers.2 or head.")] = None,
     recorded: Annotated[Path | None, typer.Option(help="Judge a recorded run; BUNDLE may be its checkpoint.")] = None,
 ) -> int:
     """Compares an engine with transformers, stage by stage and layer by layer, and gives a verdict (exit status 0 or 1)."""
+    if (extract and not bisect) or (part and not extract):
+        raise typer.BadParameter("--extract needs --bisect" if extract else "--part needs --extract")
     if recorded:
         return _recorded(bundle, reference, recorded, report_dir, as_json)
     if reference is None:
         raise typer.BadParameter("give --reference, the checkpoint that the bundle was built from")
     if bisect:
         given = {"count": count, "backend": backend, "device": device}
-        return _bisect((bundle, reference, target, text), given, report_dir, as_json)
+        return _bisect((bundle, reference, target, text), given, report_dir, as_json, (extract, part))
     with interrupt.leaves_at_once():
         from rich.console import Console
 
@@ -72,7 +76,7 @@ def _recorded(subject: Path, reference: Path | None, file: Path, report_dir: Pat
     return PASS if findings.passed else FAIL
 
 
-def _bisect(subject: tuple, options: dict, report_dir: Path | None, as_json: bool) -> int:
+def _bisect(subject: tuple, options: dict, report_dir: Path | None, as_json: bool, extract: tuple) -> int:
     with interrupt.leaves_at_once():
         from rich.console import Console
 
@@ -81,6 +85,8 @@ def _bisect(subject: tuple, options: dict, report_dir: Path | None, as_json: boo
 
     validation.check_report_folder(report_dir)
     job = validation.prepare_bisection(*subject, **options)
+    if extract[0]:
+        job.extract(*extract)
     with progress_bar(job.stages, "validated", quiet=as_json) as step:
         found = job.run(step)
     evidence = bisection.evidence(found, job.executor)
@@ -88,7 +94,7 @@ def _bisect(subject: tuple, options: dict, report_dir: Path | None, as_json: boo
     if as_json:
         print(json.dumps(evidence))
     else:
-        bisection.summarize(Console(), found, job.executor, files)
+        bisection.summarize(Console(), found, job.executor, files, job.extraction)
     return PASS if found.passed else FAIL
 
 

@@ -9,7 +9,7 @@ from latentrt.export.checkpoint import Checkpoint
 from latentrt.export.models.deepseek_v2.weights import weights as weights_of
 from latentrt.export.quantization import WeightFormat
 from latentrt.plugins.step_graph import LOGITS, caches, count_caches
-from tests.export.on_cpu import runnable
+from latentrt.validation.stages.on_cpu import runnable
 
 _NARROW = {torch.bfloat16: (torch.uint16, 16), torch.float8_e4m3fn: (torch.uint8, 17)}  # bits, ONNX's number
 

@@ -23,9 +23,9 @@ from latentrt.export.models.deepseek_v2.weights import checkpoint_tensors, weigh
 from latentrt.export.quantization import Float32
 from latentrt.plugins.contract import DOMAIN
 from latentrt.plugins.step_graph import FORMS, INPUTS, attention_output, cache_name, caches, layer_output, mlp_output
+from latentrt.validation.stages.on_cpu import runnable
 from tests import checkpoints, ragged
 from tests.builds import locked
-from tests.export.on_cpu import runnable
 from tests.export.test_weight_set import Store
 from tests.export.whole_trace import trace_whole
 

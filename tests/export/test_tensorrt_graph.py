@@ -20,10 +20,10 @@ from latentrt.export.models.deepseek_v2 import model as deepseek_v2
 from latentrt.export.models.deepseek_v2.model import FORMS
 from latentrt.export.quantization import BFloat16, BFloat16Int4, Fp8, Fp8Int4
 from latentrt.plugins.contract import DOMAIN
+from latentrt.validation.stages.on_cpu import runnable
 from tests import checkpoints, ragged
 from tests.conftest import EXAMPLE
 from tests.export.graph_on_cpu import CpuGraph, stored, value
-from tests.export.on_cpu import runnable
 
 pytestmark = pytest.mark.slow
 

@@ -113,11 +113,12 @@ def gpu_bundle(traced, stand_ins, tmp_path_factory) -> Path:
         return traced.build_once("example.gpu", EXAMPLE, tmp_path_factory.mktemp("gpu") / "bundle", "sm86,sm89")
 
 
-def edit_graph(bundle_path: Path, change, target: str | None = None) -> None:
-    """Changes the ONNX graphs of a target (the first one) and gives them their proper names and digests in the manifest."""
+def edit_graph(bundle_path: Path, change, target: str | None = None, native: bool = False) -> None:
+    """Changes the ONNX graphs of a target (the first one; native: those with own kernels) and gives them their proper names and
+    digests in the manifest."""
     bundle = Bundle(bundle_path)
     entry = bundle.manifest.targets[target or next(iter(bundle.manifest.targets))]
-    for ref in (engine.onnx or engine.graph for engine in entry.engines.values()):
+    for ref in (engine.native if native else engine.onnx or engine.graph for engine in entry.engines.values()):
         model = onnx.load(str(bundle.file(ref)), load_external_data=False)
         change(model)
         content = model.SerializeToString()

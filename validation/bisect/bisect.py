@@ -9,6 +9,7 @@ import resource
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -18,11 +19,13 @@ from latentrt.export.layerwise import threads_for
 from latentrt.validation.bisect import diagnosis, runners, script
 from latentrt.validation.bisect.case import Case, EmbedCase, HeadCase, LayerCase, Subject
 from latentrt.validation.bisect.diagnosis import Defect
+from latentrt.validation.bisect.extract import Extraction
 from latentrt.validation.bisect.parts import ANGLES, EngineGraph, Part
 from latentrt.validation.bisect.replay import replay
 from latentrt.validation.bisect.runners import Runner
 from latentrt.validation.bisect.spread import Spread
 from latentrt.validation.dequantize import StoredWeights
+from latentrt.validation.errors import ValidationError
 from latentrt.validation.judge.routing import Flip
 from latentrt.validation.reference.audit import audit
 from latentrt.validation.reference.layer import Rows
@@ -72,6 +75,7 @@ class Bisect:
 
     def __init__(self, executor: Executor, checkpoint: Checkpoint, tokens: Tokens):
         self.executor, self.found = executor, Bisection()
+        self.extraction: Extraction | None = None
         target, bundle = executor.target, executor.bundle
         self.runner: Runner = runners.runner(executor, len(os.sched_getaffinity(0)))
         self.graph = EngineGraph(self.runner.model, [i.name for i in target.inputs])
@@ -86,6 +90,12 @@ class Bisect:
             "source": tokens.source, "is_text": tokens.is_text, "tokens": len(planned.tokens), "steps": len(planned.steps),
             "sequences": [len(s.tokens) for s in planned.sequences], "pages": planned.num_pages - 1,
         }  # fmt: skip
+
+    def extract(self, folder: Path, part: str | None = None) -> None:
+        """`run` writes a part into `folder`: the first with a defect, or the one of that name. Raises ValidationError."""
+        if part and part not in self.graph.part_names:
+            raise ValidationError(f"part is {part!r}, accepted: {', '.join(self.graph.part_names)}")
+        self.extraction = Extraction(folder, part)
 
     @property
     def stages(self) -> int:
@@ -115,7 +125,7 @@ class Bisect:
     def _embed(self) -> tuple[Tensor, Tensor, Tensor]:
         part = self._told(self.graph.embed())
         case = EmbedCase(self.s, part, replay(self.runner, part, self.s.script, {}).taps)
-        self._judge(case)
+        self._judge(case, {})
         values = case.exact
         return values["embed_tokens"], values["cos"].float(), values["sin"].float()
 
@@ -132,26 +142,27 @@ class Bisect:
         ran = replay(self.runner, part, self.s.script, given)
         sequences = tuple(s.rows for s in self.s.script.sequences)
         case = LayerCase(self.s, index, part, Rows(hidden, cos.double(), sin.double(), sequences), ran)
-        self._judge(case)
+        self._judge(case, given)
         return case.next_hidden()
 
     def _head(self, hidden: Tensor) -> None:
         part = self._told(self.graph.head())
         hidden = self._given(hidden)
         given = {self.graph.hidden_before(self.graph.num_layers): hidden.float().numpy()}
-        self._judge(HeadCase(self.s, part, hidden, replay(self.runner, part, self.s.script, given).taps))
+        self._judge(HeadCase(self.s, part, hidden, replay(self.runner, part, self.s.script, given).taps), given)
 
     def _given(self, hidden: Tensor) -> Tensor:
         """Hidden states as the engine's type holds them: both sides get the very same."""
         return hidden.to(self.s.numerics.activation).double()
 
-    def _judge(self, case: Case) -> None:
-        """Looks at the tensors of a part in order, up to the first that is off."""
-        for tap in case.taps:
-            found = self._routing(case) if tap == "topk_ids" else self._tensor(case, tap)
-            if found:
-                self.found.defects.append(found)
-                break
+    def _judge(self, case: Case, given: dict) -> None:
+        """Looks at the tensors of a part in order, up to the first that is off; `given` are the part's inputs."""
+        found = next(filter(None, (self._routing(case) if t == "topk_ids" else self._tensor(case, t) for t in case.taps)), None)
+        if found:
+            self.found.defects.append(found)
+        if self.extraction and self.extraction.takes(case.part.name, found):
+            spreads = {k.tensor: k.spread for k in self.found.looked if k.part == case.part.name}
+            self.extraction.write(self.runner, case, given, spreads, found)
 
     def _routing(self, case: LayerCase) -> Defect | None:
         found, flips = diagnosis.routing(case)

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -13,7 +14,7 @@ from latentrt.export.models.base import Config, Weight
 from latentrt.validation.bisect import spread, tensors
 from latentrt.validation.bisect.parts import Part
 from latentrt.validation.bisect.replay import Replay
-from latentrt.validation.bisect.script import Script
+from latentrt.validation.bisect.script import Script, Step
 from latentrt.validation.bisect.spread import Spread
 from latentrt.validation.dequantize import StoredWeights
 from latentrt.validation.reference import layer as formula
@@ -94,6 +95,10 @@ class Case(ABC):
     def module(self, name: str) -> str:
         """The checkpoint's name of a module of this part."""
         return name
+
+    def rows_of(self, step: Step) -> np.ndarray:
+        """Which rows of the tensors a step's are."""
+        return step.rows
 
 
 class LayerCase(Case):
@@ -197,6 +202,9 @@ class HeadCase(Case):
         super().__init__(subject, part, {"logits": found["logits"][self.told]})
         self.hidden = hidden[self.told]
 
+    def rows_of(self, step: Step) -> np.ndarray:
+        return np.searchsorted(self.told.numpy(), step.rows[step.batch.logit_rows])
+
     @cached_property
     def exact(self) -> Values:
         return {"logits": formula.head(self.s.exact(), self.hidden, self.s.config)}
@@ -206,8 +214,6 @@ class HeadCase(Case):
         return [{"logits": formula.head(self.s.emulated(k), self.hidden, self.s.config)} for k in range(DRAWS)]
 
 
-def _told(script: Script):
+def _told(script: Script) -> np.ndarray:
     """Rows that get logits in some step."""
-    import numpy as np
-
     return np.sort(np.concatenate([step.rows[step.batch.logit_rows] for step in script.steps]))

@@ -56,6 +56,17 @@ class EngineGraph:
         self.initializers = {t.name: t for t in model.graph.initializer}
         self.types = {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.output)}
 
+    def part(self, name: str) -> Part:
+        """The part of this name."""
+        if name in ("embed", "head"):
+            return getattr(self, name)()
+        return self.layer(int(name.rpartition(".")[2]))
+
+    @property
+    def part_names(self) -> list[str]:
+        """In the order of the data's way."""
+        return ["embed", *(f"model.layers.{k}" for k in range(self.num_layers)), "head"]
+
     def embed(self) -> Part:
         taps = {"embed_tokens": EMBEDDED, **dict(zip(("cos", "sin"), ANGLES, strict=True))}
         return self._part("embed", taps, ())

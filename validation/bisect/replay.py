@@ -7,9 +7,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from latentrt.validation.bisect.parts import OTHER_TERM, Part
+from latentrt.validation.bisect.parts import ANGLES, OTHER_TERM, Part
 from latentrt.validation.bisect.runners import Runner
-from latentrt.validation.bisect.script import Script
+from latentrt.validation.bisect.script import Script, Step
 
 
 @dataclass
@@ -31,11 +31,7 @@ def replay(runner: Runner, part: Part, script: Script, given: Mapping[str, np.nd
     result = Replay(found)
     cells = np.concatenate([script.cells(s) for s in script.sequences])
     for step in script.steps:
-        feeds = {name: value[step.rows] for name, value in given.items()}
-        if OTHER_TERM in part.given:
-            (edge,) = (v for n, v in feeds.items() if n not in ("embed.cos_out", "embed.sin_out"))
-            feeds[OTHER_TERM] = np.zeros_like(edge)
-        values, cache = call(runner.feeds(part, step.batch, feeds), cache)
+        values, cache = call(_feeds(runner, part, step, given), cache)
         for tap, name in part.taps.items():
             value = torch.from_numpy(np.array(values[name]))
             value = value.double() if value.is_floating_point() else value
@@ -52,3 +48,29 @@ def replay(runner: Runner, part: Part, script: Script, given: Mapping[str, np.nd
     if part.cache:
         result.left = runner.rows(cache)[cells]
     return result
+
+
+@dataclass(frozen=True)
+class Captured:
+    """Inputs of one step by name but the cache, and the cache's cells before it, [num_pages * page_size, width]."""
+
+    feeds: Mapping[str, np.ndarray]
+    before: Tensor | None
+
+
+def capture(runner: Runner, part: Part, script: Script, given: Mapping[str, np.ndarray], number: int) -> Captured:
+    """What a part gets in a step of the script, after the steps before it."""
+    call = runner.open(part)
+    cache = runner.empty_cache(script.num_pages) if part.cache else None
+    for step in script.steps[:number]:
+        _, cache = call(_feeds(runner, part, step, given), cache)
+    before = runner.rows(cache) if part.cache else None
+    return Captured(_feeds(runner, part, script.steps[number], given), before)
+
+
+def _feeds(runner: Runner, part: Part, step: Step, given: Mapping[str, np.ndarray]) -> Mapping[str, np.ndarray]:
+    feeds = {name: value[step.rows] for name, value in given.items()}
+    if OTHER_TERM in part.given:
+        (edge,) = (v for n, v in feeds.items() if n not in ANGLES)
+        feeds[OTHER_TERM] = np.zeros_like(edge)
+    return runner.feeds(part, step.batch, feeds)

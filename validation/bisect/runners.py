@@ -21,6 +21,7 @@ from latentrt.runtime.bundle.manifest import Target
 from latentrt.runtime.bundle.reader import Bundle
 from latentrt.validation.bisect.parts import Part
 from latentrt.validation.errors import ValidationError
+from latentrt.validation.stages import on_cpu
 from latentrt.validation.stages.debug_graph import open_session
 from latentrt.validation.stages.executor import Executor
 
@@ -44,6 +45,10 @@ class Runner(ABC):
         """Loads a part's weights. Returns (feeds by name, cache) -> (outputs by name, float32 or integers; the cache)."""
 
     @abstractmethod
+    def with_weights(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """A part's graph with everything that ONNX Runtime needs to run it on the CPU, weights inside."""
+
+    @abstractmethod
     def empty_cache(self, num_pages: int) -> object:
         """One layer's cache, filled with NaN (a packed one with -1: its scales are NaN): what was never written shows."""
 
@@ -60,10 +65,10 @@ class Runner(ABC):
 class OnnxRuntimeRunner(Runner):
     """The graph that the runtime would take: with own kernels where they can be compiled and the bundle has one."""
 
-    def __init__(self, bundle: Bundle, target: Target, threads: int):
+    def __init__(self, bundle: Bundle, target: Target, threads: int, own_kernels: bool = True):
         super().__init__(bundle, target)
         self.threads, files = threads, target.engines[DECODE_FORM]
-        self.file = bundle.file(files.native if files.native and _own_kernels() else files.graph)
+        self.file = bundle.file(files.native if own_kernels and files.native and _own_kernels() else files.graph)
         self.model = torch_graph.read(self.file)
 
     def open(self, part: Part) -> Call:
@@ -80,6 +85,10 @@ class OnnxRuntimeRunner(Runner):
             return values, values.pop(updated(part.cache)) if part.cache else None
 
         return call
+
+    def with_weights(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        onnx.load_external_data_for_model(model, str(self.file.parent))
+        return model
 
     def empty_cache(self, num_pages: int) -> np.ndarray:
         spec, kind = self.target.cache, np.dtype(self.target.cache.dtype)
@@ -123,6 +132,28 @@ class TorchRunner(Runner):
     def _placed(self, part: Part, name: str, value: np.ndarray) -> torch.Tensor:
         tensor = torch.from_numpy(np.ascontiguousarray(value)).to(self.device)
         return tensor.to(DTYPES[part.given[name]]) if name in part.given else tensor
+
+    def with_weights(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        weights = torch_backend.load_weights(self.bundle, self.target, self._stored(model), torch.device("cpu"))
+        external = {t.name for t in model.graph.initializer if t.data_location == onnx.TensorProto.EXTERNAL}
+        inputs = [i for i in model.graph.input if i.name not in weights]
+        kept = [t for t in model.graph.initializer if t.name not in external]
+        kept += [on_cpu.initializer(name, tensor) for name, tensor in weights.items()]
+        del model.graph.input[:], model.graph.initializer[:]
+        model.graph.input.extend(inputs)
+        model.graph.initializer.extend(kept)
+        known = {v.name for v in (*model.graph.input, *model.graph.value_info)}
+        typed = (*self.model.graph.value_info, *self.model.graph.output)
+        model.graph.value_info.extend(v for v in typed if v.name not in known)
+        return on_cpu.standalone(model)
+
+    def _stored(self, model: onnx.ModelProto) -> onnx.ModelProto:
+        """The graph without inputs that no weight set has."""
+        known = {i.name for i in self.model.graph.input}
+        copy = onnx.ModelProto()
+        copy.graph.input.extend(i for i in model.graph.input if i.name in known)
+        copy.graph.initializer.extend(model.graph.initializer)
+        return copy
 
     def empty_cache(self, num_pages: int) -> torch.Tensor:
         spec, kind = self.target.cache, getattr(torch, self.target.cache.dtype)

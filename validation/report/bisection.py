@@ -11,6 +11,7 @@ from rich.text import Text
 from latentrt.runtime.bundle.reader import BISECTED
 from latentrt.validation.bisect.bisect import DEFECT, Bisection, Looked
 from latentrt.validation.bisect.diagnosis import Defect
+from latentrt.validation.bisect.extract import Extraction
 from latentrt.validation.judge.findings import plain
 from latentrt.validation.judge.routing import Flip
 from latentrt.validation.report.evidence import replace, subject, write_evidence
@@ -49,7 +50,9 @@ def describe(defect: Defect) -> str:
     return f"{defect.place}{value}: {defect.hypothesis.kind}: {defect.hypothesis.words}"
 
 
-def summarize(console: Console, found: Bisection, executor: Executor, files: list[Path]) -> None:
+def summarize(
+    console: Console, found: Bisection, executor: Executor, files: list[Path], extraction: Extraction | None = None
+) -> None:
     """Found errors against expected ones, tensor by tensor, each in the part where it is worst; then the verdict."""
     console.print(_table(found))
     text = found.text
@@ -67,6 +70,17 @@ def summarize(console: Console, found: Bisection, executor: Executor, files: lis
         line(console, f"and in {len(found.defects) - 1 - _SHOWN} parts more: see the report")
     for file in files:
         line(console, f"report: {file}")
+    if extraction:
+        _extracted(console, extraction)
+
+
+def _extracted(console: Console, extraction: Extraction) -> None:
+    if not extraction.written:
+        line(console, "extracted: nothing, since no part has a defect; --part NAME takes any")
+        return
+    line(console, f"extracted: {extraction.folder}; python {extraction.folder / 'reproduce.py'} shows the errors")
+    for note in extraction.notes:
+        line(console, f"  {note}")
 
 
 def _table(found: Bisection) -> Table:

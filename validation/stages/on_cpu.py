@@ -7,9 +7,12 @@ rounding of every value between nodes stay what they are; a product sums in floa
 """
 
 import onnx
+import torch
 from onnx import TensorProto, helper
 
+from latentrt.plugins.contract import DOMAIN
 from latentrt.plugins.onnx_function import bodies
+from latentrt.runtime.backends.torch.ops import DTYPES
 
 _MOVES = {"Cast", "Concat", "Gather", "Identity", "Reshape", "Slice", "Split", "Squeeze", "Transpose", "Unsqueeze"}
 _BF16, _FLOAT = TensorProto.BFLOAT16, TensorProto.FLOAT
@@ -29,6 +32,34 @@ def runnable(model: onnx.ModelProto) -> onnx.ModelProto:
     graph.node.extend(nodes)
     result.functions.extend(functions)
     return result
+
+
+def standalone(model: onnx.ModelProto) -> onnx.ModelProto:
+    """`runnable` where custom ops have no bodies yet; bfloat16 inputs and outputs, which numpy lacks, become float32."""
+    result = model if any(f.domain == DOMAIN for f in model.functions) else runnable(model)
+    graph, types = result.graph, {v.name: v.type.tensor_type.elem_type for v in (*model.graph.value_info, *model.graph.input)}
+    given = [v for v in graph.input if types.get(v.name) == _BF16]
+    made = [v for v in graph.output if types.get(v.name) == _BF16]
+    narrow = {v.name: f"{v.name}.bfloat16" for v in (*given, *made)}
+    for node in graph.node:
+        for names in (node.input, node.output):
+            names[:] = [narrow.get(n, n) for n in names]
+    before = [helper.make_node("Cast", [v.name], [narrow[v.name]], to=_BF16) for v in given]
+    after = [helper.make_node("Cast", [narrow[v.name]], [v.name], to=_FLOAT) for v in made]
+    for value in (*given, *made):
+        value.type.tensor_type.elem_type = _FLOAT
+    nodes = [*before, *graph.node, *after]
+    copies = [onnx.NodeProto.FromString(n.SerializeToString()) for n in nodes]
+    del graph.node[:]
+    graph.node.extend(copies)
+    return result
+
+
+def initializer(name: str, tensor: torch.Tensor) -> TensorProto:
+    """A tensor of any type that torch has, as it lies in memory."""
+    kind = next(k for k, dtype in DTYPES.items() if dtype == tensor.dtype)
+    raw = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
+    return TensorProto(name=name, data_type=kind, dims=tensor.shape, raw_data=raw)
 
 
 class _Casts:
