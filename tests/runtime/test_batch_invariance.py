@@ -209,3 +209,16 @@ def test_commands_have_the_option(bundles, capsys):
     assert answer[0]["token_ids"] == answer[1]["token_ids"] == answer[2]["token_ids"]
     assert cli.main([*given, "--backend", "torch", "--batch-invariant"]) == 2
     assert "batch_invariant is set, but target cpu runs on torch" in capsys.readouterr().err
+
+
+def test_the_server_has_the_option(bundles, monkeypatch):
+    from latentrt.runtime import api
+    from latentrt.runtime.server import process
+
+    given = {}
+    monkeypatch.setattr(api, "load", lambda path, **options: given.update(options))
+    monkeypatch.setattr(process, "listen", lambda host, port: [])
+    monkeypatch.setattr(process, "run", lambda engine, settings, sockets: 0)
+    for options, expected in (([], False), (["--batch-invariant"], True)):
+        assert cli.main(["serve", str(bundles("int8").path), *options]) == 0
+        assert given["batch_invariant"] is expected

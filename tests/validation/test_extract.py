@@ -159,6 +159,14 @@ def test_command(copied, tiny_checkpoint, tmp_path, monkeypatch, capsys):
         assert words in capsys.readouterr().err.replace("\n", " ")
 
 
+def test_large_weights_lie_beside_the_graph(tiny_bundle, tiny_checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setattr("latentrt.validation.bisect.extract.LARGEST_FILE", 1000)
+    extracted(tiny_bundle, tiny_checkpoint, tmp_path / "part", part="model.layers.1")
+    graph, weights = (tmp_path / "part" / name for name in ("part.onnx", "part.weights"))
+    assert graph.stat().st_size < weights.stat().st_size
+    assert alone(tmp_path / "part").returncode == 0 and polygraphy(tmp_path / "part").returncode == 0
+
+
 def test_unknown_parts_are_refused(tiny_bundle, tiny_checkpoint, tmp_path):
     with pytest.raises(ValidationError, match=r"part is 'layer 3', accepted: embed, model\.layers\.0, .*, head"):
         extracted(tiny_bundle, tiny_checkpoint, tmp_path / "part", part="layer 3")

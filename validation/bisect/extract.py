@@ -122,7 +122,7 @@ class _Step:
         np.savez(folder / "expected.npz", **self.expected)
         self.outputs = reproduce.run(folder)
         _type_outputs(model, self.outputs, updated(part.cache or ""))
-        _save(model, folder / PART)
+        onnx.save(model, str(folder / PART))
         np.savez(folder / "engine.npz", **self.outputs)
 
     def _expect(self, part: Part) -> None:
@@ -218,8 +218,12 @@ def _type_outputs(model: onnx.ModelProto, values: Mapping[str, np.ndarray], cach
 
 
 def _save(model: onnx.ModelProto, file: Path) -> None:
-    large = model.ByteSize() > LARGEST_FILE
-    onnx.save(model, str(file), save_as_external_data=large, location=f"{file.stem}.weights" if large else None)
+    """With large weights in a file beside it; the model in memory refers to that file then."""
+    large = sum(len(t.raw_data) for t in model.graph.initializer) > LARGEST_FILE
+    weights = f"{file.stem}.weights"
+    if large:
+        (file.parent / weights).unlink(missing_ok=True)  # else it would grow
+    onnx.save(model, str(file), save_as_external_data=large, location=weights if large else None)
 
 
 def _numpy(value) -> np.ndarray:
