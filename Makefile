@@ -1,4 +1,5 @@
-# make demo: the main job, end to end, on this machine's CPU.   make test: all tests.   make test-fast: those to run while working.
+# make demo: the main job, end to end, on this machine's CPU.   make test: the tests.   make test-fast: those to run while working.
+# make test-all: with more cases of the same, for five minutes more.
 # make numerics: what packed caches and FP8 cost in accuracy, measured anew (docs/numerics.md; about 25 minutes).
 # make gpu-check: everything that needs a GPU, checked and measured (docs/gpu.md). They set themselves up in .venv.
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -10,16 +11,19 @@ EXAMPLE := examples/tiny-deepseek-v2
 DEMO := demo
 JOBS ?= 2
 
-.PHONY: demo test test-fast clients kernels numerics gpu-check lint clean
+.PHONY: demo test test-all test-fast clients kernels numerics gpu-check lint clean
 
 demo: $(VENV)/installed
 	@$(BIN)/python examples/demo.py --checkpoint $(EXAMPLE) --out $(DEMO)
 
 test: $(VENV)/installed clients
+	$(BIN)/python -m pytest -n $(JOBS) -m "not deep"
+
+test-all: $(VENV)/installed clients
 	$(BIN)/python -m pytest -n $(JOBS)
 
 test-fast: $(VENV)/installed
-	$(BIN)/python -m pytest -n $(JOBS) -m "not slow"
+	$(BIN)/python -m pytest -n $(JOBS) -m "not slow and not deep"
 
 # Other people's clients of the server, from PyPI and npm; without them (no room, no network, no npm) their tests skip and say so.
 clients:

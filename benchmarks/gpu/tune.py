@@ -43,6 +43,9 @@ class Subject:
     candidates: tuple
     cases: dict[str, Callable[[Run], tuple[str, list, dict]]]  # op, argument sets, attributes
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "candidates", tuple(dict.fromkeys(self.candidates)))
+
 
 def variants(tile, **choices) -> tuple:
     """`tile` with every combination of `choices`; itself first."""

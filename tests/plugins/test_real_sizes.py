@@ -50,7 +50,7 @@ def test_a_cache_of_more_than_2_to_the_33_elements(form):
     assert not torch.equal(found[0][2], content[1]), "the new tokens were appended"
 
 
-@pytest.mark.parametrize("int4", [False, True])
+@pytest.mark.parametrize("int4", [False, pytest.param(True, marks=pytest.mark.deep)])
 def test_experts_of_more_than_2_to_the_30_bytes(int4):
     """160 experts of V2 in FP8, 2^31 elements and more, or in int4: the last two."""
     experts, hidden, inner, top_k = 160, 5120, 1536, 2

@@ -110,7 +110,10 @@ def output(plugin, spec, named: dict, inputs: list, contract) -> torch.Tensor:
     return torch.full([named[d] for d in spec.dims], 77, dtype=torch.float32).to(like)
 
 
-@pytest.mark.parametrize(("form", "precision"), [("expanded", "bf16"), ("absorbed", "fp8"), ("absorbed", "bf16-int4")])
+@pytest.mark.parametrize(
+    ("form", "precision"),
+    [("expanded", "bf16"), ("absorbed", "fp8"), pytest.param("absorbed", "bf16-int4", marks=pytest.mark.deep)],
+)
 def test_a_step_through_plugins_equals_the_references(traced, form, precision, monkeypatch):
     graph = gpu_graphs.bfloat16(EXAMPLE, traced, form)
     if precision in FORMATS:

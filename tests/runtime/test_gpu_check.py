@@ -195,7 +195,7 @@ def test_every_set_of_a_measurement_has_other_experts():
     assert all(len(c) == 6 for c in chosen) and len(set().union(*chosen)) == 30
 
 
-@pytest.mark.parametrize(("name", "precision"), [("v2_lite", "bf16"), ("v2", "fp8")])
+@pytest.mark.parametrize(("name", "precision"), [("v2_lite", "bf16"), pytest.param("v2", "fp8", marks=pytest.mark.deep)])
 def test_groups_that_layers_imply(name, precision):
     import torch
 

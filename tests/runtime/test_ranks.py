@@ -100,6 +100,7 @@ def test_every_rank_has_sequences_of_its_own(two):
         assert all(len(rank.running) == 3 for rank in two.loop.schedulers.ranks)
 
 
+@pytest.mark.deep
 def test_four_ranks(traced, tmp_path_factory, one):
     params = SamplingParams(max_new_tokens=16)
     with latentrt.load(bundle_of(traced, tmp_path_factory, 4), device="cpu", threads=4, cache_tokens=1024) as four:

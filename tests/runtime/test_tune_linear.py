@@ -12,6 +12,7 @@ from benchmarks.gpu import tune_linear as tune
 SCRIPT = Path(tune.__file__)
 
 
+@pytest.mark.deep
 @pytest.mark.slow
 def test_dry_run():
     command = [sys.executable, str(SCRIPT), "--dry-run", "--rows", "1", "16", "8"]

@@ -375,7 +375,7 @@ def test_the_command(copied, tiny_checkpoint, tmp_path, capsys):
     assert evidence["verdict"] == "rounding" and evidence["first_defect"] is None and evidence["peak_bytes"] > 1e6
     bundle = Bundle(copied)
     assert json.loads(bundle.evidence_file("cpu.bisect").read_text()) == evidence
-    assert bundle.evidence_files("cpu") == [bundle.evidence_file("cpu.bisect")]
+    assert bundle.evidence_file("cpu.bisect") in bundle.evidence_files("cpu")  # a shared bundle may hold others' as well
     edit_weight(copied, "model.layers.1.self_attn.kv_b_proj.w_uv", lambda values: 1.02 * values)
     assert cli.main([*arguments, "--json"]) == 1
     evidence = json.loads(capsys.readouterr().out)

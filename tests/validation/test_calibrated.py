@@ -28,6 +28,13 @@ from tests.validation.test_bisect import CPU
 pytestmark = pytest.mark.slow
 
 TOKENS = 300
+
+
+def deep(*case):
+    return pytest.param(*case, marks=pytest.mark.deep)
+
+
+FEW = [*CPU[:4], *(deep(*case) for case in CPU[4:])]
 ON_TORCH = {"backend": "torch", "device": "cpu"}
 
 
@@ -53,20 +60,21 @@ def passes_twice(bundle, checkpoint, *arguments, **options) -> None:
         assert expected < 1e-4 or found == pytest.approx(expected, rel=0.15), alone
 
 
-@pytest.mark.parametrize(("precision", "accuracy", "cache_format"), CPU)
+@pytest.mark.parametrize(("precision", "accuracy", "cache_format"), FEW)
 def test_a_right_engine_passes_twice(traced, tiny_checkpoint, tmp_path, engine_alone, precision, accuracy, cache_format):
     options = {"precision": precision, "accuracy": accuracy, "cache_format": cache_format}
     name = f"tiny.{precision}.{accuracy}.{cache_format}"
     passes_twice(traced.build_once(name, tiny_checkpoint, tmp_path / "bundle", "cpu", **options), tiny_checkpoint)
 
 
-@pytest.mark.parametrize("cache_format", ["bfloat16", "fp8", "int6", "int6r", "int4"])
+@pytest.mark.parametrize("cache_format", ["int6r", *map(deep, ("bfloat16", "fp8", "int6", "int4"))])
 def test_a_right_engine_in_bf16_passes_twice(traced, tiny_checkpoint, tmp_path, engine_alone, cache_format):
     options = {"precision": "bf16", "cache_format": cache_format}
     path = traced.build_once(f"tiny.torch.{cache_format}", tiny_checkpoint, tmp_path / "bundle", "torch", **options)
     passes_twice(path, tiny_checkpoint, **ON_TORCH)
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("precision", ["fp8-int4", "bf16-int4"])
 def test_right_experts_of_4_bits_pass_twice(traced, stand_ins, tmp_path, engine_alone, precision):
     with stand_ins():

@@ -147,6 +147,7 @@ def test_int8_exact_equals_transformers_with_decoded_weights(int8_pair):
     assert max(m["judged_max_abs_error"] for m in evidence["logits"]["engine"].values()) < 1e-3
 
 
+@pytest.mark.deep
 def test_int4_of_the_example_passes(traced, tmp_path):
     """The promise for 4 bits on a trained model: mean KL of 0.05 nats, the same first choice for 90 % of tokens."""
     bundle = traced.build_once("example.int4", EXAMPLE, tmp_path / "bundle", "cpu", "int4")
@@ -230,6 +231,7 @@ def test_every_tolerance_has_a_reason():
         tolerances.find("fp8", "", "int5")
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(("precision", "name"), [("int8", "int8, fast, int6 cache"), ("fp32", "fp32, int6 cache")])
 def test_a_packed_cache_of_the_example_passes(traced, tmp_path, precision, name):
     """int6: what is allocated is what the formula says, and layer by layer the engine keeps to its limits.

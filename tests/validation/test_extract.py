@@ -25,6 +25,10 @@ from tests.validation.conftest import edit_graph
 pytestmark = pytest.mark.slow
 
 
+def deep(name: str):
+    return pytest.param(name, marks=pytest.mark.deep)
+
+
 def extracted(bundle: Path, checkpoint: Path, folder: Path, target: str | None = None, part: str | None = None) -> Bisect:
     opened, source = Bundle(bundle), Checkpoint(checkpoint)
     name, entry = opened.target(target)
@@ -58,7 +62,7 @@ def polygraphy(folder: Path, number: int = 0) -> subprocess.CompletedProcess:
     return subprocess.run(given, capture_output=True, text=True, cwd=folder, env=env, check=False)
 
 
-@pytest.mark.parametrize("name", ["wrong_mscale", "causal_mask_off_by_one", "experts_permuted", "stuck_weight"])
+@pytest.mark.parametrize("name", ["wrong_mscale", *map(deep, ("causal_mask_off_by_one", "experts_permuted", "stuck_weight"))])
 def test_defects_of_a_cpu_target(copied, tiny_checkpoint, tmp_path, monkeypatch, name):
     getattr(defects, name)(copied, monkeypatch)
     shows(extracted(copied, tiny_checkpoint, tmp_path / "part"), tmp_path / "part")
@@ -71,6 +75,7 @@ def test_defects_of_a_gpu_target(gpu_copy, tmp_path, monkeypatch, name):
     shows(extracted(gpu_copy, EXAMPLE, tmp_path / "part", "sm89"), tmp_path / "part")
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize("name", ["group_limit_ignored", "routed_scaling_factor_dropped"])
 def test_defects_of_a_torch_target(torch_copy, tiny_checkpoint, tmp_path, monkeypatch, name):
     getattr(defects, name)(torch_copy, monkeypatch)
@@ -102,6 +107,7 @@ def shows(job: Bisect, folder: Path) -> None:
         assert text.returncode == 1 and "FAILED" in text.stdout and "Traceback" not in text.stderr, text.stdout + text.stderr
 
 
+@pytest.mark.deep
 def test_own_kernels_alone(traced, tiny_checkpoint, tmp_path):
     """A defect of the graph with own kernels is extracted with them; reproduce.py says what it needs."""
     path = traced.build_once("tiny.int8", tiny_checkpoint, tmp_path / "bundle", "cpu", "int8")

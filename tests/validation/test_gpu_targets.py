@@ -31,6 +31,7 @@ from tests.validation.conftest import edit_graph, edit_weight
 from tests.validation.test_compare import run
 
 pytestmark = pytest.mark.slow
+BOTH = [pytest.param("sm86", marks=pytest.mark.deep), "sm89"]
 
 TOKENS = 512
 LAYER, WORST, KL = ("each layer alone: largest relative error", "each layer alone: worst token's relative error",
@@ -56,6 +57,7 @@ def test_the_example_passes(judged, target, tolerances):
     assert {LAYER, WORST, KL, FORMULA} <= {c.name for c in comparison.findings.checks if c.limit is not None}
 
 
+@pytest.mark.deep
 @pytest.mark.parametrize(("target", "tolerances"), [("sm86", "bf16-int4"), ("sm89", "fp8-int4")])
 def test_int4_experts_pass(traced, stand_ins, tmp_path, target, tolerances):
     """Layers are held to what the rest's precision allows: experts are given as they are stored."""
@@ -67,6 +69,7 @@ def test_int4_experts_pass(traced, stand_ins, tmp_path, target, tolerances):
     assert {LAYER, WORST, KL, FORMULA} <= {c.name for c in comparison.findings.checks if c.limit is not None}
 
 
+@pytest.mark.deep
 def test_a_packed_cache_passes(traced, stand_ins, tmp_path):
     with stand_ins():
         path = traced.build_once("example.gpu.int6", EXAMPLE, tmp_path / "bundle", "sm86", cache_format="int6")
@@ -176,7 +179,7 @@ def smaller_routing_weights(model):
     set_attribute(of_type(model, "MoeRoute")[1], "routed_scaling_factor", lambda factor: factor / 1.25)
 
 
-@pytest.mark.parametrize("target", ["sm86", "sm89"])
+@pytest.mark.parametrize("target", BOTH)
 @pytest.mark.parametrize(
     ("fault", "failed", "detail"),
     [
@@ -195,7 +198,7 @@ def test_a_fault_in_the_graph_is_found(faulty, target, fault, failed, detail):
     assert {stage for stage, _ in found} == {"engine"}
 
 
-@pytest.mark.parametrize("target", ["sm86", "sm89"])
+@pytest.mark.parametrize("target", BOTH)
 def test_half_split_rope_is_found(faulty, target, monkeypatch):
     """Pairs (i, i + R/2) instead of (2i, 2i + 1)."""
 
@@ -211,7 +214,7 @@ def test_half_split_rope_is_found(faulty, target, monkeypatch):
     assert {("engine", n) for n in names} <= set(found)
 
 
-@pytest.mark.parametrize("target", ["sm86", "sm89"])
+@pytest.mark.parametrize("target", BOTH)
 def test_an_error_that_only_decoding_has_is_found(faulty, target, monkeypatch):
     """Positions one too far as soon as something is cached: prefill and layers, which are prefilled, are right."""
     real = TorchBackend.step
@@ -299,7 +302,7 @@ def test_an_engine_on_its_gpu_is_described_as_such(gpu_bundle):
     assert engine_graph.logit_rows(Executor(Bundle(gpu_bundle), name, target, "torch")) is None
 
 
-@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("ranks", [1, pytest.param(2, marks=pytest.mark.deep)])
 def test_target_torch_passes_on_one_rank_and_on_two(traced, tmp_path, monkeypatch, ranks):
     """Logits are those of the ranks; layers those of the same graph in one process."""
     monkeypatch.setattr(Comparison, "_early_stages", lambda self: None)
