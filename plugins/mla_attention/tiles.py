@@ -33,13 +33,13 @@ class Tile:
 
 FEW = 16  # (query row, head) pairs per sequence on average that "few" serves at most
 
-_A100 = "136 bytes of stack, none of it used in the loop; its sum, [32, 512] float32, takes half of the registers"
+_A100 = "none in attend_shares, up to 136 bytes of stack, none of it used in the loop; its sum, [32, 512] float32, takes half of the registers"
 _DIRECT = "8 bytes where the output is direct, not used in the loop"
-_RTX = "160 bytes of stack, none of it used in the loop; its sum, [32, 512] float32, takes half of the registers"
-_HOPPER = "328 bytes of stack, none of it used in the loop; its sum, [64, 512] float32, takes half of the registers"
-_B200 = "200 bytes of stack; 12 of the loop's 768 instructions reload, none stores"
-_PACKED = "up to 400 bytes of stack; at most 2 of the loop's 700 to 1,400 instructions reload"
-_PACKED_HOPPER = "up to 1,168 bytes of stack; one of the loop's 1,033 instructions reloads; its sum takes half the registers"
+_RTX = "none in attend_shares, up to 160 bytes of stack, none of it used in the loop; its sum, [32, 512] float32, takes half of the registers"
+_HOPPER = "up to 56 bytes of stack, 13 reloads; its sum, [64, 512] float32, takes half of the registers"
+_B200 = "64 bytes of stack in attend_shares, up to 200 in attend"
+_PACKED = "up to 40 bytes of stack in attend_shares, up to 400 in attend"
+_PACKED_HOPPER = "up to 128 bytes of stack in attend_shares, up to 512 in attend; its sum takes half the registers"
 _RTX_PACKED = {
     "few.packed": Tile(16, 16, 4, 3, 1, spills_because=_PACKED),
     "many.packed": Tile(32, 16, 8, 2, 1, spills_because=_PACKED),
