@@ -33,9 +33,9 @@ class Tile:
 
 FEW = 16  # (query row, head) pairs per sequence on average that "few" serves at most
 
-_A100 = "none in attend_shares, up to 136 bytes of stack, outside the loop; its sum, [32, 512] float32, takes half of the registers"
+_A100 = "none in attend_shares, up to 136 bytes of stack; its sum, [32, 512] float32, takes half of the registers"
 _DIRECT = "8 bytes where the output is direct, not used in the loop"
-_RTX = "none in attend_shares, up to 160 bytes of stack, outside the loop; its sum, [32, 512] float32, takes half of the registers"
+_RTX = "none in attend_shares, up to 160 bytes of stack; its sum, [32, 512] float32, takes half of the registers"
 _HOPPER = "up to 56 bytes of stack, 13 reloads; its sum, [64, 512] float32, takes half of the registers"
 _B200 = "64 bytes of stack in attend_shares, up to 200 in attend"
 _PACKED = "up to 40 bytes of stack in attend_shares, up to 400 in attend"
